@@ -1,0 +1,24 @@
+"""Speculative knowledge distillation for TRL: SKD and SpecKD as subclasses of `GKDTrainer`."""
+
+from .acceptance import ACCEPTANCE_RULES
+from .divergences import DIVERGENCES
+from .gates import GATES
+from .rollout import Rollout
+from .sampler import interleaved_sample
+from .sampling_params import SamplingParams
+from .skd_config import SKDConfig
+from .skd_trainer import SKDTrainer
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACCEPTANCE_RULES",
+    "DIVERGENCES",
+    "GATES",
+    "Rollout",
+    "SKDConfig",
+    "SKDTrainer",
+    "SamplingParams",
+    "interleaved_sample",
+]

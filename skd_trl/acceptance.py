@@ -1,0 +1,126 @@
+"""Rules that judge drafted tokens: which of the student's proposals stay in the training text.
+
+SKD (Xu et al., ICLR 2025, arXiv 2410.11325, Algorithm 1) keeps a token that is among the teacher's top K. The rules
+here are that one, its two limits, and the other rules from the literature that fit the same sampler. A rule looks at a
+whole draft at once and does not cut it at the first rejection: that is the sampler's part, like the drawing itself.
+
+A new rule is a frozen dataclass with `__call__(draft) -> accepted (N, G)` and an entry in `ACCEPTANCE_RULES`.
+Shapes: N rows, G drafted tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+
+from .sampling_params import SamplingParams, shaped_probs
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a rule may look at. Row `i, j` of the logits is the distribution that token `i, j` was judged by.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(N, G)`): the student's proposals.
+        student_logits (`torch.Tensor` of shape `(N, G, V)`, or `None`): raw; only for rules with `needs_student`.
+        teacher_logits (`torch.Tensor` of shape `(N, G, V)`): raw.
+        student_sampling, teacher_sampling ([`SamplingParams`]): how either model's draws are shaped.
+        coins (`torch.Tensor` of shape `(N, G)`): uniform numbers in [0, 1) for rules that accept by chance.
+    """
+
+    tokens: torch.Tensor
+    student_logits: torch.Tensor | None
+    teacher_logits: torch.Tensor
+    student_sampling: SamplingParams
+    teacher_sampling: SamplingParams
+    coins: torch.Tensor
+
+    @cached_property
+    def teacher_rank(self) -> torch.Tensor:
+        """How many tokens the teacher holds likelier than the proposal, (N, G): 0 is its favourite. Ties count for
+        the proposal. Raw logits: temperature and nucleus would turn a rank below the top few into a tie at zero."""
+        own = self.teacher_logits.gather(-1, self.tokens[..., None])
+        return (self.teacher_logits > own).sum(-1)
+
+    def column(self, index: torch.Tensor) -> "Draft":
+        """The draft of one column per row, `index` (N, 1): what a replacement is drawn from."""
+
+        def take(logits):
+            return None if logits is None else logits.gather(1, index[..., None].expand(-1, 1, logits.shape[-1]))
+
+        return replace(
+            self,
+            tokens=self.tokens.gather(1, index),
+            student_logits=take(self.student_logits),
+            teacher_logits=take(self.teacher_logits),
+            coins=self.coins.gather(1, index),
+        )
+
+    def probability(self, of: str, shaped: bool = True) -> torch.Tensor:
+        """Probability of the proposals under `"student"` or `"teacher"`, (N, G), as drawn from or (`shaped=False`)
+        at temperature 1 over the whole vocabulary."""
+        logits = self.student_logits if of == "student" else self.teacher_logits
+        sampling = self.student_sampling if of == "student" else self.teacher_sampling
+        probs = shaped_probs(logits, sampling if shaped else SamplingParams())
+        return probs.gather(-1, self.tokens[..., None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class AcceptanceRule:
+    """Base of all rules.
+
+    `needs_student`: the sampler keeps the student's logits of the draft. `drafts`: False for a rule that never accepts,
+    so that nothing has to be drafted. `judges`: False for one that always accepts, so that the teacher need not run.
+    """
+
+    needs_student: ClassVar[bool] = False
+    drafts: ClassVar[bool] = True
+    judges: ClassVar[bool] = True
+
+    def __call__(self, draft: Draft) -> torch.Tensor:
+        raise NotImplementedError
+
+    def replacement_probs(self, draft: Draft) -> torch.Tensor:
+        """What a rejected token is replaced from, (N, 1, V) for a draft of one column: the teacher's distribution."""
+        return shaped_probs(draft.teacher_logits, draft.teacher_sampling)
+
+
+@dataclass(frozen=True)
+class TopK(AcceptanceRule):
+    """Accept a token among the teacher's `k` likeliest (SKD, Algorithm 1; the paper's k is 25)."""
+
+    k: int = 25
+
+    def __post_init__(self):
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(
+                f"accept_top_k={self.k!r}: the top_k rule needs a whole number of at least 1. For the teacher's own "
+                "text (the limit K = 0) use accept='never'."
+            )
+
+    def __call__(self, draft: Draft) -> torch.Tensor:
+        return draft.teacher_rank < self.k
+
+
+@dataclass(frozen=True)
+class Always(AcceptanceRule):
+    """Accept everything: the student's own text, on-policy distillation (SKD's limit K = V)."""
+
+    judges: ClassVar[bool] = False
+
+    def __call__(self, draft: Draft) -> torch.Tensor:
+        return torch.ones_like(draft.tokens, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Never(AcceptanceRule):
+    """Accept nothing: the teacher's own text, sequence-level distillation (SKD's limit K = 0)."""
+
+    drafts: ClassVar[bool] = False
+
+    def __call__(self, draft: Draft) -> torch.Tensor:
+        return torch.zeros_like(draft.tokens, dtype=torch.bool)
+
+
+ACCEPTANCE_RULES: dict[str, type[AcceptanceRule]] = {"top_k": TopK, "always": Always, "never": Never}

@@ -1,0 +1,73 @@
+"""Sampled responses for people to look at: kept as parquet while a run goes on, and shown in the terminal.
+
+A response is shown with what the teacher replaced, the only way to see what interleaved sampling does to a text.
+"""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from .rollout import Rollout
+
+
+def completion_records(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, step: int) -> list[dict]:
+    """One record per row: `step`, `prompt`, `response`, `tokens` (each decoded), `replaced` (bool each) and `proposals`
+    (the student's token at each place, decoded)."""
+    records = []
+    num_prompt_columns = rollout.input_ids.shape[1] - rollout.replaced.shape[1]
+    for row in range(len(rollout.input_ids)):
+        is_token = rollout.labels[row] != -100
+        ids = rollout.labels[row, is_token]
+        is_token = is_token[num_prompt_columns:]
+        proposals = ids if rollout.proposals is None else rollout.proposals[row, is_token]
+        prompt = rollout.input_ids[row, :num_prompt_columns][rollout.attention_mask[row, :num_prompt_columns] == 1]
+        records.append(
+            {
+                "step": step,
+                "prompt": tokenizer.decode(prompt),
+                "response": tokenizer.decode(ids),
+                "tokens": _decode_each(tokenizer, ids),
+                "replaced": rollout.replaced[row, is_token].tolist(),
+                "proposals": _decode_each(tokenizer, proposals),
+            }
+        )
+    return records
+
+
+def save_completions(records: list[dict], output_dir: str, step: int) -> Path:
+    """Writes `output_dir/completions/completions_{step}.parquet`, whole or not at all."""
+    path = Path(output_dir) / "completions" / f"completions_{step:05d}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    pd.DataFrame(records).to_parquet(partial)
+    os.replace(partial, path)
+    return path
+
+
+def print_completions(records: list[dict], num_rows: int, step: int, console: Console | None = None) -> None:
+    """A table of the first `num_rows` records; replaced tokens stand out, in colour and between brackets."""
+    table = Table(
+        title=f"Sampled responses, step {step} ([reverse]reversed[/]: replaced by the teacher)", show_lines=True
+    )
+    table.add_column("prompt", max_width=60)
+    table.add_column("response")
+    table.add_column("replaced", justify="right")
+    for record in records[:num_rows]:
+        response = Text()
+        for token, replaced in zip(record["tokens"], record["replaced"], strict=True):
+            response.append(token, style="reverse" if replaced else "")
+        prompt = record["prompt"]
+        shown = prompt if len(prompt) <= 240 else "... " + prompt[-236:]
+        share = sum(record["replaced"]) / max(len(record["replaced"]), 1)
+        table.add_row(Text(shown), response, f"{share:.0%}")
+    (console or Console()).print(table)
+
+
+def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    return [tokenizer.decode([token]) for token in ids.tolist()]

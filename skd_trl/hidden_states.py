@@ -1,0 +1,47 @@
+"""Last hidden states of a model, whatever wraps it (DDP, DeepSpeed, FSDP, PEFT), without its full logits.
+
+Shapes: B rows, S positions of a batch, H hidden.
+"""
+
+import types
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from .lm_head import backbone
+
+
+def add_loss_forward(model: PreTrainedModel) -> None:
+    """Lets `model(..., loss_fn=fn)` run the backbone alone and return `fn(last_hidden_state)`; without `loss_fn` nothing
+    changes. The loss has to be computed inside the forward that the wrappers see: there the parameters of a sharded root
+    are whole, and what the wrappers prepare for the backward they find in the forward's output.
+
+    `model` is a transformers model (under PEFT its base model); `fn` gets (B, S, H) and returns a dict of tensors.
+    """
+    original_forward = model.forward
+
+    def forward(self, *args, loss_fn: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None, **kwargs):
+        if loss_fn is None:
+            return original_forward(*args, **kwargs)
+        return loss_fn(backbone(self)(*args, **kwargs, use_cache=False)[0])
+
+    # `generate` and the Trainer read the signature.
+    forward.__signature__ = original_forward.__signature__ if hasattr(original_forward, "__signature__") else None
+    forward.__wrapped__ = original_forward
+    if forward.__signature__ is None:
+        del forward.__signature__
+    model.forward = types.MethodType(forward, model)
+
+
+@torch.no_grad()
+def last_hidden_states(model: torch.nn.Module, unwrapped: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """The hidden states (B, S, H) that go into the head of `model`, called as it is wrapped; `unwrapped` is what is inside.
+    Nothing about the model is changed, and the head sees one position only."""
+    caught = []
+    hook = backbone(unwrapped).register_forward_hook(lambda module, args, output: caught.append(output[0]))
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return caught[0]

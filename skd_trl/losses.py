@@ -1,0 +1,414 @@
+"""Weighted distillation loss from both models' last hidden states: sum over positions of weight x divergence.
+
+Full logits `(N, V)` are never built. One pass goes over chunks of positions: logits of both heads, divergence, gate,
+statistics, and at once the gradient with respect to the student's hidden states and its trainable head, so that nothing
+is recomputed in backward. The caller chooses the positions (logits at t predict token t+1; prompts and padding have no
+business here) and divides by their number over the whole optimizer step.
+
+Shapes: N positions, V vocabulary, H hidden (each model its own), U uniforms per position.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .divergences import log_probs
+from .gates import Gate, TokenDistributions
+from .lm_head import LMHead
+
+
+@dataclass(frozen=True)
+class GateWeights:
+    """
+    Attributes:
+        weight (`Tensor` `(N,)`, fp32):
+            What each position's divergence is multiplied by; a constant, no gradient goes through it.
+        accepted (`Tensor` `(N,)`, bool):
+            What the gate said of the position, whatever became of its weight (a kept end of sequence, a warm-up).
+    """
+
+    weight: Tensor
+    accepted: Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per-position `(N,)`, detached: entropies in nats, `tv` the total variation between the models, negative
+    log-likelihoods of the labels in nats and whether the label is the student's argmax (these only if labels were given).
+    """
+
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    tv: Tensor
+    student_nll: Tensor | None = None
+    teacher_nll: Tensor | None = None
+    correct: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """
+    Attributes:
+        loss (`Tensor`, scalar, fp32):
+            Sum of weight x divergence over positions, not divided by anything; the only field with a gradient.
+        divergence (`Tensor` `(N,)`):
+            What was weighted: nats, or the negative log-likelihood at `nll_positions`.
+        weight (`Tensor` `(N,)`), accepted (`Tensor` `(N,)`, bool):
+            Ones and `True` without a gate.
+        statistics (`Statistics` or `None`):
+            `None` where they were not asked for.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    weight: Tensor
+    accepted: Tensor
+    statistics: Statistics | None
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    student_head: LMHead,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead,
+    *,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    gate: Gate | None = None,
+    weights: GateWeights | None = None,
+    labels: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    nll_positions: Tensor | None = None,
+    keep: Tensor | None = None,
+    vocab_size: int,
+    chunk_size: int | None = None,
+    statistics: bool = True,
+) -> DistillationLoss:
+    """
+    Weighted divergence between two models at N positions.
+
+    Differentiable (once) in `student_hidden` and the trainable tensors of `student_head`; the gradient is computed here,
+    not in backward, unless gradients are off. Head gradients are summed over chunks in fp32. Under ZeRO-3 or FSDP the
+    tensors of both heads must be whole during this call.
+
+    Args:
+        student_hidden (`Tensor` `(N, H)`), teacher_hidden (`Tensor` `(N, H')`):
+            Last hidden states at the positions that predict the response's tokens. N may be 0.
+        student_head, teacher_head (`LMHead`):
+            What makes logits of them.
+        divergence (`Divergence`):
+            An entry of `DIVERGENCES`, made; or any function of student and teacher logits `(N, V)` that returns `(N,)`.
+        gate (`Gate`, *optional*):
+            Weighs the positions, in the same pass (a gate over a population costs a pass more, see `gate_weights`).
+        weights (`GateWeights`, *optional*):
+            Weights known beforehand, instead of a gate.
+        labels (`Tensor` `(N,)`, *optional*):
+            The response's tokens, below `vocab_size`.
+        uniforms (`Tensor` `(N, U)`, *optional*):
+            The gate's noise, `U = gate.num_uniforms`.
+        nll_positions (`Tensor` `(N,)` bool, *optional*):
+            Where the student's negative log-likelihood of the label takes the divergence's place (CA-OPD, IPD). Weights
+            apply there too.
+        keep (`Tensor` `(N,)` bool, *optional*):
+            Where the weight is 1 whatever the gate says (ends of sequence).
+        vocab_size (`int`):
+            Tokens that both models share; logits beyond are cut before anything is computed.
+        chunk_size (`int`, *optional*):
+            Positions per chunk; default `default_chunk_size`.
+        statistics (`bool`, *optional*, defaults to `True`):
+            Whether to compute `Statistics`.
+
+    Raises:
+        `ValueError`: tensors of different lengths, both gate and weights, labels missing, logits of different widths.
+    """
+    if gate is not None and weights is not None:
+        raise ValueError("Both gate and weights were given, and either alone sets the weights; drop one of them.")
+    if nll_positions is not None and labels is None:
+        raise ValueError("nll_positions was given without labels, whose likelihood it asks for; pass labels.")
+    heads = _Heads.whole(student_head, teacher_head, vocab_size)
+    positions = _Positions(student_hidden, teacher_hidden, labels, uniforms, nll_positions, keep)
+    if gate is not None and gate.select is not None:
+        weights, gate = _gate_weights(positions, heads, gate, chunk_size), None
+    if weights is not None:
+        positions = replace(positions, weight=weights.weight.detach(), accepted=weights.accepted)
+    trainable = _trainable(student_hidden, student_head)
+    gradients = _Gradients(student_hidden, student_head, heads.student) if trainable else None
+
+    total = torch.zeros((), device=student_hidden.device)
+    columns = []
+    for rows in _chunks(len(student_hidden), vocab_size, chunk_size):
+        column = _chunk(positions.rows(rows), rows, heads, divergence, gate, statistics, gradients)
+        total = total + (column["weight"] * column["divergence"]).sum()
+        columns.append(column)
+    if trainable:
+        total = _AttachGradients.apply(total, gradients.of(trainable), *trainable)
+    return _assembled(total, columns)
+
+
+@torch.no_grad()
+def gate_weights(
+    student_hidden: Tensor,
+    student_head: LMHead,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead,
+    *,
+    gate: Gate,
+    labels: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    keep: Tensor | None = None,
+    vocab_size: int,
+    chunk_size: int | None = None,
+) -> GateWeights:
+    """
+    The weights alone, without gradient: for normalisers that need their sum before the first backward, and for gates that
+    compare positions with each other, whose population is the N positions given here. Arguments as `distillation_loss`.
+    """
+    heads = _Heads.whole(student_head, teacher_head, vocab_size)
+    positions = _Positions(student_hidden, teacher_hidden, labels, uniforms, None, keep)
+    return _gate_weights(positions, heads, gate, chunk_size)
+
+
+def default_chunk_size(vocab_size: int) -> int:
+    """Positions whose fp32 logits take about 64 MiB: large enough for a head's matrix product to run at full speed."""
+    return max(1, 64 * 2**20 // (4 * vocab_size))
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Both heads cut to the shared vocabulary."""
+
+    student: LMHead
+    teacher: LMHead
+    vocab_size: int
+
+    @classmethod
+    def whole(cls, student: LMHead, teacher: LMHead, vocab_size: int) -> "_Heads":
+        for name, head in (("student", student), ("teacher", teacher)):
+            if head.weight is not None and len(head.weight) < vocab_size:
+                raise ValueError(
+                    f"The {name}'s head has {len(head.weight)} rows, fewer than vocab_size={vocab_size}: either its "
+                    f"weight is a shard and has to be gathered around the loss, or vocab_size exceeds what both share."
+                )
+        return cls(student.prepared(vocab_size), teacher.prepared(vocab_size), vocab_size)
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Everything that has a row per position."""
+
+    student_hidden: Tensor
+    teacher_hidden: Tensor
+    labels: Tensor | None
+    uniforms: Tensor | None
+    nll_positions: Tensor | None
+    keep: Tensor | None
+    weight: Tensor | None = None
+    accepted: Tensor | None = None
+
+    def __post_init__(self):
+        lengths = {name: len(value) for name, value in self._given().items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"Rows per tensor are {lengths}, but each row is one position; select the same positions."
+            )
+
+    def rows(self, rows: slice) -> "_Positions":
+        return replace(self, **{name: value[rows] for name, value in self._given().items()})
+
+    def _given(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class _Gradients:
+    """Sums the gradients of the student's hidden states and trainable head tensors over chunks."""
+
+    def __init__(self, hidden: Tensor, head: LMHead, prepared: LMHead):
+        self.head, self.prepared = head, prepared
+        self.hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
+        self.parameters = {
+            id(parameter): torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            for parameter in head.trainable_parameters()
+        }
+
+    def add(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
+        """Takes the chunk's raw logits, with their graph where the head is a module, and the loss's gradient to them."""
+        if self.head.module is not None:
+            self._add_through_module(rows, hidden, raw, raw_gradient)
+            return
+        weight, bias = self.prepared.weight, self.head.bias
+        if self.hidden is not None:
+            self.hidden[rows] = raw_gradient @ weight
+        if (sum_ := self.parameters.get(id(self.head.weight))) is not None:
+            _add_product(sum_[: len(weight)], raw_gradient.T, hidden.to(raw_gradient.dtype))
+        if bias is not None and (sum_ := self.parameters.get(id(bias))) is not None:
+            sum_[: len(weight)] += raw_gradient.sum(0, dtype=sum_.dtype)
+
+    def _add_through_module(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
+        parameters = self.head.trainable_parameters()
+        hidden_gradient, *gradients = torch.autograd.grad(raw, [hidden, *parameters], raw_gradient, allow_unused=True)
+        if self.hidden is not None:
+            self.hidden[rows] = hidden_gradient
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                self.parameters[id(parameter)] += gradient
+
+    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The sums, in the order and types of `tensors` (the hidden states and parameters they belong to)."""
+        return [self.parameters.get(id(tensor), self.hidden).to(tensor.dtype) for tensor in tensors]
+
+
+class _AttachGradients(torch.autograd.Function):
+    """Gives a loss the gradients that were computed along with it."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_gradient: Tensor):
+        return None, None, *(gradient * loss_gradient for gradient in ctx.saved_tensors)
+
+
+def _trainable(student_hidden: Tensor, student_head: LMHead) -> list[Tensor]:
+    if not torch.is_grad_enabled():
+        return []
+    hidden = [student_hidden] if student_hidden.requires_grad else []
+    return hidden + student_head.trainable_parameters()
+
+
+def _chunks(num_positions: int, vocab_size: int, chunk_size: int | None) -> Iterator[slice]:
+    size = default_chunk_size(vocab_size) if chunk_size is None else chunk_size
+    if size < 1:
+        raise ValueError(f"chunk_size={size} holds no position, so the loss would never end; use 1 or more.")
+    # At least one chunk, empty if need be: a batch without a position then gives zeros of the right types and shapes.
+    for start in range(0, max(num_positions, 1), size):
+        yield slice(start, start + size)
+
+
+def _chunk(
+    chunk: _Positions,
+    rows: slice,
+    heads: _Heads,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    gate: Gate | None,
+    statistics: bool,
+    gradients: _Gradients | None,
+) -> dict[str, Tensor]:
+    """Everything about one chunk; its tensors of vocabulary width die with this function."""
+    learning = gradients is not None
+    through_module = learning and heads.student.module is not None
+    with torch.set_grad_enabled(through_module):
+        hidden = chunk.student_hidden.detach().requires_grad_(through_module)
+        raw = heads.student.project(hidden, heads.vocab_size)
+    raw_leaf = raw.detach().requires_grad_(learning)
+    raw_teacher = _raw_teacher_logits(chunk, heads)
+    # Autocast would take some of the reductions to bf16.
+    with torch.autocast(raw.device.type, enabled=False), torch.set_grad_enabled(learning):
+        student_logits = heads.student.shape_logits(raw_leaf)
+        student_log_probs = log_probs(student_logits)
+        distributions = _distributions(student_logits, student_log_probs, heads.teacher.shape_logits(raw_teacher))
+        weights = _weights_of_chunk(chunk, distributions, gate)
+        values = _per_position_loss(student_log_probs, distributions.teacher_log_probs, divergence, chunk)
+        if learning:
+            (raw_gradient,) = torch.autograd.grad(values, raw_leaf, weights.weight.to(values.dtype))
+    if learning:
+        gradients.add(rows, hidden, raw, raw_gradient)
+    column = {"divergence": values.detach(), "weight": weights.weight, "accepted": weights.accepted}
+    if statistics:
+        column |= _statistics(distributions, chunk.labels)
+    return column
+
+
+@torch.no_grad()
+def _raw_teacher_logits(chunk: _Positions, heads: _Heads) -> Tensor:
+    return heads.teacher.project(chunk.teacher_hidden, heads.vocab_size)
+
+
+@torch.no_grad()
+def _distributions(student_logits: Tensor, student_log_probs: Tensor, teacher_logits: Tensor) -> TokenDistributions:
+    return TokenDistributions(
+        student_logits.detach(), teacher_logits, student_log_probs.detach(), log_probs(teacher_logits)
+    )
+
+
+def _weights_of_chunk(chunk: _Positions, distributions: TokenDistributions, gate: Gate | None) -> GateWeights:
+    if chunk.weight is not None:
+        return GateWeights(_kept(chunk.weight, chunk.keep), chunk.accepted)
+    if gate is None:
+        ones = torch.ones(len(chunk.student_hidden), device=chunk.student_hidden.device)
+        return GateWeights(ones, ones.bool())
+    with torch.no_grad():
+        return _gated(gate, gate.scores(distributions, chunk.labels, chunk.uniforms), chunk.keep)
+
+
+def _gated(gate: Gate, scores: Tensor, keep: Tensor | None) -> GateWeights:
+    acceptance = gate.acceptance(scores)
+    return GateWeights(_kept(gate.weight(acceptance), keep), acceptance >= 0.5)
+
+
+def _kept(weight: Tensor, keep: Tensor | None) -> Tensor:
+    return weight if keep is None else weight.masked_fill(keep, 1.0)
+
+
+def _per_position_loss(
+    student_log_probs: Tensor, teacher_log_probs: Tensor, divergence: Callable, chunk: _Positions
+) -> Tensor:
+    # Log-probabilities are logits too, so a plain function of logits only costs a second log-softmax.
+    values = getattr(divergence, "from_log_probs", divergence)(student_log_probs, teacher_log_probs)
+    if chunk.nll_positions is None:
+        return values
+    return torch.where(chunk.nll_positions, -_at(student_log_probs, chunk.labels), values)
+
+
+@torch.no_grad()
+def _statistics(distributions: TokenDistributions, labels: Tensor | None) -> dict[str, Tensor]:
+    column = {
+        "student_entropy": distributions.student_entropy,
+        "teacher_entropy": distributions.teacher_entropy,
+        "tv": distributions.total_variation,
+    }
+    if labels is None:
+        return column
+    return column | {
+        "student_nll": -_at(distributions.student_log_probs, labels),
+        "teacher_nll": -_at(distributions.teacher_log_probs, labels),
+        "correct": distributions.student_argmax == labels,
+    }
+
+
+def _assembled(total: Tensor, columns: list[dict[str, Tensor]]) -> DistillationLoss:
+    table = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+    own = {name: table.pop(name) for name in ("divergence", "weight", "accepted")}
+    statistics = Statistics(**table) if table else None
+    return DistillationLoss(loss=total, **own, statistics=statistics)
+
+
+def _gate_weights(positions: _Positions, heads: _Heads, gate: Gate, chunk_size: int | None) -> GateWeights:
+    scores = []
+    with torch.no_grad():
+        for rows in _chunks(len(positions.student_hidden), heads.vocab_size, chunk_size):
+            chunk = positions.rows(rows)
+            raw = heads.student.project(chunk.student_hidden, heads.vocab_size)
+            raw_teacher = _raw_teacher_logits(chunk, heads)
+            with torch.autocast(raw.device.type, enabled=False):
+                student_logits = heads.student.shape_logits(raw)
+                distributions = TokenDistributions.from_logits(student_logits, heads.teacher.shape_logits(raw_teacher))
+                scores.append(gate.scores(distributions, chunk.labels, chunk.uniforms))
+        return _gated(gate, torch.cat(scores), positions.keep)
+
+
+def _at(log_probs: Tensor, labels: Tensor) -> Tensor:
+    return log_probs.gather(-1, labels[:, None]).squeeze(-1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        # Each product in the model's type, at its speed; only the sum over chunks needs more digits.
+        total += left @ right

@@ -1,0 +1,56 @@
+"""Metrics as sums: exact averages over tokens, micro-batches, steps and ranks, at the cost of one reduction per log.
+
+An average of averages weighs a short response's tokens more than a long one's. Here every metric is a pair of sums,
+numerator and denominator, kept on the device and divided once, when the trainer logs.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+
+
+class RatioMetrics:
+    """Sums of numerators and denominators by name.
+
+    Args:
+        names: all the names that may ever be added. Ranks reduce in this order, whatever each of them has seen.
+    """
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, list] = {}
+
+    def add(self, name: str, numerator: torch.Tensor | float, denominator: torch.Tensor | float = 1.0) -> None:
+        """Adds to the sums of `name`; tensors are scalars and are not waited for."""
+        if name not in self.names:
+            raise KeyError(f"{name!r} is not one of the declared metrics {self.names}.")
+        sums = self.sums.setdefault(name, [0.0, 0.0])
+        sums[0] = sums[0] + numerator
+        sums[1] = sums[1] + denominator
+
+    def add_mean(self, name: str, values: torch.Tensor) -> None:
+        """Adds values whose mean is the metric, e.g. one per token."""
+        self.add(name, values.float().sum(), float(values.numel()))
+
+    def compute(self, accelerator: Accelerator) -> dict[str, float]:
+        """Ratios over all ranks of what was added since the last time; collective. Names without data are left out."""
+        table = torch.zeros(len(self.names), 2, dtype=torch.float64)
+        for i, name in enumerate(self.names):
+            table[i] = torch.tensor([float(value) for value in self.sums.get(name, (0.0, 0.0))], dtype=torch.float64)
+        device = accelerator.device
+        table = table.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        table = accelerator.reduce(table, reduction="sum").cpu()
+        self.reset()
+        return {
+            name: (numerator / denominator).item()
+            for name, (numerator, denominator) in zip(self.names, table, strict=True)
+            if denominator != 0
+        }
+
+
+def with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in metrics.items()}

@@ -1,0 +1,239 @@
+"""A key/value cache in which every row has its own length, and the decoder that runs a model on it.
+
+Slot = logical position: a row writes the keys and values of the token at position `p` into slot `p` of a preallocated
+buffer. Going back is therefore free (the row's length is lowered; what lies beyond it is masked, then overwritten), no
+keys or values are ever realigned, and sliding windows stay windows of positions. What transformers needs for this is
+a small `CacheLayerMixin` and an explicit 4D mask, `slot <= position`, one for each kind of layer.
+
+Shapes: B rows of the cache, N rows of one forward, Q new tokens of each of these rows, L slots, H hidden, V vocabulary.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+
+# Attention that can be expressed as a 4D mask over slots. Everything else is refused by `check_decoder`.
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class RaggedDecoder:
+    """Runs a decoder-only model of transformers on rows of different lengths, with going back for free.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or a `PeftModel` around one):
+            Any causal language model whose layers use full or sliding-window attention.
+        num_rows (`int`):
+            B, how many rows the cache holds.
+        num_slots (`int`):
+            L, the longest sequence of positions a row can have.
+
+    Raises:
+        `ValueError`: if the model cannot be run on such a cache (see [`check_decoder`]).
+    """
+
+    def __init__(self, model: nn.Module, num_rows: int, num_slots: int):
+        check_decoder(model)
+        self.model = model
+        self.num_slots = num_slots
+        self.window = _Window()
+        config = model.config.get_text_config()
+        self.layers = [RaggedLayer(num_rows, num_slots, self.window) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=self.layers)
+        self.spans = _attention_spans(config)
+        self.attn_implementation = sampling_attention(model)
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        first_row: int = 0,
+        num_slots_in_use: int | None = None,
+        last_logits_only: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feeds `tokens` (N, Q) at `positions` (N, Q) to the rows from `first_row` on, attending to earlier slots.
+
+        `num_slots_in_use` is an upper bound, known without asking the device, of the highest position plus one: the
+        attention reads no slot beyond it. `last_logits_only` saves the head's work in a prefill.
+
+        Returns the last hidden states, the input of the language-model head, (N, Q, H), and the logits (N, Q, V);
+        with `last_logits_only` these are (N, 1, H) and (N, 1, V).
+        """
+        num_slots_in_use = min(num_slots_in_use or self.num_slots, self.num_slots)
+        self.window.set(first_row, positions, num_slots_in_use)
+        slots = torch.arange(num_slots_in_use, device=positions.device)
+        distance = positions[:, None, :, None] - slots  # (N, 1, Q, L)
+        masks = {
+            kind: self._mask((distance >= 0) if span is None else (distance >= 0) & (distance < span))
+            for kind, span in self.spans.items()
+        }
+        with attention_implementation(self.model, self.attn_implementation), _HeadInput(self.model) as head_input:
+            logits = self.model(
+                input_ids=tokens,
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                **({"logits_to_keep": 1} if last_logits_only else {}),
+            ).logits
+        return head_input.value, logits
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copies row `source` of the cache over row `target`: how a finished row's place is given to a live one."""
+        for layer in self.layers:
+            layer.move_row(source, target)
+
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
+        # Eager attention adds its mask to the scores: a boolean one would be added as 0 and 1, silently wrong.
+        if self.attn_implementation == "eager":
+            dtype = self.model.dtype
+            return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+                ~visible, torch.finfo(dtype).min
+            )
+        return visible
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer, (B, heads, L, head size), written at (row, position) of the current forward."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, num_rows: int, num_slots: int, window: "_Window"):
+        super().__init__()
+        self.num_rows, self.num_slots, self.window = num_rows, num_slots, window
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Zeros, not empty: a masked slot's probability is 0, and 0 x NaN is NaN.
+        self.keys, self.values = (
+            states.new_zeros(self.num_rows, states.shape[1], self.num_slots, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        row, column, stop = self.window.rows, self.window.positions, self.window.num_slots_in_use
+        here = slice(self.window.first_row, self.window.first_row + key_states.shape[0])
+        self.keys[row, :, column] = key_states.transpose(1, 2).to(self.dtype)
+        self.values[row, :, column] = value_states.transpose(1, 2).to(self.dtype)
+        return self.keys[here, :, :stop], self.values[here, :, :stop]
+
+    def move_row(self, source: int, target: int) -> None:
+        if self.is_initialized:
+            self.keys[target] = self.keys[source]
+            self.values[target] = self.values[source]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.window.num_slots_in_use, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # rows differ: positions and masks are always given
+
+    def get_max_length(self) -> int:
+        return self.num_slots
+
+
+@dataclass
+class _Window:
+    """Where the current forward reads and writes; shared by all layers of one cache."""
+
+    first_row: int = 0
+    num_slots_in_use: int = 0
+    rows: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+    def set(self, first_row: int, positions: torch.Tensor, num_slots_in_use: int) -> None:
+        self.first_row, self.positions, self.num_slots_in_use = first_row, positions, num_slots_in_use
+        self.rows = torch.arange(first_row, first_row + positions.shape[0], device=positions.device)[:, None]
+
+
+class _HeadInput:
+    """Catches what goes into the language-model head during one forward, whatever the model calls its parts."""
+
+    def __init__(self, model: nn.Module):
+        self.head = model.get_output_embeddings()
+
+    def __enter__(self) -> "_HeadInput":
+        self.handle = self.head.register_forward_pre_hook(self._keep)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.handle.remove()
+
+    def _keep(self, module: nn.Module, args: tuple) -> None:
+        self.value = args[0]
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Raises `ValueError` if `model` cannot be sampled from on a [`RaggedDecoder`], saying why and what can be done."""
+    config = model.config.get_text_config()
+    name = f"{type(model).__name__} (model_type={config.model_type!r})"
+    way_out = (
+        "Use a decoder-only model with full or sliding-window attention, or train on given texts with "
+        "rollout='dataset', which needs no sampling."
+    )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; its prompt is not part of the decoder's sequence. {way_out}")
+    if getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"{name} has recurrent or linear-attention layers, whose state cannot go back to an earlier token when a "
+            f"draft is rejected. {way_out}"
+        )
+    unknown = set(getattr(config, "layer_types", None) or []) - {FULL, SLIDING}
+    if unknown:
+        raise ValueError(
+            f"{name} has layers of kind {sorted(unknown)}, which a mask over slots cannot express. {way_out}"
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language-model head (get_output_embeddings() is None). {way_out}")
+    peft_config = getattr(model, "active_peft_config", None)
+    if peft_config is not None and peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{name} has a prompt-learning adapter ({peft_config.peft_type}), whose virtual tokens shift every "
+            "position. Use LoRA or another adapter that leaves the sequence as it is."
+        )
+
+
+def sampling_attention(model: nn.Module) -> str:
+    """The attention implementation to sample with: the model's own where it takes a 4D mask, else SDPA, else eager."""
+    current = model.config.get_text_config()._attn_implementation
+    if current in ("sdpa", "eager"):
+        return current
+    # Flash and flex attention take no 4D mask. SDPA knows no soft-capping of scores.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    softcaps = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if getattr(base, "_supports_sdpa", False) and not softcaps else "eager"
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str):
+    """Runs `model` with another attention implementation for a while; the configs are put back as they were."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    if all(implementation == name for implementation in before.values()):
+        yield
+        return
+    try:
+        for config in configs.values():
+            config._attn_implementation = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+def _attention_spans(config) -> dict[str, int | None]:
+    """How many positions back each kind of layer sees: `None` is all of them."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # one kind of layer: its window, if any, holds everywhere
+        return {FULL: None} if window is None else {SLIDING: window}
+    return {kind: window if kind == SLIDING else None for kind in dict.fromkeys(kinds)}

@@ -1,0 +1,259 @@
+"""Interleaved sampling: student and teacher write a text together (SKD, Xu et al., ICLR 2025, arXiv 2410.11325).
+
+Algorithm 1 of the paper, for a whole batch and in blocks: drafting G tokens before the teacher looks changes the cost,
+never the distribution of the text. This module knows no trainer and no configuration object.
+
+Shapes: B prompts, N rows being written, P prompt, T response (at most `max_new_tokens`), G draft, V vocabulary, H hidden.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from .acceptance import AcceptanceRule, Draft
+from .ragged_cache import RaggedDecoder
+from .rollout import Rollout, Rows
+from .sampling_params import SamplingParams, draw, draw_from_probs
+
+
+# What the three uniform numbers of each response position decide.
+STUDENT_DRAW, ACCEPT_COIN, TEACHER_DRAW = range(3)
+
+
+@torch.no_grad()
+def interleaved_sample(
+    student: nn.Module,
+    teacher: nn.Module,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    *,
+    accept: AcceptanceRule,
+    num_draft_tokens: int = 5,
+    max_new_tokens: int,
+    eos_token_ids: Iterable[int],
+    pad_token_id: int,
+    student_sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+    teacher_sampling: SamplingParams = SamplingParams(),  # noqa: B008
+    generator: torch.Generator | None = None,
+    uniforms: torch.Tensor | None = None,
+    max_rows: int | None = None,
+    vocab_size: int | None = None,
+    agree: Callable[[int, int], tuple[int, int]] | None = None,
+) -> Rollout:
+    """Samples one response for each prompt, interleaving the two models.
+
+    Until every row is finished:
+      1. admit waiting prompts into free places of the cache and prefill both models;
+      2. draft: the student proposes G tokens, one forward each;
+      3. verify: the teacher runs once on G inputs, the last committed token and the first G-1 proposals;
+      4. judge: the leading run of accepted proposals stands;
+      5. replace the first rejected one by a draw from the teacher's row at that place (what follows it is dropped);
+      6. commit; a row ends at an end-of-sequence token of either model or at `max_new_tokens`.
+    A fully accepted block gets no extra token from the teacher: the share of teacher tokens would then depend on G.
+
+    Args:
+        student, teacher: causal language models of transformers (or PEFT models around one), unwrapped. They run in
+            eval mode; each module's mode is put back afterwards.
+        prompt_ids, prompt_mask (`torch.LongTensor` of shape `(B, P)`): left-padded prompts.
+        accept ([`AcceptanceRule`]): such as `ACCEPTANCE_RULES["top_k"](k=25)`.
+        num_draft_tokens (`int`): G. Changes the cost only.
+        eos_token_ids: any of these ends a row; give those of both models.
+        student_sampling, teacher_sampling ([`SamplingParams`]): how the draws are shaped. Rules judge raw logits.
+        generator (`torch.Generator`): where the noise comes from; the global one if `None`.
+        uniforms (`torch.Tensor` of shape `(B, max_new_tokens, 3)`): the noise itself, in [0, 1), instead of `generator`:
+            for each row and position the student's draw, the rule's coin and the teacher's draw. A row's text depends
+            on its own noise only, neither on its neighbours nor on G.
+        max_rows (`int`): how many rows are written at once; freed places are refilled. All of them if `None`.
+        vocab_size (`int`): how many ids both models share, if their heads are padded to different widths.
+        agree: for models whose forward is collective. Called at every round with (prompts to admit, draft length); has to
+            return the maximum over all ranks, which then run the same forwards: idle ones where they have nothing to do.
+
+    Raises:
+        `ValueError`: for models, prompts or numbers that cannot work; the message names the row or the argument.
+    """
+    vocab_size = _check(
+        student, teacher, prompt_ids, prompt_mask, num_draft_tokens, max_new_tokens, vocab_size, max_rows
+    )
+    rows = Rows(prompt_ids, prompt_mask, max_new_tokens, num_draft_tokens, eos_token_ids)
+    if uniforms is None:
+        device = generator.device if generator is not None else prompt_ids.device
+        uniforms = torch.rand((len(prompt_ids), max_new_tokens, 3), generator=generator, device=device)
+    uniforms = uniforms.to(prompt_ids.device)
+    num_places = min(max_rows or len(prompt_ids), len(prompt_ids))
+    with ExitStack() as stack:
+        decoders = []
+        for model, takes_part in ((student, accept.drafts), (teacher, accept.judges)):
+            stack.enter_context(eval_mode(model))
+            decoders.append(_Participant(model, num_places, rows.num_slots, vocab_size) if takes_part else None)
+        student_decoder, teacher_decoder = decoders
+        while True:
+            num_admitted, num_draft = rows.num_admissible(num_places), rows.draft_length(num_places, accept.drafts)
+            if agree is not None:
+                num_admitted, num_draft = agree(num_admitted, num_draft)
+            if num_draft == 0:
+                return rows.rollout(prompt_ids, prompt_mask, pad_token_id, accept)
+            if num_admitted > 0:
+                _admit(decoders, rows, num_places)
+            if not rows.live:
+                _idle(decoders, num_draft)
+                continue
+            noise = rows.at_block(uniforms, num_draft)  # (N, G, 3)
+            tokens, student_logits = _draft(student_decoder, rows, num_draft, student_sampling, noise, accept)
+            hidden, teacher_logits = _verify(teacher_decoder, rows, tokens, student_decoder)
+            draft = Draft(
+                tokens, student_logits, teacher_logits, student_sampling, teacher_sampling, noise[..., ACCEPT_COIN]
+            )
+            num_leading = _judge(accept, draft)
+            block = _replace(accept, draft, num_leading, noise[..., TEACHER_DRAW])
+            freed = rows.commit(block, num_leading, draft, hidden, accept)
+            for decoder in filter(None, decoders):
+                decoder.close_gaps(freed)
+
+
+def _admit(decoders: "list[_Participant | None]", rows: Rows, num_places: int) -> None:
+    """Gives free places of the cache to waiting prompts and runs both models over all but their last token."""
+    first_row, tokens = rows.admit(num_places)
+    for decoder in filter(None, decoders):
+        if tokens.numel() == 0:
+            decoder.idle()
+        else:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            decoder(tokens, positions, first_row=first_row, num_slots_in_use=tokens.shape[1], last_logits_only=True)
+
+
+def _idle(decoders: "list[_Participant | None]", num_draft: int) -> None:
+    """The forwards of one round, without rows: other ranks wait for them."""
+    student_decoder, teacher_decoder = decoders
+    for _ in range(num_draft if student_decoder is not None else 0):
+        student_decoder.idle()
+    if teacher_decoder is not None:
+        teacher_decoder.idle()
+
+
+def _draft(
+    decoder: "_Participant | None", rows: Rows, num_draft: int, sampling: SamplingParams, noise, accept: AcceptanceRule
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The student's proposals (N, G), one forward each, without waiting for the device; its logits if the rule asks."""
+    if decoder is None:
+        return rows.last[rows.ids][:, None], None
+    tokens, logits = [rows.last[rows.ids]], []
+    for g in range(num_draft):
+        positions = rows.positions(g, 1)
+        _, row = decoder(tokens[-1][:, None], positions, num_slots_in_use=rows.longest + g)
+        tokens.append(draw(row[:, 0], sampling, noise[:, g, STUDENT_DRAW]))
+        logits.append(row)
+    return torch.stack(tokens[1:], dim=1), torch.cat(logits, dim=1) if accept.needs_student else None
+
+
+def _verify(
+    decoder: "_Participant | None", rows: Rows, tokens: torch.Tensor, student_decoder: "_Participant | None"
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The teacher's hidden states (N, G, H) and logits (N, G, V) that judge the proposals, in one forward."""
+    if decoder is None:
+        return None, None
+    last = rows.last[rows.ids][:, None]
+    inputs = torch.cat([last, tokens[:, :-1]], dim=1)
+    return decoder(inputs, rows.positions(0, inputs.shape[1]), num_slots_in_use=rows.longest + inputs.shape[1] - 1)
+
+
+def _judge(accept: AcceptanceRule, draft: Draft) -> torch.Tensor:
+    """How many leading proposals of each row are accepted (N,), 0 to G."""
+    return accept(draft).long().cumprod(dim=-1).sum(dim=-1)
+
+
+def _replace(accept: AcceptanceRule, draft: Draft, num_leading: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The block (N, G) with the first rejected proposal replaced; unchanged where all were accepted."""
+    if not accept.judges:
+        return draft.tokens
+    column = num_leading.clamp(max=draft.tokens.shape[1] - 1)[:, None]
+    at_column = draft.column(column)
+    drawn = draw_from_probs(accept.replacement_probs(at_column).squeeze(1), noise.gather(1, column).squeeze(1))
+    is_rejected = torch.arange(draft.tokens.shape[1], device=column.device) == num_leading[:, None]
+    return torch.where(is_rejected, drawn[:, None], draft.tokens)
+
+
+class _Participant(RaggedDecoder):
+    """A decoder that answers with the shared part of the vocabulary and knows how to do nothing."""
+
+    def __init__(self, model: nn.Module, num_rows: int, num_slots: int, vocab_size: int):
+        super().__init__(model, num_rows, num_slots)
+        self.vocab_size = vocab_size
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, logits = super().__call__(tokens, positions, **kwargs)
+        return hidden, logits[..., : self.vocab_size]
+
+    def idle(self) -> None:
+        device = next(self.model.parameters()).device
+        self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+
+    def close_gaps(self, moves: list[tuple[int, int]]) -> None:
+        for source, target in moves:
+            self.move_row(source, target)
+
+
+@contextmanager
+def eval_mode(model: nn.Module):
+    """Eval mode for a while, with each module's own mode put back. In training mode dropout would act, and layers with
+    gradient checkpointing would silently drop the cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check(student, teacher, prompt_ids, prompt_mask, num_draft_tokens, max_new_tokens, vocab_size, max_rows) -> int:
+    for name, value in (
+        ("num_draft_tokens", num_draft_tokens),
+        ("max_new_tokens", max_new_tokens),
+        ("max_rows", max_rows or 1),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape or len(prompt_ids) == 0:
+        raise ValueError(
+            f"prompt_ids {tuple(prompt_ids.shape)} and prompt_mask {tuple(prompt_mask.shape)} must both be (B, P), B > 0."
+        )
+    lengths = prompt_mask.sum(dim=1)
+    empty = (lengths == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"Prompts {empty} are empty: there is nothing to continue. Give each at least one token.")
+    left_padded = prompt_mask.bool() == (
+        torch.arange(prompt_ids.shape[1], device=prompt_ids.device) >= prompt_ids.shape[1] - lengths[:, None]
+    )
+    if not bool(left_padded.all()):
+        rows = (~left_padded.all(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"Prompts {rows} are not left-padded (1s of prompt_mask must stand at the right). Pad on the left."
+        )
+    widths = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        config = model.config.get_text_config()
+        widths[name] = config.vocab_size
+        room = getattr(config, "max_position_embeddings", None)
+        longest = int(lengths.max())
+        if room is not None and longest + max_new_tokens > room:
+            raise ValueError(
+                f"The longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} it needs "
+                f"{longest + max_new_tokens} positions, but the {name} has {room}. Shorten prompts or max_new_tokens."
+            )
+    if vocab_size is None and widths["student"] != widths["teacher"]:
+        raise ValueError(
+            f"The student's vocabulary has {widths['student']} entries and the teacher's {widths['teacher']}. If both use "
+            "the same tokenizer and their heads are only padded differently, pass vocab_size, the number of ids they share."
+        )
+    vocab_size = min(widths.values()) if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= min(widths.values()):
+        raise ValueError(
+            f"vocab_size={vocab_size} must be between 1 and {min(widths.values())}, what both models have."
+        )
+    if int((prompt_ids * prompt_mask).max()) >= vocab_size:
+        raise ValueError(
+            f"A prompt holds token id {int((prompt_ids * prompt_mask).max())}, beyond the {vocab_size} ids both models share."
+        )
+    return vocab_size

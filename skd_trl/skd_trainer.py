@@ -1,0 +1,432 @@
+"""`SKDTrainer`: GKDTrainer with interleaved sampling and a loss that counts what it is trained on.
+
+Glue: who writes the responses is `sampler.py`, what they cost is `losses.py`, rows are `data.py`, ranks are
+`distributed.py`. Shapes: B rows of a micro-batch, P prompt, T response, N response tokens of a micro-batch, H hidden.
+"""
+
+import copy
+import textwrap
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+
+from ._compat import GKDTrainer, get_config_model_id
+from .collator import DataCollatorForDistillation
+from .completions import completion_records, print_completions, save_completions
+from .data import prepare_dataset
+from .distributed import (
+    agree_on_maximum,
+    is_sharded,
+    keyed_generator,
+    prepare_teacher,
+    student_for_sampling,
+    whole_head,
+)
+from .hidden_states import add_loss_forward, last_hidden_states
+from .lm_head import LMHead
+from .losses import DistillationLoss, distillation_loss
+from .metrics import RatioMetrics, with_prefix
+from .models import disable_dropout, load_pair, pad_token_id
+from .ragged_cache import check_decoder
+from .rollout import Rollout
+from .sampler import eval_mode, interleaved_sample
+from .skd_config import SKDConfig
+from .vocabulary import check_vocabularies, describe_end_of_sequence_difference, end_of_sequence_ids
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = get_logger(__name__)
+
+METRICS = (
+    "acceptance_rate",
+    "replaced_share",
+    "teacher_rank",
+    "tokens_per_round",
+    "response_length",
+    "truncated_share",
+    "student_entropy",
+    "teacher_entropy",
+    "sampling_seconds",
+    "training_seconds",
+    "tokens_per_second",
+    "skipped_rows",
+)
+
+
+class SKDTrainer(GKDTrainer):
+    """
+    Trainer for Speculative Knowledge Distillation (SKD) of language models.
+
+    For details, see the paper: [Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved
+    Sampling](https://huggingface.co/papers/2410.11325) (ICLR 2025).
+
+    The changes with respect to [`~trl.experimental.gkd.GKDTrainer`] are: the responses of a whole optimizer step are
+    sampled before its first backward, by student and teacher together; the loss reuses the teacher's hidden states from
+    that sampling, never builds full logits, and divides by the number of response tokens it is computed on, over all
+    micro-batches and processes. Whatever the inherited arguments do there they do here.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The teacher, or its name or path, loaded with `args.teacher_model_init_kwargs`. Defaults to
+            `args.teacher_model_name_or_path`.
+        args ([`SKDConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Makes batches of prepared rows; defaults to [`DataCollatorForDistillation`].
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `messages`, with `prompt` and `completion`, or with `prompt` alone (enough where every response is
+            sampled); each a text or a conversation.
+        eval_dataset (the same, or a `dict` of them, *optional*):
+            Evaluated on reference responses.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's tokenizer, which the teacher has to share. If `None`, loaded from the student's name.
+        compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics:
+            As in [`~transformers.Trainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train instead of the whole student.
+        formatting_func (`Callable`, *optional*):
+            Turns a row of the data set into one of the forms above.
+
+    Raises:
+        `ValueError`: for models, rows or settings that cannot work together, before training starts.
+    """
+
+    _tag_names = ["trl", "skd"]
+    _name = "SKD"
+    _paper = {
+        "title": "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling",
+        "id": "2410.11325",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{xu2025speculative,
+                title     = {{Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling}},
+                author    = {Wenda Xu and Rujun Han and Zifeng Wang and Long Le and Dhruv Madeka and Lei Li and William Yang Wang and Rishabh Agarwal and Chen-Yu Lee and Tomas Pfister},
+                booktitle = {The Thirteenth International Conference on Learning Representations, {ICLR} 2025},
+                year      = 2025,
+            }"""),  # noqa: E501
+    }
+    _config_class = SKDConfig
+    _metric_names: tuple[str, ...] = METRICS
+    # `compute_loss` divides by the tokens of the whole optimizer step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        args: SKDConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        peft_config: "PeftConfig | None" = None,
+        formatting_func: Callable | None = None,
+    ):
+        args = self._own_arguments(args, model, train_dataset)
+        student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
+        self._samples = args.rollout != "dataset" and args.lmbda > 0
+        if self._samples or args.seq_kd:
+            check_decoder(student)
+            check_decoder(teacher)
+        self.vocab_size = check_vocabularies(student, teacher, tokenizer)
+        self.eos_token_ids = end_of_sequence_ids(student, teacher, tokenizer)
+        difference = describe_end_of_sequence_difference(student, teacher, tokenizer)
+        if difference:
+            logger.warning(difference)
+        self._prepare = partial(
+            prepare_dataset,
+            tokenizer=tokenizer,
+            max_prompt_length=_room_for_prompts(args, student, teacher),
+            max_response_length=args.response_limit,
+            eos_token_ids=self.eos_token_ids,
+            num_proc=args.dataset_num_proc,
+            chat_template_kwargs=args.chat_template_kwargs,
+            formatting_func=formatting_func,
+        )
+        self._needs_references = args.rollout == "dataset" or (args.lmbda < 1 and not args.seq_kd)
+        train_dataset = self._prepare(train_dataset, needs_response=self._needs_references, name="train")
+        eval_dataset = self._prepare_eval(eval_dataset)
+
+        # GKDTrainer's own __init__ is passed over: it changes `args`, refuses padded vocabularies and missing arguments,
+        # replaces LoRA's dropout by none, and leaves the teacher whole on every rank under FSDP. What it sets up is below.
+        super(GKDTrainer, self).__init__(
+            student,
+            args=args,
+            data_collator=data_collator
+            or DataCollatorForDistillation(pad_token_id(tokenizer), args.pad_to_multiple_of),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+        )
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
+        self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
+        self.divergence = args.make_divergence()
+        add_loss_forward(self._inner_student())
+        _verify_heads(self._inner_student(), teacher)
+        self._inner_teacher = teacher
+        self.teacher_model = prepare_teacher(teacher, self.accelerator)
+        self._ratios = {mode: RatioMetrics(self._metric_names) for mode in ("train", "eval")}
+        self._records: list[dict] = []
+
+    def _own_arguments(self, args, model, train_dataset) -> SKDConfig:
+        """A copy of `args` that the trainer may change; the caller's stays as it was."""
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self._config_class(f"{name.split('/')[-1] or 'student'}-{self._name}")
+        if not isinstance(args, self._config_class):
+            raise TypeError(
+                f"args is a {type(args).__name__}; {type(self).__name__} needs a {self._config_class.__name__} (the other "
+                "has no fields for sampling). Construct one with the same values."
+            )
+        args = copy.copy(args)
+        for name in ("dataset_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"):
+            setattr(args, name, copy.deepcopy(getattr(args, name)))
+        args.remove_unused_columns = False
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        if isinstance(train_dataset, IterableDataset):
+            # Each rank collates its own rows: batches of different widths could not be concatenated and sent around.
+            args.accelerator_config.dispatch_batches = False
+        return args
+
+    def _prepare_eval(self, dataset):
+        if isinstance(dataset, dict):
+            return {name: self._prepare(split, needs_response=True, name=name) for name, split in dataset.items()}
+        return None if dataset is None else self._prepare(dataset, needs_response=True, name="eval")
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_eval(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    # One optimizer step: sample all of it, then train on it.
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, with sampled responses where the step calls for them, and the number
+        of response tokens they hold on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self._ratios["train"].add("skipped_rows", batch.pop("skipped_rows", torch.zeros(1)).sum().item())
+        rollout = self._rollout_of_step(self.state.global_step)
+        if batches and rollout != "dataset":
+            batches = self._sample(batches, rollout)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _rollout_of_step(self, step: int) -> str:
+        """Who writes the responses of a step: a keyed draw, so that ranks agree and a resumed run repeats itself."""
+        if self.args.rollout != "dataset":
+            draw = torch.rand((), generator=keyed_generator("lmbda", self.args.seed, step)).item()
+            if draw < self.lmbda:
+                return self.args.rollout
+        return "teacher" if self.seq_kd else "dataset"
+
+    def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
+        start = time.perf_counter()
+        prompts, mask = _left_padded([(batch["prompts"], batch["prompt_attention_mask"]) for batch in batches])
+        step, rank = self.state.global_step, self.accelerator.process_index
+        noise = torch.rand(
+            (len(prompts), self.args.max_new_tokens, 3),
+            generator=keyed_generator("sampling", self.args.seed, step, rank),
+        )
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        with (
+            student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
+            self.compute_loss_context_manager(),
+        ):
+            collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
+            sampled = interleaved_sample(
+                student,
+                teacher,
+                prompts,
+                mask,
+                accept=self.args.acceptance_rule(rollout),
+                num_draft_tokens=self.args.num_draft_tokens,
+                max_new_tokens=self.args.max_new_tokens,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=pad_token_id(self.processing_class),
+                student_sampling=self.args.student_sampling(),
+                teacher_sampling=self.args.teacher_sampling(),
+                uniforms=noise,
+                max_rows=self.args.rollout_batch_size,
+                vocab_size=self.vocab_size,
+                agree=agree_on_maximum(self.accelerator) if collective else None,
+            )
+        self._add_sampling_metrics(sampled, time.perf_counter() - start)
+        self._keep_completions(sampled)
+        stops = torch.tensor([len(batch["prompts"]) for batch in batches]).cumsum(0).tolist()
+        return [sampled.rows(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        start = time.perf_counter()
+        num_tokens = int((inputs["labels"] != -100).sum())
+        # GKDTrainer's own would sample once more.
+        loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        seconds = time.perf_counter() - start
+        metrics = self._ratios["train"]
+        metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
+        metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
+        return loss
+
+    # The loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum over response tokens of weight x divergence, divided by the response tokens of the optimizer step on all
+        processes (in evaluation: of the batch)."""
+        mode = "train" if self.model.training else "eval"
+        labels = inputs["labels"][:, inputs["prompts"].shape[1] :]
+        model_inputs = _model_inputs(inputs)
+        # (B, T): where the hidden state predicts a response token. Rows are padded left and right, so this is not a slice
+        # of the same columns in every row, but the columns of a rectangle.
+        is_response = labels != -100
+        teacher_hidden = inputs.get("teacher_hidden_states")
+        if teacher_hidden is None:
+            teacher_hidden = self._teacher_hidden_states(model_inputs)[:, -labels.shape[1] - 1 : -1]
+        outcome: list[DistillationLoss] = []
+
+        def loss_fn(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+            hidden = hidden[:, -labels.shape[1] - 1 : -1]
+            outcome.append(
+                self._distillation_loss(hidden[is_response], teacher_hidden[is_response], inputs, is_response)
+            )
+            return {"loss": outcome[0].loss}
+
+        total = model(**model_inputs, loss_fn=loss_fn)["loss"]
+        num_tokens = is_response.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total / torch.as_tensor(num_tokens, device=total.device).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # DDP and its kin average gradients over processes; the divisor counts the tokens of all of them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        self._add_loss_metrics(mode, outcome[0])
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # only for compute_metrics: full logits
+            return loss, model(**model_inputs)
+
+    def _distillation_loss(self, student_hidden, teacher_hidden, inputs, is_response) -> DistillationLoss:
+        """The loss at the N response tokens of a micro-batch, from both models' hidden states (N, H)."""
+        nll_positions = None
+        if self.args.replaced_loss == "nll" and "replaced" in inputs:
+            nll_positions = inputs["replaced"][is_response]
+        with (
+            whole_head(LMHead.of(self._inner_student())) as student_head,
+            whole_head(LMHead.of(self._inner_teacher)) as teacher_head,
+        ):
+            return distillation_loss(
+                student_hidden,
+                student_head,
+                teacher_hidden,
+                teacher_head,
+                divergence=self.divergence,
+                labels=inputs["labels"][:, inputs["prompts"].shape[1] :][is_response],
+                nll_positions=nll_positions,
+                vocab_size=self.vocab_size,
+                chunk_size=self.args.loss_chunk_size,
+            )
+
+    def _teacher_hidden_states(self, model_inputs) -> torch.Tensor:
+        with eval_mode(self.teacher_model):
+            return last_hidden_states(self.teacher_model, self._inner_teacher, **model_inputs)
+
+    def _inner_student(self) -> PreTrainedModel:
+        model = self.accelerator.unwrap_model(self.model) if hasattr(self, "accelerator") else self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # What people see
+
+    def _add_sampling_metrics(self, rollout: Rollout, seconds: float) -> None:
+        metrics = self._ratios["train"]
+        num_tokens, num_rows = rollout.num_tokens, len(rollout.input_ids)
+        metrics.add("replaced_share", rollout.num_replaced, num_tokens)
+        metrics.add("response_length", num_tokens, num_rows)
+        metrics.add("truncated_share", rollout.num_truncated, num_rows)
+        metrics.add("tokens_per_round", num_tokens, rollout.num_rounds)
+        metrics.add("sampling_seconds", seconds)
+        metrics.add("tokens_per_second", 0.0, seconds / self.accelerator.num_processes)
+        if rollout.teacher_rank is not None:
+            metrics.add("acceptance_rate", rollout.num_accepted, num_tokens)
+            metrics.add_mean("teacher_rank", rollout.teacher_rank[rollout.teacher_rank >= 0])
+
+    def _add_loss_metrics(self, mode: str, outcome: DistillationLoss) -> None:
+        metrics = self._ratios[mode]
+        metrics.add_mean("student_entropy", outcome.statistics.student_entropy)
+        metrics.add_mean("teacher_entropy", outcome.statistics.teacher_entropy)
+
+    def _keep_completions(self, rollout: Rollout) -> None:
+        step = self.state.global_step + 1  # the step that these responses train
+        every = self.args.log_completions_steps or max(int(self.state.logging_steps or self.args.logging_steps), 1)
+        if not self.args.log_completions or (step % every != 0 and step != 1):
+            return
+        records = gather_object(completion_records(rollout, self.processing_class, step))
+        if self.accelerator.is_main_process:
+            save_completions(records, self.args.output_dir, step)
+            print_completions(records, self.args.num_completions_to_print, step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = self._ratios[mode].compute(self.accelerator)
+        logs.update(with_prefix(metrics, "eval_" if mode == "eval" else ""))
+        super().log(logs, start_time)
+
+
+def _model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What both models are called with. Positions are given: with left padding, models with learned positions would
+    otherwise count the padding."""
+    mask = inputs["attention_mask"]
+    position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"input_ids": inputs["input_ids"], "attention_mask": mask, "position_ids": position_ids}
+
+
+def _left_padded(prompts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prompts and masks of several micro-batches as one batch."""
+    width = max(ids.shape[1] for ids, _ in prompts)
+    ids, masks = zip(*((nn.functional.pad(x, (width - x.shape[1], 0)) for x in pair) for pair in prompts), strict=True)
+    return torch.cat(ids), torch.cat(masks)
+
+
+def _room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
+    """The longest prompt that both models have positions for, or a lower limit that `args` sets."""
+    limits = [] if args.prompt_limit is None else [args.prompt_limit]
+    for name, model in (("student", student), ("teacher", teacher)):
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is None:
+            continue
+        if positions <= args.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt: the {name} has {positions} positions "
+                "(max_position_embeddings). Lower max_new_tokens."
+            )
+        limits.append(positions - args.max_new_tokens)
+    return min(limits, default=None)
+
+
+def _verify_heads(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not is_sharded(model) and not LMHead.of(model).verify(model):
+            raise ValueError(
+                f"The {name}, {type(model).__name__}, makes its logits from its hidden states in a way that this package does "
+                "not know (something between the last hidden state and the logits, other than a scale and a soft cap), "
+                "so the loss would be computed on wrong logits. Use another architecture, or report this one."
+            )

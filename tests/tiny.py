@@ -1,0 +1,88 @@
+"""Tiny random models and a byte-level tokenizer: everything that the suite trains and samples with, made in code.
+
+`initializer_range` is raised far above the default so that two random models really disagree: with 0.02 every next-token
+distribution is nearly uniform, and an error in a mask or a position hardly moves it.
+"""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+
+PAD, EOS, BOS = "<|pad|>", "<|im_end|>", "<|im_start|>"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# What each architecture needs beyond the common sizes. Windows are shorter than the texts the tests sample.
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 7, "head_dim": 8},
+    "gemma3_text": {
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 20.0,
+    },
+    "gemma2": {
+        "sliding_window": 7,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 20.0,
+        "attn_logit_softcapping": 20.0,
+        "attn_implementation": "eager",
+    },
+    "phi3": {"pad_token_id": 0},
+    "gpt2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "olmo2": {},
+    "granite": {"logits_scaling": 0.5},
+    "cohere": {"logit_scale": 2.0},
+    "starcoder2": {"sliding_window": 7},
+}
+
+
+def byte_tokenizer(chat_template: str | None = CHATML, num_extra_tokens: int = 0) -> PreTrainedTokenizerFast:
+    """256 bytes and three special tokens (259 ids); `num_extra_tokens` adds more, which makes another tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([PAD, EOS, BOS] + [f"<|extra_{i}|>" for i in range(num_extra_tokens)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, chat_template=chat_template, model_max_length=512
+    )
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 259, **overrides) -> PreTrainedModel:
+    """A random causal language model of `architecture`, in fp32, eval mode, without end-of-sequence ids of its own."""
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.4,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **ARCHITECTURES[architecture],
+        **overrides,
+    }
+    attn_implementation = settings.pop("attn_implementation", "sdpa")
+    config = AutoConfig.for_model(architecture, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        for parameter in model.parameters():  # norms and biases start at 0 and 1: make them count
+            if parameter.ndim == 1:
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
