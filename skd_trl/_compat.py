@@ -23,8 +23,7 @@ with warnings.catch_warnings():
         else:
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = silenced
 
-from trl.models import prepare_deepspeed
-from trl.models.utils import prepare_fsdp, unwrap_model_for_generation
+from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 
@@ -32,9 +31,8 @@ __all__ = [
     "GKDConfig",
     "GKDTrainer",
     "SFTTrainer",
+    "add_hooks",
     "create_model_from_path",
     "get_config_model_id",
-    "prepare_deepspeed",
-    "prepare_fsdp",
-    "unwrap_model_for_generation",
+    "remove_hooks",
 ]

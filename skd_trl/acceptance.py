@@ -8,7 +8,7 @@ A new rule is a frozen dataclass with `__call__(draft) -> accepted (N, G)` and a
 Shapes: N rows, G drafted tokens, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -104,6 +104,68 @@ class TopK(AcceptanceRule):
 
 
 @dataclass(frozen=True)
+class TopP(AcceptanceRule):
+    """Accept a token in the teacher's nucleus: the likelier ones together have less than `p` (SKD's code offers it)."""
+
+    p: float = 0.9
+
+    def __post_init__(self):
+        if not 0.0 < self.p <= 1.0:
+            raise ValueError(f"p={self.p}: the top_p rule needs a share above 0 and at most 1.")
+
+    def __call__(self, draft: Draft) -> torch.Tensor:
+        probs = draft.teacher_logits.float().softmax(-1)
+        own = probs.gather(-1, draft.tokens[..., None])
+        return torch.where(probs > own, probs, 0.0).sum(-1) < self.p
+
+
+@dataclass(frozen=True)
+class MinProb(AcceptanceRule):
+    """Accept a token that the teacher gives at least probability `alpha` (CA-OPD, arXiv 2609.02401, which replaces by the
+    teacher's argmax: `teacher_temperature=0`)."""
+
+    alpha: float = 0.25
+
+    def __post_init__(self):
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha={self.alpha}: the min_prob rule needs a probability, 0 to 1.")
+
+    def __call__(self, draft: Draft) -> torch.Tensor:
+        return draft.probability("teacher", shaped=False) >= self.alpha
+
+
+@dataclass(frozen=True)
+class Mixture(AcceptanceRule):
+    """Texts drawn exactly from (1 - gamma) student + gamma teacher: accept with probability
+    min(1, 1 - gamma + gamma p_teacher / p_student), replace from the residual [p_teacher - p_student]+ (IPD)."""
+
+    gamma: float = 0.1
+    needs_student: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"gamma={self.gamma}: the mixture rule needs a share, 0 (student) to 1 (teacher).")
+
+    def __call__(self, draft: Draft) -> torch.Tensor:
+        ratio = draft.probability("teacher") / draft.probability("student")
+        return draft.coins < 1 - self.gamma + self.gamma * ratio
+
+    def replacement_probs(self, draft: Draft) -> torch.Tensor:
+        teacher = shaped_probs(draft.teacher_logits, draft.teacher_sampling)
+        residual = (teacher - shaped_probs(draft.student_logits, draft.student_sampling)).clamp(min=0)
+        # Equal distributions leave no residual, and are rejected by rounding only.
+        return torch.where(residual.sum(-1, keepdim=True) > 0, residual, teacher)
+
+
+@dataclass(frozen=True)
+class Speculative(Mixture):
+    """Texts drawn exactly from the teacher: accept with probability min(1, p_teacher / p_student), replace from the
+    residual (speculative sampling, Leviathan et al., ICML 2023): sequence-level distillation, drafted by the student."""
+
+    gamma: float = field(default=1.0, init=False)
+
+
+@dataclass(frozen=True)
 class Always(AcceptanceRule):
     """Accept everything: the student's own text, on-policy distillation (SKD's limit K = V)."""
 
@@ -123,4 +185,12 @@ class Never(AcceptanceRule):
         return torch.zeros_like(draft.tokens, dtype=torch.bool)
 
 
-ACCEPTANCE_RULES: dict[str, type[AcceptanceRule]] = {"top_k": TopK, "always": Always, "never": Never}
+ACCEPTANCE_RULES: dict[str, type[AcceptanceRule]] = {
+    "top_k": TopK,
+    "top_p": TopP,
+    "min_prob": MinProb,
+    "mixture": Mixture,
+    "speculative": Speculative,
+    "always": Always,
+    "never": Never,
+}

@@ -6,17 +6,20 @@ a model's forward is drawn from a global generator: ranks consume those at diffe
 them too late for the first window.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ._compat import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from ._compat import add_hooks, remove_hooks
 from .lm_head import LMHead
 
 
@@ -43,36 +46,152 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole_head(head: LMHead):
-    """`head` with its tensors whole, whatever shards them."""
+    """`head` with its tensors whole, whatever shards them. Gradients do not find their way back to the shards: a head that
+    is trained is used inside its own forward (`hidden_states.add_loss_forward`), where it is whole already."""
     if any(isinstance(p, DTensor) for p in head.parameters()):
-        full = {name: getattr(head, name) for name in ("weight", "bias")}
-        yield replace(head, **{k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in full.items()})
-    elif any(hasattr(p, "ds_id") for p in head.parameters()):
+        tensors = {"weight": head.weight, "bias": head.bias}
+        yield replace(head, **{k: v.full_tensor().detach() if v is not None else v for k, v in tensors.items()})
+    elif shards := [p for p in head.parameters() if _is_zero3_shard(p)]:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(head.parameters()):
+        with deepspeed.zero.GatheredParameters(shards):
             yield head
     else:
         yield head
 
 
+def _is_zero3_shard(parameter: nn.Parameter) -> bool:
+    # Not those that are whole now: inside the owner's forward, or persistent, and DeepSpeed keeps track of them.
+    return hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE"
+
+
 @contextmanager
 def student_for_sampling(model: nn.Module, accelerator: Accelerator, gather: bool):
-    """The student inside its wrappers. Under ZeRO-3 with `gather` its parameters are whole on every rank meanwhile, so
-    that its forwards are not collective."""
-    # TRL's context also switches checkpointing off and on, needlessly here: sampling runs in eval mode. Its hooks come
-    # back only if nothing is raised inside.
-    if gather and is_sharded(model) and accelerator.distributed_type == "DEEPSPEED":
-        with unwrap_model_for_generation(model, accelerator) as unwrapped:
+    """The student inside its wrappers. With `gather`, parameters that ZeRO-3 or FSDP2 shard are whole on every rank
+    meanwhile, which costs memory and saves a gathering per layer and token."""
+    unwrapped = accelerator.unwrap_model(model)
+    if not gather or not is_sharded(model):
+        yield unwrapped
+    elif _is_fsdp2(unwrapped):
+        with _unsharded(unwrapped, accelerator.state.fsdp_plugin.reshard_after_forward):
             yield unwrapped
     else:
-        yield accelerator.unwrap_model(model)
+        # As TRL's `unwrap_model_for_generation`, which does not put the hooks back when something is raised inside, and
+        # turns checkpointing off and on, needlessly here: sampling runs in eval mode.
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            remove_hooks(model)  # else the first forward gives the parameters back
+            try:
+                yield unwrapped
+            finally:
+                add_hooks(model)
 
 
-def prepare_teacher(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Puts the teacher on the device, sharded where the student is: under ZeRO-3 and FSDP."""
+@contextmanager
+def _unsharded(model: nn.Module, reshard_after_forward: bool):
+    """An FSDP2 model whole for a while; afterwards its layers are resharded after each forward as configured, the root,
+    which the backward needs first, is not."""
+    units = [module for module in model.modules() if _is_fsdp2(module)]
+    model.set_reshard_after_forward(False)
+    try:
+        for unit in units:
+            unit.unshard()
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+        model.set_reshard_after_forward(bool(reshard_after_forward))
+        model.set_reshard_after_forward(False, recurse=False)
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    return hasattr(module, "set_reshard_after_forward")
+
+
+def prepare_teacher(teacher: nn.Module, accelerator: Accelerator, shard: bool = False) -> nn.Module:
+    """Puts the teacher on the device, in eval mode and without an optimizer: sharded where the student is (ZeRO-3, FSDP2),
+    whole elsewhere, or with `shard` in a ZeRO-3 engine of its own beside a student under ZeRO-1 or 2.
+
+    Raises:
+        `ValueError`: `shard` where nothing can act on it, or FSDP1.
+    """
+    check_engine(accelerator, shard)
     if accelerator.distributed_type == "DEEPSPEED":
-        return prepare_deepspeed(teacher, accelerator)
-    if accelerator.distributed_type == "FSDP":
-        return prepare_fsdp(teacher, accelerator)
-    return accelerator.prepare_model(teacher, evaluation_mode=True)
+        prepared = _prepare_deepspeed(teacher, accelerator, shard)
+    elif accelerator.distributed_type == "FSDP":
+        prepared = _prepare_fsdp2(teacher, accelerator)
+    else:
+        prepared = accelerator.prepare_model(teacher, evaluation_mode=True)
+    return prepared.eval()
+
+
+def check_engine(accelerator: Accelerator, shard_teacher: bool) -> None:
+    """Refuses what cannot train, before training."""
+    kind = accelerator.distributed_type
+    if kind == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP version 1 cannot sample: its flat parameters are whole only inside the root's forward. Set "
+            "fsdp_version: 2 in the accelerate config (examples/accelerate/fsdp2.yaml)."
+        )
+    if shard_teacher and kind not in ("DEEPSPEED", "FSDP"):
+        raise ValueError(
+            f"shard_teacher=True, but {accelerator.num_processes} process(es) of kind {getattr(kind, 'value', kind)} have "
+            "no engine that shards. Launch with DeepSpeed or FSDP2 (examples/accelerate/zero2.yaml, zero3.yaml, "
+            "fsdp2.yaml), or leave shard_teacher False."
+        )
+
+
+def _prepare_deepspeed(teacher: nn.Module, accelerator: Accelerator, shard: bool) -> nn.Module:
+    # As TRL's `prepare_deepspeed`, but for the stage: there a teacher beside a student under ZeRO-1 or 2 is always whole.
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    for block in ("optimizer", "scheduler"):
+        config.pop(block, None)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    zero["stage"] = 3 if shard or zero["stage"] == 3 else 0
+    engine, *_ = deepspeed.initialize(model=teacher, config=config)
+    return engine
+
+
+def _prepare_fsdp2(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Shards each layer, so that a forward holds one of them at a time, and the rest (embeddings, head) as the root."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
+    settings = {
+        "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "offload_policy": plugin.cpu_offload,
+        "reshard_after_forward": True,  # there is no backward that would need them
+    }
+    layers = set(getattr(teacher, "_no_split_modules", None) or ())
+    for module in reversed(list(teacher.modules())):  # children before parents
+        if type(module).__name__ in layers:
+            fully_shard(module, **settings)
+    return fully_shard(teacher, **settings)
+
+
+def check_head(head: LMHead, name: str, accelerator: Accelerator) -> None:
+    """Refuses a trained head that is more than a weight and a bias where its parts are gathered one by one.
+
+    Raises:
+        `ValueError`: for a head under LoRA, under ZeRO-3 or FSDP.
+    """
+    kind = accelerator.distributed_type
+    shards = kind == "FSDP" or (kind == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3)
+    if shards and head.module is not None:
+        raise ValueError(
+            f"The {name}'s head is a {type(head.module).__name__}, whose parts ZeRO-3 and FSDP gather and release one by "
+            "one, while the loss needs it whole for a pass over all positions. Leave the head out of the adapter's "
+            "target_modules (modules_to_save is fine), or train with DDP, ZeRO-1 or ZeRO-2."
+        )
+
+
+def bound_waits(seconds: int) -> None:
+    """Has ranks wait for each other `seconds` at most. The Trainer passes `ddp_timeout` on for GPUs only; on CPU a rank
+    that hangs would hold the others for half an hour."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))

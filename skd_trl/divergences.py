@@ -1,8 +1,8 @@
 """How far the student's next-token distribution is from the teacher's, one number per position, in nats.
 
-Every divergence is a function of the two models' log-probabilities, wrapped so that it also takes logits, which is what
-the registry promises: `DIVERGENCES["jsd"](beta=0.5)(student_logits, teacher_logits)`. A new one is a function and an
-entry. No temperature, no reduction and no mask live here: the loss weighs and sums (see `skd_trl.losses`).
+Every divergence is a function of the two models' log-probabilities, wrapped so that it also takes logits, which is
+what the registry promises: `DIVERGENCES["jsd"](beta=0.5)(student_logits, teacher_logits)`. A new one is a function and
+an entry. No temperature, no reduction and no mask live here: the loss weighs and sums (see `skd_trl.losses`).
 
 Shapes: N positions, V vocabulary. p is the teacher, q the student.
 """
@@ -22,7 +22,7 @@ class Divergence:
 
     Attributes:
         from_log_probs (`Callable[[Tensor, Tensor], Tensor]`):
-            Takes the student's and the teacher's log-probabilities `(N, V)`, returns nats `(N,)`. The loss calls this one,
+            Takes the student's and the teacher's log-probabilities `(N, V)`, returns nats `(N,)`. The loss calls this,
             so that a softmax is taken once for divergence, gate and statistics.
     """
 
@@ -107,8 +107,8 @@ def log_probs(logits: Tensor) -> Tensor:
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    # The difference first: sum(a log a) - sum(a log b) would cancel to noise where the two agree, and every good student
-    # ends there.
+    # The difference first: sum(a log a) - sum(a log b) would cancel to noise where the two agree, and every good
+    # student ends there.
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 

@@ -1,9 +1,9 @@
 """Which positions a distillation loss listens to, and how loudly: one weight in [0, 1] per response position.
 
-SpecKD (arXiv 2510.24021): L = 1/|y| sum_t w_t D(p_t || q_t), w without gradient. Every gate gives an acceptance A in [0, 1]
-and a floor b, and w = b + (1 - b) A; it counts as accepted where A >= 1/2, which for a hard gate is where A = 1. A gate
-sees raw logits (no temperature), response positions only, a chunk of them at a time, and draws no noise of its own. A new
-one is a function and an entry. How the weights are normalised is the trainer's choice, not the gate's.
+SpecKD (arXiv 2510.24021): L = 1/|y| sum_t w_t D(p_t || q_t), w without gradient. Every gate gives an acceptance A in
+[0, 1] and a floor b, and w = b + (1 - b) A; it counts as accepted where A >= 1/2 (for a hard gate: A = 1).
+A gate sees raw logits (no temperature), response positions only, a chunk of them at a time, and draws no noise of its
+own. A new one is a function and an entry. How the weights are normalised is the trainer's choice, not the gate's.
 
 Shapes: N positions, V vocabulary, U uniforms per position, S scores per position. p is the teacher, q the student.
 """
@@ -76,18 +76,19 @@ class Gate:
 
     Attributes:
         score (`Callable`):
-            `score(distributions, labels, uniforms)`, called on one chunk of positions: acceptances `(N,)`, or for a gate
-            that compares positions with each other, whatever `select` needs, `(N,)` or `(N, S)`.
+            `score(distributions, labels, uniforms)`, called on one chunk of positions: acceptances `(N,)`, or for a
+            gate that compares positions with each other, whatever `select` needs, `(N,)` or `(N, S)`.
         floor (`float`):
             Weight of a rejected position, in [0, 1].
         num_uniforms (`int`):
-            How many numbers from U[0, 1) each position needs. They are the caller's, so that a weight depends neither on
-            the chunk a position falls into nor on the global generator.
+            How many numbers from U[0, 1) each position needs. They are the caller's, so that a weight depends neither
+            on the chunk a position falls into nor on the global generator.
         needs_labels (`bool`):
             Whether the gate judges the response's own token.
         select (`Callable` or `None`):
-            For a gate over a population: turns the scores of *all* its positions into acceptances `(N,)`. The population
-            is what the caller gathered before calling (one micro-batch or, better, a whole accumulation window).
+            For a gate over a population: turns the scores of *all* its positions into acceptances `(N,)`. The
+            population is what the caller gathered before calling (one micro-batch or, better, a whole accumulation
+            window).
     """
 
     score: Callable[[TokenDistributions, Tensor | None, Tensor | None], Tensor]
@@ -99,7 +100,7 @@ class Gate:
     def __post_init__(self):
         if not 0 <= self.floor <= 1:
             raise ValueError(
-                f"floor={self.floor} is outside [0, 1], so it is not the weight of a rejected position; use 0 to ignore "
+                f"floor={self.floor} is outside [0, 1], so it cannot weigh a rejected position; use 0 to ignore "
                 f"rejected positions, 0.01 for SpecKD's default, 1 to switch the gate off."
             )
 
@@ -131,7 +132,8 @@ class Gate:
         if self.num_uniforms and (uniforms is None or uniforms.shape != (num_positions, self.num_uniforms)):
             found = None if uniforms is None else tuple(uniforms.shape)
             raise ValueError(
-                f"uniforms has shape {found}, but this gate draws: pass `torch.rand({num_positions}, {self.num_uniforms})`."
+                f"uniforms has shape {found}, but this gate draws; pass `torch.rand({num_positions}, "
+                f"{self.num_uniforms})`."
             )
         return self.score(distributions, labels, uniforms)
 
@@ -145,7 +147,7 @@ class Gate:
 
 
 def greedy_top_k(k: int = 5, floor: float = 0.01) -> Gate:
-    """A = [argmax q is among the k largest of p] (SpecKD, arXiv 2510.24021, greedy top-k). Ties in p count as inside."""
+    """A = [argmax q is among the k largest of p] (SpecKD, arXiv 2510.24021, greedy top-k). Ties count as among."""
     _check_k(k)
 
     def score(distributions: TokenDistributions, labels, uniforms) -> Tensor:
@@ -245,14 +247,14 @@ def student_entropy_top(share: float = 0.2, floor: float = 0.0) -> Gate:
 
 def random(gate: str = "greedy_top_k", **parameters) -> Gate:
     """
-    The named gate's acceptances, shuffled over the population: a control with the same share accepted and the same mean
-    weight, which listens to no token in particular.
+    The named gate's acceptances, shuffled over the population: a control with the same share accepted and the same
+    mean weight, which listens to no token in particular.
     """
     inner = make_gate(gate, **parameters)
 
     def score(distributions: TokenDistributions, labels, uniforms) -> Tensor:
         scores = inner.scores(distributions, labels, uniforms[:, :-1]).float()
-        return torch.cat([scores.reshape(len(scores), -1), uniforms[:, -1:]], dim=-1)
+        return torch.cat([scores[:, None] if scores.ndim == 1 else scores, uniforms[:, -1:]], dim=-1)
 
     def select(scores: Tensor) -> Tensor:
         order = scores[:, -1].argsort(stable=True)
@@ -307,7 +309,7 @@ def _ratio(distributions: TokenDistributions, tokens: Tensor) -> Tensor:
 
 
 def _draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens `(N, K)` drawn by inverting the distribution function, which `torch.multinomial` takes 15 times as long for."""
+    """Tokens `(N, K)` drawn by inverting the distribution function, on CPU far faster than `torch.multinomial`."""
     cumulative = probs.cumsum(-1)
     targets = uniforms * cumulative[:, -1:]  # the last sum is 1 only up to rounding
     return torch.searchsorted(cumulative, targets, right=True).clamp_(max=probs.shape[-1] - 1)

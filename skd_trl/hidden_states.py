@@ -7,15 +7,17 @@ import types
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from .lm_head import backbone
+from .lm_head import backbone, head_module
 
 
 def add_loss_forward(model: PreTrainedModel) -> None:
     """Lets `model(..., loss_fn=fn)` run the backbone alone and return `fn(last_hidden_state)`; without `loss_fn` nothing
-    changes. The loss has to be computed inside the forward that the wrappers see: there the parameters of a sharded root
-    are whole, and what the wrappers prepare for the backward they find in the forward's output.
+    changes. The loss is computed inside the forward that the wrappers see, and in it takes the place of the head's own
+    forward: there the head's parameters are whole, and ZeRO-3 and FSDP find in its input and output what they prepare
+    for the backward, tied weights included.
 
     `model` is a transformers model (under PEFT its base model); `fn` gets (B, S, H) and returns a dict of tensors.
     """
@@ -24,7 +26,7 @@ def add_loss_forward(model: PreTrainedModel) -> None:
     def forward(self, *args, loss_fn: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None, **kwargs):
         if loss_fn is None:
             return original_forward(*args, **kwargs)
-        return loss_fn(backbone(self)(*args, **kwargs, use_cache=False)[0])
+        return _in_place_of_forward(head_module(self), loss_fn, backbone(self)(*args, **kwargs, use_cache=False)[0])
 
     # `generate` and the Trainer read the signature.
     forward.__signature__ = original_forward.__signature__ if hasattr(original_forward, "__signature__") else None
@@ -34,8 +36,30 @@ def add_loss_forward(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def _in_place_of_forward(
+    module: nn.Module, fn: Callable[[torch.Tensor], dict[str, torch.Tensor]], hidden: torch.Tensor
+):
+    """`fn(hidden)` between the hooks of `module`; inside, `module` is itself again."""
+    own = module.__dict__.get("forward")  # what others have put on the instance, such as accelerate
+
+    def restore() -> None:
+        module.__dict__.pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+    def forward(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        restore()
+        return fn(hidden)
+
+    module.forward = forward
+    try:
+        return module(hidden)
+    finally:
+        restore()
+
+
 @torch.no_grad()
-def last_hidden_states(model: torch.nn.Module, unwrapped: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+def last_hidden_states(model: nn.Module, unwrapped: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """The hidden states (B, S, H) that go into the head of `model`, called as it is wrapped; `unwrapped` is what is inside.
     Nothing about the model is changed, and the head sees one position only."""
     caught = []

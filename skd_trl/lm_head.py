@@ -1,11 +1,13 @@
 """What turns a model's last hidden states into logits, held apart from the model so that logits can be made in chunks.
 
-logits = softcap(scale * (hidden W^T + bias)), in fp32 from the scale on. Most heads are a plain `nn.Linear`, tied or not,
-and are applied to their tensors, never through the module's `__call__`: hooks of ZeRO-3 or FSDP belong to whoever gathers
-the weights around the loss (see `LMHead.parameters`). A head under LoRA, or any other module, is called as it is.
+logits = softcap(scale * (hidden W^T + bias)), in fp32 from the scale on. Most heads are a plain `nn.Linear`, tied or
+not, and are applied to their tensors, never through the module's `__call__`: hooks of ZeRO-3 or FSDP belong to whoever
+gathers the weights around the loss (see `LMHead.parameters`). A head under LoRA, or any other module, is called.
 
 What an architecture does to its logits is read from its config. A convention this file does not know would be silently
-wrong, hence `LMHead.verify`, which compares with the model's own logits once. Shapes: N positions, H hidden, V vocabulary.
+wrong, hence `LMHead.verify`, which compares with the model's own logits once.
+
+Shapes: N positions, H hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -37,8 +39,8 @@ class LMHead:
         module (`nn.Module` or `None`):
             The head to call where it is more than a weight and a bias, e.g. under LoRA.
 
-    To use other tensors in the place of the model's (a DTensor made full), `dataclasses.replace(head, weight=...)`: the
-    loss is differentiated with respect to what the head holds.
+    To use other tensors in the place of the model's (a DTensor made full), `dataclasses.replace(head, weight=...)`:
+    the loss is differentiated with respect to what the head holds.
     """
 
     weight: Tensor | None
@@ -50,13 +52,13 @@ class LMHead:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "LMHead":
         """
-        The head of `model` (a transformers or peft model, unwrapped), as it is now: make it anew for each step, because
-        FSDP swaps parameters and adapters are switched on and off.
+        The head of `model` (a transformers or peft model, unwrapped), as it is now: make it anew for each step,
+        because FSDP swaps parameters and adapters are switched on and off.
 
         Raises:
             `ValueError`: `model` has no output embeddings.
         """
-        module = _without_modules_to_save(model.get_output_embeddings())
+        module = head_module(model)
         if module is None:
             raise ValueError(
                 f"{type(model).__name__} has no output embeddings, so there is no head to make logits with; pass a "
@@ -64,8 +66,8 @@ class LMHead:
             )
         config = model.config.get_text_config()
         shaping = {"scale": _logit_scale(config), "softcap": getattr(config, "final_logit_softcapping", None)}
-        # Subclasses with a forward of their own (quantized, adapters) are more than weight and bias. FSDP's subclass, made
-        # on the fly, keeps nn.Linear's forward.
+        # Subclasses with a forward of their own (quantized, adapters) are more than weight and bias. FSDP's subclass,
+        # made on the fly, keeps nn.Linear's forward.
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return cls(weight=module.weight, bias=module.bias, **shaping)
         return cls(weight=None, module=module, **shaping)
@@ -81,7 +83,7 @@ class LMHead:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def prepared(self, vocab_size: int | None = None) -> "LMHead":
-        """This head cut to its first `vocab_size` rows and cast, once for all chunks, to autocast's type if that is on."""
+        """This head cut to its first `vocab_size` rows and, under autocast, cast once for all chunks."""
         if self.module is not None:
             return self
         dtype = _compute_dtype(self.weight)
@@ -89,7 +91,7 @@ class LMHead:
         return LMHead(self.weight[:vocab_size].to(dtype), bias, self.scale, self.softcap)
 
     def project(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
-        """Raw logits `(N, V)` of `hidden` `(N, H)`, in the type the model computes in, before scale and soft-capping."""
+        """Raw logits `(N, V)` of `hidden` `(N, H)`, in the model's type, before scale and soft-capping."""
         if self.module is not None:
             return self.module(hidden)[..., :vocab_size]
         bias = None if self.bias is None else self.bias[:vocab_size]
@@ -112,8 +114,8 @@ class LMHead:
     def verify(self, model: PreTrainedModel) -> bool:
         """
         Whether this head makes `model`'s own logits of what `backbone(model)` returns, and whether that is what the
-        model's head is given; tried on two tokens. To be called before a model is sharded. `False` means that the model
-        does something between its backbone and its logits that is not known here: use its full logits instead.
+        model's head is given; tried on two tokens. To be called before a model is sharded. `False` means that the
+        model does something between its backbone and its logits that is not known here: use its full logits instead.
         """
         hidden: list[Tensor] = []
         hooks = [
@@ -132,7 +134,7 @@ class LMHead:
             return False
         logits = self.logits(hidden[0])
         # Same product, maybe in another order: a few roundings of the type it is computed in, relative to the largest.
-        rounding = torch.finfo(model.dtype).eps * 16
+        rounding = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps) * 16
         return logits.shape == expected.shape and bool(
             (logits - expected).abs().max() <= rounding * expected.abs().max()
         )
@@ -144,7 +146,9 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return base.get_decoder()
 
 
-def _without_modules_to_save(module: nn.Module | None) -> nn.Module | None:
+def head_module(model: PreTrainedModel) -> nn.Module | None:
+    """The module that makes `model`'s logits, as it is now: of an adapter's copies the one that is on."""
+    module = model.get_output_embeddings()
     # peft's ModulesToSaveWrapper holds the frozen original and a trained copy per adapter; which one counts depends on
     # whether adapters are on.
     if not hasattr(module, "modules_to_save"):

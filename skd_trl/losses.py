@@ -1,9 +1,9 @@
 """Weighted distillation loss from both models' last hidden states: sum over positions of weight x divergence.
 
 Full logits `(N, V)` are never built. One pass goes over chunks of positions: logits of both heads, divergence, gate,
-statistics, and at once the gradient with respect to the student's hidden states and its trainable head, so that nothing
-is recomputed in backward. The caller chooses the positions (logits at t predict token t+1; prompts and padding have no
-business here) and divides by their number over the whole optimizer step.
+statistics, and at once the gradient with respect to the student's hidden states and its trainable head, so that
+nothing is recomputed in backward. The caller chooses the positions (logits at t predict token t+1; prompts and padding
+have no business here) and divides by their number over the whole optimizer step.
 
 Shapes: N positions, V vocabulary, H hidden (each model its own), U uniforms per position.
 """
@@ -36,8 +36,9 @@ class GateWeights:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per-position `(N,)`, detached: entropies in nats, `tv` the total variation between the models, negative
-    log-likelihoods of the labels in nats and whether the label is the student's argmax (these only if labels were given).
+    """
+    Per-position `(N,)`, detached: entropies in nats, the total variation between the models, and, if labels were
+    given, their negative log-likelihoods in nats and whether they are the student's argmax.
     """
 
     student_entropy: Tensor
@@ -89,9 +90,9 @@ def distillation_loss(
     """
     Weighted divergence between two models at N positions.
 
-    Differentiable (once) in `student_hidden` and the trainable tensors of `student_head`; the gradient is computed here,
-    not in backward, unless gradients are off. Head gradients are summed over chunks in fp32. Under ZeRO-3 or FSDP the
-    tensors of both heads must be whole during this call.
+    Differentiable (once) in `student_hidden` and the trainable tensors of `student_head`; the gradient is computed
+    here, not in backward, unless gradients are off. Head gradients are summed over chunks in fp32. Under ZeRO-3 or
+    FSDP the tensors of both heads must be whole during this call.
 
     Args:
         student_hidden (`Tensor` `(N, H)`), teacher_hidden (`Tensor` `(N, H')`):
@@ -99,7 +100,8 @@ def distillation_loss(
         student_head, teacher_head (`LMHead`):
             What makes logits of them.
         divergence (`Divergence`):
-            An entry of `DIVERGENCES`, made; or any function of student and teacher logits `(N, V)` that returns `(N,)`.
+            An entry of `DIVERGENCES`, made; or any function of student and teacher logits `(N, V)` that returns
+            `(N,)`.
         gate (`Gate`, *optional*):
             Weighs the positions, in the same pass (a gate over a population costs a pass more, see `gate_weights`).
         weights (`GateWeights`, *optional*):
@@ -109,8 +111,8 @@ def distillation_loss(
         uniforms (`Tensor` `(N, U)`, *optional*):
             The gate's noise, `U = gate.num_uniforms`.
         nll_positions (`Tensor` `(N,)` bool, *optional*):
-            Where the student's negative log-likelihood of the label takes the divergence's place (CA-OPD, IPD). Weights
-            apply there too.
+            Where the student's negative log-likelihood of the label takes the divergence's place (CA-OPD, IPD).
+            Weights apply there too.
         keep (`Tensor` `(N,)` bool, *optional*):
             Where the weight is 1 whatever the gate says (ends of sequence).
         vocab_size (`int`):
@@ -162,8 +164,9 @@ def gate_weights(
     chunk_size: int | None = None,
 ) -> GateWeights:
     """
-    The weights alone, without gradient: for normalisers that need their sum before the first backward, and for gates that
-    compare positions with each other, whose population is the N positions given here. Arguments as `distillation_loss`.
+    The weights alone, without gradient: for normalisers that need their sum before the first backward, and for gates
+    that compare positions with each other, whose population is the N positions given here. Arguments as
+    `distillation_loss`.
     """
     heads = _Heads.whole(student_head, teacher_head, vocab_size)
     positions = _Positions(student_hidden, teacher_hidden, labels, uniforms, None, keep)
@@ -191,7 +194,8 @@ class _Heads:
                     f"The {name}'s head has {len(head.weight)} rows, fewer than vocab_size={vocab_size}: either its "
                     f"weight is a shard and has to be gathered around the loss, or vocab_size exceeds what both share."
                 )
-        return cls(student.prepared(vocab_size), teacher.prepared(vocab_size), vocab_size)
+        with torch.no_grad():
+            return cls(student.prepared(vocab_size), teacher.prepared(vocab_size), vocab_size)
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ class _Gradients:
         }
 
     def add(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
-        """Takes the chunk's raw logits, with their graph where the head is a module, and the loss's gradient to them."""
+        """Takes raw logits (with their graph where the head is a module) and the loss's gradient to them."""
         if self.head.module is not None:
             self._add_through_module(rows, hidden, raw, raw_gradient)
             return

@@ -208,35 +208,21 @@ def eval_mode(model: nn.Module):
 
 
 def _check(student, teacher, prompt_ids, prompt_mask, num_draft_tokens, max_new_tokens, vocab_size, max_rows) -> int:
+    """Refuses what cannot work. Returns the number of ids that both models share."""
     for name, value in (
         ("num_draft_tokens", num_draft_tokens),
         ("max_new_tokens", max_new_tokens),
-        ("max_rows", max_rows or 1),
+        ("max_rows", 1 if max_rows is None else max_rows),
     ):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-    if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape or len(prompt_ids) == 0:
-        raise ValueError(
-            f"prompt_ids {tuple(prompt_ids.shape)} and prompt_mask {tuple(prompt_mask.shape)} must both be (B, P), B > 0."
-        )
-    lengths = prompt_mask.sum(dim=1)
-    empty = (lengths == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"Prompts {empty} are empty: there is nothing to continue. Give each at least one token.")
-    left_padded = prompt_mask.bool() == (
-        torch.arange(prompt_ids.shape[1], device=prompt_ids.device) >= prompt_ids.shape[1] - lengths[:, None]
-    )
-    if not bool(left_padded.all()):
-        rows = (~left_padded.all(dim=1)).nonzero().flatten().tolist()
-        raise ValueError(
-            f"Prompts {rows} are not left-padded (1s of prompt_mask must stand at the right). Pad on the left."
-        )
+    _check_prompts(prompt_ids, prompt_mask)
+    longest, largest = int(prompt_mask.sum(dim=1).max()), int((prompt_ids * prompt_mask).max())
     widths = {}
     for name, model in (("student", student), ("teacher", teacher)):
         config = model.config.get_text_config()
         widths[name] = config.vocab_size
         room = getattr(config, "max_position_embeddings", None)
-        longest = int(lengths.max())
         if room is not None and longest + max_new_tokens > room:
             raise ValueError(
                 f"The longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} it needs "
@@ -247,13 +233,26 @@ def _check(student, teacher, prompt_ids, prompt_mask, num_draft_tokens, max_new_
             f"The student's vocabulary has {widths['student']} entries and the teacher's {widths['teacher']}. If both use "
             "the same tokenizer and their heads are only padded differently, pass vocab_size, the number of ids they share."
         )
-    vocab_size = min(widths.values()) if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= min(widths.values()):
+    shared = min(widths.values()) if vocab_size is None else vocab_size
+    if not 0 < shared <= min(widths.values()):
+        raise ValueError(f"vocab_size={shared} must be between 1 and {min(widths.values())}, what both models have.")
+    if largest >= shared:
+        raise ValueError(f"A prompt holds token id {largest}, beyond the {shared} ids that both models share.")
+    return shared
+
+
+def _check_prompts(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> None:
+    if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape or len(prompt_ids) == 0:
         raise ValueError(
-            f"vocab_size={vocab_size} must be between 1 and {min(widths.values())}, what both models have."
+            f"prompt_ids {tuple(prompt_ids.shape)} and prompt_mask {tuple(prompt_mask.shape)} must both be (B, P), B > 0."
         )
-    if int((prompt_ids * prompt_mask).max()) >= vocab_size:
+    lengths, width = prompt_mask.sum(dim=1), prompt_ids.shape[1]
+    empty = (lengths == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"Prompts {empty} are empty: there is nothing to continue. Give each at least one token.")
+    wanted = torch.arange(width, device=prompt_ids.device) >= width - lengths[:, None]
+    wrong = (prompt_mask.bool() != wanted).any(dim=1).nonzero().flatten().tolist()
+    if wrong:
         raise ValueError(
-            f"A prompt holds token id {int((prompt_ids * prompt_mask).max())}, beyond the {vocab_size} ids both models share."
+            f"Prompts {wrong} are not left-padded (the 1s of prompt_mask must stand at the right). Pad on the left."
         )
-    return vocab_size

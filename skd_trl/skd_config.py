@@ -66,8 +66,11 @@ class SKDConfig(GKDConfig):
         num_completions_to_print (`int`, *optional*, defaults to `3`):
             Rows of the table in the terminal.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
-            Under DeepSpeed ZeRO-3, whether the student's parameters are gathered while it samples. Faster, but each
-            device then holds the whole student for that time.
+            Under DeepSpeed ZeRO-3 and FSDP2, whether the student's parameters are gathered while it samples. Faster,
+            but each device then holds the whole student for that time.
+        shard_teacher (`bool`, *optional*, defaults to `False`):
+            Whether the teacher is spread over the devices under DeepSpeed ZeRO-1 and 2 as well, in a ZeRO-3 engine of
+            its own. Under ZeRO-3 and FSDP2 it always is.
     """
 
     _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + ["accept_kwargs", "divergence_kwargs", "chat_template_kwargs"]
@@ -174,8 +177,15 @@ class SKDConfig(GKDConfig):
     ds3_gather_for_generation: bool = field(
         default=True,
         metadata={
-            "help": "Under DeepSpeed ZeRO-3, gather the student's parameters while it samples. Faster, but each device "
-            "then holds the whole student for that time."
+            "help": "Under DeepSpeed ZeRO-3 and FSDP2, gather the student's parameters while it samples. Faster, but each "
+            "device then holds the whole student for that time."
+        },
+    )
+    shard_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Spread the teacher over the devices under DeepSpeed ZeRO-1 and 2 as well, in a ZeRO-3 engine of its "
+            "own. Under ZeRO-3 and FSDP2 it always is."
         },
     )
 

@@ -25,6 +25,8 @@ from .completions import completion_records, print_completions, save_completions
 from .data import prepare_dataset
 from .distributed import (
     agree_on_maximum,
+    bound_waits,
+    check_head,
     is_sharded,
     keyed_generator,
     prepare_teacher,
@@ -187,8 +189,11 @@ class SKDTrainer(GKDTrainer):
         self.divergence = args.make_divergence()
         add_loss_forward(self._inner_student())
         _verify_heads(self._inner_student(), teacher)
+        check_head(LMHead.of(self._inner_student()), "student", self.accelerator)
+        check_head(LMHead.of(teacher), "teacher", self.accelerator)
         self._inner_teacher = teacher
-        self.teacher_model = prepare_teacher(teacher, self.accelerator)
+        self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
+        bound_waits(args.ddp_timeout)
         self._ratios = {mode: RatioMetrics(self._metric_names) for mode in ("train", "eval")}
         self._records: list[dict] = []
 

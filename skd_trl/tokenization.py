@@ -1,30 +1,20 @@
 """One data set row -> the token ids of its prompt and of its reference response.
 
 The prompt is what the model is given at inference, to the token: the chat template with its generation prompt, or the
-plain text. The response is the rest of the rendered conversation up to its end-of-sequence token. Finding where the
-rest begins by counting the prompt's tokens, as `trl.experimental.gkd` does, moves a piece of the answer into the
-prompt when tokens merge across the boundary or when the template prints another header before a written answer than
-before one to come (`<think>`); here the two are told apart in text.
-
-The functions are pure and see one row: they count nothing and print nothing (`data.py` does).
+plain text. The response is the rest of the rendered conversation up to its end-of-sequence token; `boundary.py` finds
+where it begins. The functions are pure and see one row: they count nothing and print nothing (`data.py` does).
 """
 
 import json
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-from trl import maybe_convert_to_chatml
+from trl.data_utils import maybe_convert_to_chatml
 
-
-# Stands for the answer where a template is asked what it prints before one.
-ANSWER_MARK = "SKDANSWERMARK"
-# What reasoning models' templates print before an answer that comes without reasoning.
-EMPTY_REASONING = re.compile(r"\s*(<think>)?\s*</think>")
+from .boundary import EMPTY_REASONING, answer_start, continuation_ids, end_at_eos, ids_after, rendered_ids
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ def _encode(row, tokenizer, rules, formatting_func, notes) -> tuple[list[int], l
         return list(row["prompt_ids"] or []), list(row["response_ids"] or [])
     if "input_ids" in row:
         prompt_ids, response_ids = _split_tokenized(row)
-        return prompt_ids, _end_at_eos(response_ids, tokenizer, rules, notes)
+        return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
     if images := {"image", "images"} & row.keys():
         raise UnusableRow("form", f"it has a column {images.pop()!r}. Only text is supported: remove the column.")
     if "conversations" in row:  # from/value turns; TRL's converter renames the keys in place
@@ -164,12 +154,12 @@ def _encode_text(prompt, completion, tokenizer, rules, notes) -> tuple[list[int]
     if not completion:
         return prompt_ids, []
     full_ids = _text_ids(prompt + completion, tokenizer)
-    response_ids = _ids_after(prompt_ids, full_ids, completion, tokenizer, notes)
+    response_ids = ids_after(prompt_ids, full_ids, completion, tokenizer=tokenizer, notes=notes)
     # As SFTTrainer does for plain text, so that the student learns to stop.
     if not set(response_ids) & set(rules.eos_token_ids):
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(rules.eos_token_ids), None)
         response_ids = response_ids if eos is None else [*response_ids, eos]
-    return prompt_ids, _end_at_eos(response_ids, tokenizer, rules, notes)
+    return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
 
 
 def _text_ids(text: str, tokenizer) -> list[int]:
@@ -193,24 +183,31 @@ def _encode_chat(row, messages, tokenizer, rules, notes, continues=False) -> tup
         raise UnusableRow("no_prompt", "its conversation has no turn before the answer.")
     render = _renderer(row, tokenizer, rules)
     if is_answer and continues:
-        return _chat_ids(render(prompt, continue_final_message=True), tokenizer), []
+        return rendered_ids(render(prompt, continue_final_message=True), tokenizer), []
 
     prompt_text = render(prompt, add_generation_prompt=True)
-    prompt_ids = _chat_ids(prompt_text, tokenizer)
+    prompt_ids = rendered_ids(prompt_text, tokenizer)
     if answer is None or not (answer.get("content") or answer.get("tool_calls")):
         return prompt_ids, []
     full_text = render([*prompt, answer])
     if full_text.startswith(prompt_text):
-        full_ids = _chat_ids(full_text, tokenizer)
+        full_ids = rendered_ids(full_text, tokenizer)
         response_text = full_text[len(prompt_text) :]
-        response_ids = _ids_after(prompt_ids, full_ids, response_text, tokenizer, notes)
+        response_ids = ids_after(prompt_ids, full_ids, response_text, tokenizer=tokenizer, notes=notes)
     else:
         notes.append("not_prefix")
-        response_text = full_text[_answer_start(prompt, answer, prompt_text, full_text, render) :]
-        response_ids = _continuation_ids(prompt_ids, response_text, tokenizer)
+        start = answer_start(prompt, answer, prompt_text=prompt_text, full_text=full_text, render=render)
+        if start is None:
+            raise UnusableRow(
+                "unreadable",
+                "the chat template renders its prompt differently once an answer follows, and the answer cannot be "
+                "found in it. Use another chat template.",
+            )
+        response_text = full_text[start:]
+        response_ids = continuation_ids(prompt_ids, response_text, tokenizer=tokenizer)
     if EMPTY_REASONING.match(response_text):
         notes.append("empty_reasoning")
-    return prompt_ids, _end_at_eos(response_ids, tokenizer, rules, notes)
+    return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
 
 
 def _without_none(value: Any) -> Any:
@@ -242,67 +239,3 @@ def _renderer(row, tokenizer, rules) -> Callable[..., str]:
             raise UnusableRow("unreadable", f"the chat template cannot render it: {error}") from error
 
     return render
-
-
-def _chat_ids(text: str, tokenizer) -> list[int]:
-    # The template has printed bos itself.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _answer_start(prompt: list[dict], answer: dict, prompt_text: str, full_text: str, render) -> int:
-    """
-    Where the answer starts in `full_text`, which does not start with `prompt_text`.
-
-    The two texts part inside the header that the template prints before an answer; but when the answer happens to
-    begin like the rest of the generation prompt, they part too late. So the template is also asked what it prints
-    before some other answer, and the earlier of the two places counts.
-    """
-    mark = ANSWER_MARK if isinstance(answer.get("content"), str) else [{"type": "text", "text": ANSWER_MARK}]
-    marked_text = render([*prompt, {**answer, "content": mark}])
-    header_end = marked_text.find(ANSWER_MARK)
-    has_header = header_end >= 0 and full_text.startswith(marked_text[:header_end])
-    parting = len(os.path.commonprefix([prompt_text, full_text]))
-    if full_text.startswith(render(prompt, add_generation_prompt=False)):
-        return min(parting, header_end) if has_header else parting
-    if has_header:  # the history itself reads differently once an answer follows (system prompt in the last turn)
-        return header_end
-    raise UnusableRow(
-        "unreadable",
-        "the chat template renders its prompt differently once an answer follows, and the answer cannot be found in "
-        "it. Use another chat template.",
-    )
-
-
-def _ids_after(prompt_ids, full_ids, response_text, tokenizer, notes) -> list[int]:
-    if full_ids[: len(prompt_ids)] == prompt_ids:
-        return full_ids[len(prompt_ids) :]
-    notes.append("merged")
-    return _continuation_ids(prompt_ids, response_text, tokenizer)
-
-
-def _continuation_ids(prompt_ids: list[int], text: str, tokenizer) -> list[int]:
-    """Ids of `text` as it follows a prompt. SentencePiece tokenizers put a space before a text that stands alone."""
-    alone = _chat_ids(text, tokenizer)
-    candidates = [alone]
-    for anchor in ("\n", "="):
-        anchor_ids, ids = _chat_ids(anchor, tokenizer), _chat_ids(anchor + text, tokenizer)
-        if ids[: len(anchor_ids)] == anchor_ids:
-            candidates.append(ids[len(anchor_ids) :])
-    expected = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False) + text
-    for ids in candidates:
-        if tokenizer.decode([*prompt_ids, *ids], clean_up_tokenization_spaces=False) == expected:
-            return ids
-    return alone
-
-
-def _end_at_eos(response_ids: list[int], tokenizer, rules: RowRules, notes: list[str]) -> list[int]:
-    """Up to and with the first end-of-sequence id, where sampling would stop too."""
-    eos_token_ids = set(rules.eos_token_ids)
-    for end, token in enumerate(response_ids, start=1):
-        if token in eos_token_ids:
-            if tokenizer.decode(response_ids[end:], skip_special_tokens=True).strip():
-                notes.append("early_eos")
-            return response_ids[:end]
-    if response_ids:
-        notes.append("no_eos")
-    return response_ids

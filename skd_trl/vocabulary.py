@@ -6,6 +6,7 @@ few texts that different merges or pre-tokenizers split differently.
 """
 
 import logging
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,7 +59,7 @@ def model_end_of_sequence_ids(model: PreTrainedModel) -> set[int]:
     return ids | _as_set(getattr(model.config.get_text_config(), "eos_token_id", None))
 
 
-def _as_set(ids: int | list[int] | None) -> set[int]:
+def _as_set(ids: Any) -> set[int]:
     ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
     return {int(i) for i in ids if i is not None and i >= 0}  # some converted configs say -1 for none
 
@@ -92,6 +93,14 @@ def check_vocabularies(
     sizes = [model.config.get_text_config().vocab_size for model in (student_model, teacher_model)]
     shared_size = min(sizes)
     found = f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}."
+    if teacher_tokenizer is None:
+        teacher_tokenizer = _load_tokenizer(teacher_model)
+    difference = None if teacher_tokenizer is None else describe_tokenizer_difference(tokenizer, teacher_tokenizer)
+    if difference is not None:
+        raise ValueError(
+            f"The student and the teacher have different tokenizers: {difference}. Their next-token distributions are "
+            f"over different tokens and cannot be compared. {_advice()}"
+        )
     # Ids beyond the student's own head (Gemma 3's image token) are in no text that it can read.
     missing = sorted((i, token) for token, i in tokenizer.get_vocab().items() if shared_size <= i < sizes[0])
     if missing:
@@ -99,18 +108,12 @@ def check_vocabularies(
             f"{found} The student's tokenizer has {len(missing)} tokens that the teacher lacks (first: id "
             f"{missing[0][0]}, {missing[0][1]!r}), so the teacher cannot judge texts that hold them. {_advice()}"
         )
-    teacher_tokenizer = teacher_tokenizer or _load_tokenizer(teacher_model)
     if teacher_tokenizer is None:
         logger.warning(
             f"{found} No tokenizer was found for the teacher, so it was not verified that an id means the same token "
             "to both models. If their tokenizers differ, the result is meaningless."
         )
         return shared_size
-    if difference := describe_tokenizer_difference(tokenizer, teacher_tokenizer):
-        raise ValueError(
-            f"The student and the teacher have different tokenizers: {difference}. Their next-token distributions are "
-            f"over different tokens and cannot be compared. {_advice()}"
-        )
     if extra := sorted(set(tokenizer.get_vocab()) ^ set(teacher_tokenizer.get_vocab())):
         logger.warning(
             f"The tokenizers of student and teacher agree except for {len(extra)} tokens that only one of them has "
@@ -132,10 +135,13 @@ def _load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     if not path:
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a folder without a tokenizer, a missing hub or a missing package raises
         logger.info(f"No tokenizer could be loaded from {path!r}: {error}")
         return None
+    # Some classes (Qwen2, Gemma, GPT-2) come up empty in a folder that holds a model and no tokenizer.
+    is_empty = tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    return None if is_empty else tokenizer
 
 
 def describe_tokenizer_difference(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:

@@ -1,9 +1,9 @@
 """The batched, cached, block-wise sampler against the specification in `reference.py`."""
 
-
 import pytest
 import reference
 import torch
+from scipy.stats import chisquare
 from tiny import ARCHITECTURES, tiny_model
 
 from skd_trl.acceptance import ACCEPTANCE_RULES
@@ -144,3 +144,157 @@ def test_every_row_equals_the_one_row_token_at_a_time_cache_free_reference(
         assert responses(rollout)[row] == tokens
         assert rollout.replaced[row, : len(tokens)].tolist() == replaced
     assert rollout.replaced.any() and len({len(r) for r in responses(rollout)}) > 1
+
+
+def exact_two_token_distribution(student, teacher, prompt, accepts, student_sampling, teacher_sampling):
+    """P(first, second) under Algorithm 1: keep a proposal that passes, else draw from the teacher. (V, V) float64."""
+
+    def next_token(tokens):
+        own = reference.probabilities(reference.next_logits(student, tokens), **student_sampling)
+        teacher_logits = reference.next_logits(teacher, tokens)
+        other = reference.probabilities(teacher_logits, **teacher_sampling)
+        kept = torch.tensor([accepts(t, teacher_logits, own, other, None) for t in range(len(own))])
+        return own * kept + (own * ~kept).sum() * other
+
+    first = next_token(prompt)
+    return torch.stack([first[t] * next_token(prompt + [t]) for t in range(len(first))])
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("num_draft_tokens", [1, 2, 3])
+@pytest.mark.parametrize(
+    "student_sampling, teacher_sampling", [({}, {}), ({"temperature": 0.6, "top_p": 0.9}, {"temperature": 2.0})]
+)
+def test_two_tokens_are_distributed_as_the_algorithm_says_whatever_the_draft_length(
+    k, num_draft_tokens, student_sampling, teacher_sampling
+):
+    """Chi-square over 36 outcomes, 20,000 texts. Rejects a true sampler with probability 1e-5 in each of 18 cases."""
+    num_texts, prompt = 20_000, [1, 4, 2]
+    small = {"vocab_size": 6, "initializer_range": 0.3}
+    student, teacher = tiny_model("llama", seed=5, **small), tiny_model("llama", seed=6, **small)
+    rollout = interleaved_sample(
+        student, teacher, *left_padded_rows([prompt] * num_texts), accept=ACCEPTANCE_RULES["top_k"](k=k),
+        num_draft_tokens=num_draft_tokens, max_new_tokens=3, eos_token_ids=[], pad_token_id=0,
+        student_sampling=SamplingParams(**student_sampling), teacher_sampling=SamplingParams(**teacher_sampling),
+        generator=torch.Generator().manual_seed(100 * k + num_draft_tokens),
+    )  # fmt: skip
+    first, second = rollout.labels[:, len(prompt)], rollout.labels[:, len(prompt) + 1]
+    counts = torch.bincount(first * 6 + second, minlength=36).double()
+    expected = num_texts * exact_two_token_distribution(
+        reference.in_float64(student), reference.in_float64(teacher), prompt, reference.top_k_accepts(k),
+        student_sampling, teacher_sampling,
+    ).flatten()  # fmt: skip
+    assert counts[expected == 0].sum() == 0
+    # Cells with fewer than 5 expected texts are pooled, as the approximation wants.
+    rare = expected < 5
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    wanted = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    assert len(wanted) > 5
+    assert chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-5
+
+
+def left_padded_rows(prompts):
+    ids = torch.tensor(prompts)
+    return ids, torch.ones_like(ids)
+
+
+def test_a_rows_text_depends_neither_on_its_neighbours_nor_on_the_draft_length():
+    student, teacher = tiny_model("qwen2", seed=1), tiny_model("qwen2", seed=2)
+    uniforms = torch.rand((len(PROMPTS), 12, 3), generator=torch.Generator().manual_seed(0))
+    together = responses(sample(student, teacher, uniforms=uniforms, rule=ACCEPTANCE_RULES["top_k"](k=60)))
+    for row, prompt in enumerate(PROMPTS):
+        for num_draft_tokens in (1, 2, 12):
+            alone = sample(
+                student, teacher, [prompt], uniforms=uniforms[row : row + 1], num_draft_tokens=num_draft_tokens,
+                rule=ACCEPTANCE_RULES["top_k"](k=60),
+            )  # fmt: skip
+            assert responses(alone)[0] == together[row]
+
+
+def test_counters_add_up():
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    rollout = sample(student, teacher, rule=ACCEPTANCE_RULES["top_k"](k=60), eos_token_ids=list(range(0, 259, 7)))
+    assert rollout.num_accepted + rollout.num_replaced == rollout.num_tokens == sum(map(len, responses(rollout)))
+    assert rollout.num_tokens <= rollout.num_drafted
+    assert rollout.num_truncated == sum(row[-1] % 7 != 0 for row in responses(rollout))
+    kept = ~rollout.replaced & (rollout.proposals != -100)
+    tokens = rollout.labels[:, -rollout.replaced.shape[1] :]
+    assert torch.equal(rollout.proposals[kept], tokens[kept])
+
+
+def test_the_teachers_and_the_students_own_texts_come_from_the_rules_never_and_always():
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    for rule, author, greedy in (("never", teacher, "teacher_sampling"), ("always", student, "student_sampling")):
+        rollout = sample(student, teacher, rule=ACCEPTANCE_RULES[rule](), **{greedy: GREEDY})
+        assert responses(rollout) == [greedy_text(author, prompt, 12) for prompt in PROMPTS]
+    assert rollout.teacher_hidden_states is None  # the teacher never ran
+
+
+def test_models_come_back_in_the_mode_they_came_in_even_after_an_error():
+    student, teacher = tiny_model(seed=1).train(), tiny_model(seed=2)
+    student.model.layers[0].eval()
+    sample(student, teacher)
+    with pytest.raises(ValueError):
+        sample(student, teacher, [[1], []])
+    assert student.training and student.lm_head.training and not student.model.layers[0].mlp.training
+    assert not teacher.training
+
+
+def test_gradient_checkpointing_and_dropout_do_not_reach_the_sampler():
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    expected = sample(student, teacher, generator=torch.Generator().manual_seed(0)).labels
+    student.gradient_checkpointing_enable()
+    student.train()
+    assert torch.equal(sample(student, teacher, generator=torch.Generator().manual_seed(0)).labels, expected)
+
+
+def test_an_adapter_takes_part_in_the_draft():
+    from peft import LoraConfig, get_peft_model
+
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    peft_student = get_peft_model(
+        tiny_model(seed=1), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    accept_all = ACCEPTANCE_RULES["top_k"](k=V)
+    plain = sample(student, teacher, rule=accept_all, student_sampling=GREEDY)
+    adapted = sample(peft_student, teacher, rule=accept_all, student_sampling=GREEDY)
+    assert responses(adapted) == [greedy_text(peft_student, prompt, 12) for prompt in PROMPTS]
+    assert responses(adapted) != responses(plain)
+
+
+@pytest.mark.parametrize(
+    "prompts, kwargs, message",
+    [
+        ([[1, 2], []], {}, r"Prompts \[1\] are empty"),
+        ([[1] * 505], {}, "505 tokens.*512"),
+        ([[1, 2]], {"num_draft_tokens": 0}, "num_draft_tokens=0"),
+        ([[1, 2]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1, 2]], {"max_rows": 0}, "max_rows=0"),
+        ([[1, 2]], {"vocab_size": 300}, "vocab_size=300"),
+        ([[1, 2, 250]], {"vocab_size": 100}, "token id 250"),
+    ],
+)
+def test_input_that_cannot_work_is_refused_with_its_number(prompts, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        sample(tiny_model(seed=1), tiny_model(seed=2), prompts, **kwargs)
+
+
+def test_right_padded_prompts_and_mismatched_vocabularies_are_refused():
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    ids, mask = left_padded(PROMPTS)
+    settings = {"accept": ACCEPTANCE_RULES["always"](), "max_new_tokens": 4, "eos_token_ids": [], "pad_token_id": PAD}
+    with pytest.raises(ValueError, match="not left-padded"):
+        interleaved_sample(student, teacher, ids.flip(1), mask.flip(1), **settings)
+    with pytest.raises(ValueError, match="259.*300.*vocab_size"):
+        interleaved_sample(student, tiny_model(seed=2, vocab_size=300), ids, mask, **settings)
+
+
+def test_an_encoder_decoder_is_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=259, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    with pytest.raises(ValueError, match="encoder-decoder.*rollout='dataset'"):
+        sample(t5, tiny_model(seed=2))

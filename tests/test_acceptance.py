@@ -1,0 +1,109 @@
+"""Acceptance rules: what each keeps, and for the ones that promise a distribution, that distribution."""
+
+import pytest
+import reference
+import torch
+from scipy.stats import chisquare
+from tiny import tiny_model
+
+from skd_trl import ACCEPTANCE_RULES, SamplingParams, interleaved_sample
+from skd_trl.acceptance import Draft
+
+
+def draft_of(tokens, teacher_logits, student_logits=None, coins=None):
+    tokens = torch.tensor(tokens)
+    return Draft(
+        tokens,
+        student_logits,
+        torch.as_tensor(teacher_logits).float(),
+        SamplingParams(),
+        SamplingParams(),
+        torch.zeros(tokens.shape) if coins is None else torch.tensor(coins),
+    )
+
+
+# Teacher: 0.5, 0.3, 0.15, 0.05 for tokens 0 to 3, at each of four places, one proposal each.
+EVERY_TOKEN = draft_of([[0, 1, 2, 3]], torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, kept",
+    [
+        ("top_k", {"k": 1}, [True, False, False, False]),
+        ("top_k", {"k": 3}, [True, True, True, False]),
+        ("top_k", {"k": 99}, [True] * 4),
+        ("top_p", {"p": 0.5}, [True, False, False, False]),  # 0.5 is reached by the first alone
+        ("top_p", {"p": 0.51}, [True, True, False, False]),
+        ("top_p", {"p": 1.0}, [True] * 4),
+        ("min_prob", {"alpha": 0.2}, [True, True, False, False]),
+        ("min_prob", {"alpha": 0.0}, [True] * 4),
+        ("always", {}, [True] * 4),
+        ("never", {}, [False] * 4),
+    ],
+)
+def test_a_rule_keeps_the_tokens_it_says(name, kwargs, kept):
+    assert ACCEPTANCE_RULES[name](**kwargs)(EVERY_TOKEN)[0].tolist() == kept
+
+
+def test_ties_in_the_teacher_count_for_the_proposal():
+    draft = draft_of([[1, 2]], torch.tensor([3.0, 1.0, 1.0, 1.0]).expand(1, 2, 4))
+    assert draft.teacher_rank.tolist() == [[1, 1]]
+    assert ACCEPTANCE_RULES["top_k"](k=2)(draft).tolist() == [[True, True]]
+
+
+def test_ranks_are_of_raw_logits_where_warped_ones_would_tie_at_zero():
+    """Nucleus 0.5 leaves one token with a probability, and 258 in a tie at zero: the authors' top 25 of these are chance."""
+    logits = torch.arange(259.0).flip(0).expand(1, 1, 259)
+    for token in (0, 24, 25, 200):
+        assert ACCEPTANCE_RULES["top_k"](k=25)(draft_of([[token]], logits)).item() == (token < 25)
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, message",
+    [
+        ("top_k", {"k": 0}, "accept_top_k=0.*never"),
+        ("top_k", {"k": -3}, "accept_top_k=-3"),
+        ("top_k", {"k": 2.5}, "accept_top_k=2.5"),
+        ("top_p", {"p": 0.0}, "p=0.0"),
+        ("min_prob", {"alpha": 1.5}, "alpha=1.5"),
+        ("mixture", {"gamma": -0.1}, "gamma=-0.1"),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ACCEPTANCE_RULES[name](**kwargs)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 3])
+@pytest.mark.parametrize("name, kwargs, teacher_share", [("speculative", {}, 1.0), ("mixture", {"gamma": 0.3}, 0.3)])
+def test_speculative_texts_are_the_teachers_and_mixture_texts_the_mixtures(
+    name, kwargs, teacher_share, num_draft_tokens
+):
+    """Chi-square over 36 two-token texts, 20,000 of them; rejects a true sampler with probability 1e-5 in each case."""
+    num_texts, prompt = 20_000, [1, 4, 2]
+    small = {"vocab_size": 6, "initializer_range": 0.3}
+    student, teacher = tiny_model("llama", seed=5, **small), tiny_model("llama", seed=6, **small)
+    ids = torch.tensor([prompt] * num_texts)
+    rollout = interleaved_sample(
+        student, teacher, ids, torch.ones_like(ids), accept=ACCEPTANCE_RULES[name](**kwargs),
+        num_draft_tokens=num_draft_tokens, max_new_tokens=2, eos_token_ids=[], pad_token_id=0,
+        student_sampling=SamplingParams(temperature=0.8), teacher_sampling=SamplingParams(top_p=0.9),
+        generator=torch.Generator().manual_seed(num_draft_tokens),
+    )  # fmt: skip
+    exact = [reference.in_float64(model) for model in (student, teacher)]
+
+    def mixture(tokens):
+        own = reference.probabilities(reference.next_logits(exact[0], tokens), temperature=0.8)
+        other = reference.probabilities(reference.next_logits(exact[1], tokens), top_p=0.9)
+        return (1 - teacher_share) * own + teacher_share * other
+
+    first = mixture(prompt)
+    expected = num_texts * torch.stack([first[t] * mixture(prompt + [t]) for t in range(6)]).flatten()
+    counts = torch.bincount(rollout.labels[:, 3] * 6 + rollout.labels[:, 4], minlength=36).double()
+    assert counts[expected == 0].sum() == 0
+    common = expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]])
+    keep = wanted > 0
+    assert keep.sum() > 5
+    assert chisquare(observed[keep].numpy(), wanted[keep].numpy()).pvalue > 1e-5

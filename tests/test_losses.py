@@ -1,0 +1,439 @@
+import math
+import warnings
+
+import pytest
+import reference_losses as reference
+import torch
+from memory import peak_bytes
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+from torch import nn
+
+from skd_trl.divergences import DIVERGENCES
+from skd_trl.gates import GATES
+from skd_trl.lm_head import LMHead, backbone
+from skd_trl.losses import GateWeights, default_chunk_size, distillation_loss, gate_weights
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from trl.experimental.gkd import GKDTrainer
+
+GATE_PARAMETERS = {"greedy_top_k": {"k": 3}, "min_prob": {"alpha": 0.1}, "random": {"k": 3}, "inverted": {"k": 3}}
+# fp32 against float64: sums of V = 50 products of order 1, then of N = 17 positions.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def _heads(seed=0, vocab_size=50, **shaping):
+    generator = torch.Generator().manual_seed(seed)
+    bias = torch.randn(vocab_size, generator=generator) if shaping.pop("bias", False) else None
+    weights = [torch.randn(vocab_size, size, generator=generator) / size**0.5 * 2 for size in (8, 12)]
+    student = LMHead(weights[0].requires_grad_(), None if bias is None else bias.requires_grad_(), **shaping)
+    return student, LMHead(weights[1], scale=2.0)
+
+
+def _hidden(num_positions=17, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(num_positions, size, generator=generator) for size in (8, 12))
+    labels = torch.randint(47, (num_positions,), generator=generator)  # below every vocab_size used
+    return student.requires_grad_(), teacher, labels
+
+
+def _ours(student_hidden, student, teacher_hidden, teacher, divergence="forward_kl", **options):
+    options = {"vocab_size": 50, "chunk_size": 5, **options}
+    divergence = DIVERGENCES[divergence]() if isinstance(divergence, str) else divergence
+    return distillation_loss(student_hidden, student, teacher_hidden, teacher, divergence=divergence, **options)
+
+
+def _gradients(loss, hidden, head):
+    return torch.autograd.grad(loss, [hidden, *head.trainable_parameters()])
+
+
+def _reference_logits(hidden, head, vocab_size):
+    return reference.logits(hidden, head.weight, head.bias, head.scale, head.softcap)[:, :vocab_size]
+
+
+@pytest.mark.parametrize("gate_name", [None, *GATES])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_chunks_give_the_value_and_gradient_of_full_logits(gate_name, divergence):
+    student, teacher = _heads(softcap=5.0, scale=1.5, bias=True)
+    hidden, teacher_hidden, labels = _hidden()
+    gate = GATES[gate_name](**GATE_PARAMETERS.get(gate_name, {})) if gate_name else None
+    uniforms = torch.rand(17, gate.num_uniforms, generator=torch.Generator().manual_seed(2)) if gate else None
+    out = _ours(
+        hidden,
+        student,
+        teacher_hidden,
+        teacher,
+        divergence,
+        gate=gate,
+        labels=labels,
+        uniforms=uniforms,
+        vocab_size=47,
+    )
+    logits, teacher_logits = (
+        _reference_logits(hidden, student, 47), _reference_logits(teacher_hidden, teacher, 47).detach()
+    )  # fmt: skip
+    weight = torch.ones(17, dtype=torch.float64)
+    if gate:
+        p, q = teacher_logits.softmax(-1), logits.detach().softmax(-1)
+        own = GATE_PARAMETERS.get(gate_name, {})
+        weight = gate.floor + (1 - gate.floor) * reference.acceptances(gate_name, p, q, labels, uniforms, **own)
+    expected = (weight * reference.divergence(divergence, logits, teacher_logits)).sum()
+    torch.testing.assert_close(out.weight.double(), weight.double(), **CLOSE)
+    torch.testing.assert_close(out.loss.double(), expected, **CLOSE)
+    for gradient, wanted in zip(
+        _gradients(out.loss, hidden, student), _gradients(expected, hidden, student), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("gate_name", [None, *GATES])
+def test_a_positions_values_do_not_depend_on_the_chunk_it_falls_into(gate_name):
+    student, teacher = _heads()
+    hidden, teacher_hidden, labels = _hidden()
+    gate = GATES[gate_name](**GATE_PARAMETERS.get(gate_name, {})) if gate_name else None
+    uniforms = torch.rand(17, gate.num_uniforms) if gate else None
+    options = {"gate": gate, "labels": labels, "uniforms": uniforms}
+    whole = _ours(hidden, student, teacher_hidden, teacher, **options, chunk_size=17)
+    for chunk_size in (1, 4, None):
+        cut = _ours(hidden, student, teacher_hidden, teacher, **options, chunk_size=chunk_size)
+        for name in ("divergence", "weight", "accepted", "loss"):
+            torch.testing.assert_close(getattr(cut, name), getattr(whole, name), **CLOSE)
+        for name, value in vars(cut.statistics).items():
+            torch.testing.assert_close(value, getattr(whole.statistics, name), **CLOSE)
+
+
+@pytest.mark.parametrize("gate", [GATES["greedy_top_k"](k=50, floor=0.0), GATES["spec_k"](floor=1.0, exact=True)])
+def test_a_gate_of_ones_is_the_ungated_loss_bit_for_bit(gate):
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    ungated, gated = (_ours(hidden, student, teacher_hidden, teacher, gate=choice) for choice in (None, gate))
+    assert torch.equal(ungated.loss, gated.loss) and gated.weight.eq(1).all()
+    for one, other in zip(
+        _gradients(ungated.loss, hidden, student), _gradients(gated.loss, hidden, student), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_closed_gate_gives_exactly_no_gradient_at_its_positions():
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    out = _ours(hidden, student, teacher_hidden, teacher, gate=GATES["greedy_top_k"](k=3, floor=0.0))
+    gradient, weight_gradient = _gradients(out.loss, hidden, student)
+    assert 0 < out.accepted.sum() < 17
+    assert gradient[~out.accepted].eq(0).all() and gradient[out.accepted].ne(0).any(-1).all()
+    only_open = _ours(hidden[out.accepted].detach(), student, teacher_hidden[out.accepted], teacher)
+    torch.testing.assert_close(weight_gradient, torch.autograd.grad(only_open.loss, student.weight)[0], **CLOSE)
+
+
+def test_a_gate_that_closes_everything_gives_zero_and_not_nan():
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    out = _ours(hidden, student, teacher_hidden, teacher, gate=GATES["student_entropy_top"](share=0.0))
+    assert out.loss.item() == 0 and all(gradient.eq(0).all() for gradient in _gradients(out.loss, hidden, student))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_weights_computed_beforehand_are_the_gates_own(name):
+    student, teacher = _heads()
+    hidden, teacher_hidden, labels = _hidden()
+    gate = GATES[name](**GATE_PARAMETERS.get(name, {}))
+    keep = torch.arange(17) % 4 == 0
+    options = {"labels": labels, "uniforms": torch.rand(17, gate.num_uniforms), "vocab_size": 50}
+    weights = gate_weights(
+        hidden, student, teacher_hidden, teacher, gate=gate, keep=keep, **options, chunk_size=3
+    )  # fmt: skip
+    at_once = _ours(hidden, student, teacher_hidden, teacher, gate=gate, keep=keep, **options)
+    beforehand = _ours(hidden, student, teacher_hidden, teacher, weights=weights)
+    torch.testing.assert_close(beforehand.loss, at_once.loss, **CLOSE)
+    assert torch.equal(weights.accepted, at_once.accepted) and not weights.weight.requires_grad
+    assert at_once.weight[keep].eq(1).all()
+
+
+def test_kept_positions_weigh_one_and_still_count_as_rejected():
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    gate = GATES["greedy_top_k"](k=3, floor=0.0)
+    plain = _ours(hidden, student, teacher_hidden, teacher, gate=gate)
+    kept = _ours(hidden, student, teacher_hidden, teacher, gate=gate, keep=~plain.accepted)
+    assert kept.weight.eq(1).all() and torch.equal(kept.accepted, plain.accepted)
+
+
+def test_at_nll_positions_the_loss_is_the_labels_negative_log_likelihood():
+    student, teacher = _heads()
+    hidden, teacher_hidden, labels = _hidden()
+    replaced = torch.arange(17) % 3 == 0
+    out = _ours(hidden, student, teacher_hidden, teacher, labels=labels, nll_positions=replaced)
+    logits, teacher_logits = (
+        _reference_logits(hidden, student, 50), _reference_logits(teacher_hidden, teacher, 50).detach()
+    )  # fmt: skip
+    nll = nn.functional.cross_entropy(logits, labels, reduction="none")
+    expected = torch.where(replaced, nll, reference.divergence("forward_kl", logits, teacher_logits)).sum()
+    torch.testing.assert_close(out.loss.double(), expected, **CLOSE)
+    for gradient, wanted in zip(
+        _gradients(out.loss, hidden, student), _gradients(expected, hidden, student), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted, **CLOSE)
+
+
+def test_statistics_are_what_their_names_say():
+    student, teacher = _heads()
+    hidden, teacher_hidden, labels = _hidden()
+    labels[:5] = student.logits(hidden)[:5].argmax(-1)
+    statistics = _ours(hidden, student, teacher_hidden, teacher, labels=labels).statistics
+    q = _reference_logits(hidden, student, 50).detach().softmax(-1)
+    p = _reference_logits(teacher_hidden, teacher, 50).softmax(-1)
+    expected = {
+        "student_entropy": [reference.entropy(row) for row in q],
+        "teacher_entropy": [reference.entropy(row) for row in p],
+        "tv": [reference.total_variation(*rows) for rows in zip(p, q, strict=True)],
+        "student_nll": [-math.log(row[label]) for row, label in zip(q, labels, strict=True)],
+        "teacher_nll": [-math.log(row[label]) for row, label in zip(p, labels, strict=True)],
+        "correct": [bool(row.argmax() == label) for row, label in zip(q, labels, strict=True)],
+    }
+    for name, values in expected.items():
+        value = getattr(statistics, name)
+        assert not value.requires_grad
+        torch.testing.assert_close(value, torch.tensor(values).to(value.dtype), **CLOSE)
+    without_labels = _ours(hidden, student, teacher_hidden, teacher)
+    assert without_labels.statistics.student_nll is None
+    assert _ours(hidden, student, teacher_hidden, teacher, statistics=False).statistics is None
+
+
+def test_a_plain_function_of_logits_serves_as_a_divergence():
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+
+    def total_variation(student_logits, teacher_logits):
+        return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2
+
+    out = _ours(hidden, student, teacher_hidden, teacher, total_variation)
+    torch.testing.assert_close(out.divergence, out.statistics.tv, **CLOSE)
+
+
+def test_a_tied_heads_gradient_joins_that_of_the_embeddings_and_equals_autograd_on_full_logits():
+    student = tiny_model("gemma2", tie_word_embeddings=True)
+    teacher = tiny_model("cohere", seed=1)
+    input_ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        teacher_logits = teacher(input_ids).logits.flatten(0, 1)
+        teacher_hidden = backbone(teacher)(input_ids).last_hidden_state.flatten(0, 1)
+    hidden = backbone(student)(input_ids).last_hidden_state.flatten(0, 1)
+    out = _ours(hidden, LMHead.of(student), teacher_hidden, LMHead.of(teacher), vocab_size=259)
+    out.loss.backward()
+    ours = {name: parameter.grad for name, parameter in student.named_parameters()}
+    student.zero_grad(set_to_none=True)
+    expected = DIVERGENCES["forward_kl"]()(student(input_ids).logits.flatten(0, 1), teacher_logits).sum()
+    expected.backward()
+    torch.testing.assert_close(out.loss, expected, **CLOSE)
+    for name, parameter in student.named_parameters():
+        # Relative to the largest entry: gradients here reach 100s.
+        torch.testing.assert_close(
+            ours[name], parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"]),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+    ],
+    ids=["frozen head", "saved head", "head under LoRA"],
+)
+def test_every_kind_of_peft_head_gets_the_gradient_of_full_logits(config):
+    torch.manual_seed(0)
+    student, teacher = get_peft_model(tiny_model("llama"), config), tiny_model("llama", seed=1)
+    input_ids = torch.arange(12)[None]
+    with torch.no_grad():
+        teacher_logits = teacher(input_ids).logits[0]
+        teacher_hidden = backbone(teacher)(input_ids).last_hidden_state[0]
+    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    hidden = backbone(student)(input_ids).last_hidden_state[0]
+    out = _ours(hidden, LMHead.of(student), teacher_hidden, LMHead.of(teacher), vocab_size=259)
+    ours = torch.autograd.grad(out.loss, trainable)
+    expected = DIVERGENCES["forward_kl"]()(student(input_ids).logits[0], teacher_logits).sum()
+    for gradient, wanted in zip(ours, torch.autograd.grad(expected, trainable), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5 * max(1.0, wanted.abs().max().item()))
+
+
+def test_the_heads_are_never_called_as_modules():
+    student, teacher = tiny_model("llama"), tiny_model("llama", seed=1)
+    heads = LMHead.of(student), LMHead.of(teacher)
+
+    def refuse(module, args):
+        raise AssertionError("a sharded head's hooks would run here")
+
+    for model in (student, teacher):
+        model.lm_head.register_forward_pre_hook(refuse)
+    hidden = torch.randn(3, 32, requires_grad=True)
+    _ours(hidden, heads[0], torch.randn(3, 32), heads[1], vocab_size=259).loss.backward()
+
+
+def test_without_positions_the_loss_is_zero_and_every_parameter_gets_a_zero_gradient():
+    student, teacher = _heads(bias=True)
+    hidden, teacher_hidden, labels = _hidden(num_positions=0)
+    for name in GATES:
+        gate = GATES[name]()
+        out = _ours(
+            hidden,
+            student,
+            teacher_hidden,
+            teacher,
+            gate=gate,
+            labels=labels,
+            uniforms=torch.rand(0, gate.num_uniforms),
+        )
+        assert out.loss.item() == 0 and out.divergence.shape == out.statistics.tv.shape == (0,)
+        for gradient, tensor in zip(
+            _gradients(out.loss, hidden, student), [hidden, *student.trainable_parameters()], strict=True
+        ):
+            assert gradient.shape == tensor.shape and gradient.eq(0).all()
+
+
+def test_under_no_grad_the_value_is_the_same_and_nothing_is_differentiated():
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    calls = []
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Spy():
+        out = _ours(hidden, student, teacher_hidden, teacher)
+    assert not out.loss.requires_grad and torch.autograd.grad not in calls
+    assert torch.Tensor.addmm_ not in calls
+    assert torch.equal(out.loss, _ours(hidden, student, teacher_hidden, teacher).loss.detach())
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_is_unchanged(frozen):
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    by_hidden, by_weight = _gradients(_ours(hidden, student, teacher_hidden, teacher).loss, hidden, student)
+    if frozen == "hidden":
+        loss = _ours(hidden.detach(), student, teacher_hidden, teacher).loss
+        torch.testing.assert_close(torch.autograd.grad(loss, student.weight)[0], by_weight, rtol=0, atol=0)
+    else:
+        student.weight.requires_grad_(False)
+        loss = _ours(hidden, student, teacher_hidden, teacher).loss
+        torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], by_hidden, rtol=0, atol=0)
+
+
+def test_dividing_the_loss_divides_the_gradients():
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    loss = _ours(hidden, student, teacher_hidden, teacher).loss
+    once = torch.autograd.grad(loss, [hidden, student.weight], retain_graph=True)
+    for one, part in zip(once, torch.autograd.grad(loss / 8, [hidden, student.weight]), strict=True):
+        assert torch.equal(one / 8, part)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
+def test_half_precision_is_as_close_to_the_truth_as_plain_autograd_in_it(autocast):
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden(num_positions=64)
+    truth = DIVERGENCES["forward_kl"]()(
+        _reference_logits(hidden, student, 50), _reference_logits(teacher_hidden, teacher, 50).detach()
+    ).sum()
+    exact = _gradients(truth, hidden, student)
+    if not autocast:
+        hidden, teacher_hidden = hidden.detach().bfloat16().requires_grad_(), teacher_hidden.bfloat16()
+        student = LMHead(student.weight.detach().bfloat16().requires_grad_())
+        teacher = LMHead(teacher.weight.bfloat16(), scale=2.0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = _ours(hidden, student, teacher_hidden, teacher, chunk_size=3).loss
+        logits = nn.functional.linear(hidden, student.weight).float()
+        plain = DIVERGENCES["forward_kl"]()(
+            logits, nn.functional.linear(teacher_hidden, teacher.weight).float() * 2
+        ).sum()
+    assert loss.dtype == torch.float32
+    ours, theirs = (_gradients(value, hidden, student) for value in (loss, plain))
+    for mine, others, right in zip(ours, theirs, exact, strict=True):
+        assert mine.dtype == others.dtype
+        assert (mine - right).norm() <= 2 * (others - right).norm()
+
+
+def test_head_gradients_are_summed_in_fp32_over_chunks():
+    # 512 equal positions, one per chunk: a sum kept in bf16 stops growing at 256 of them.
+    student, teacher = LMHead(torch.zeros(2, 1).bfloat16().requires_grad_()), LMHead(torch.ones(2, 1).bfloat16())
+    hidden, teacher_bias = torch.ones(512, 1).bfloat16(), torch.tensor([1.0, -1.0]).bfloat16()
+    teacher = LMHead(teacher.weight, teacher_bias)
+    loss = _ours(hidden, student, hidden, teacher, vocab_size=2, chunk_size=1).loss
+    # d KL / d weight = 512 x (q - p) x 1 with q = 1/2 and p = sigmoid(2); bf16 keeps 8 bits of q - p and of the
+    # result.
+    expected = 512 * (0.5 - torch.sigmoid(torch.tensor(2.0)).item())
+    assert torch.autograd.grad(loss, student.weight)[0][0].item() == pytest.approx(expected, rel=2**-7)
+
+
+def test_peak_memory_is_at_most_a_quarter_of_gkd_trainers():
+    rows, prompt, response, vocab_size, size = 4, 256, 256, 49152, 64
+    hidden = torch.randn(rows, prompt + response, size, requires_grad=True)
+    teacher_hidden = torch.randn(rows, prompt + response, size)
+    weight, teacher_weight = torch.randn(vocab_size, size, requires_grad=True), torch.randn(vocab_size, size)
+    labels = torch.randint(vocab_size, (rows, prompt + response))
+    labels[:, :prompt] = -100
+
+    def theirs():
+        logits, teacher_logits = hidden @ weight.T, teacher_hidden @ teacher_weight.T
+        loss = GKDTrainer.generalized_jsd_loss(logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:], beta=0.5)
+        loss.backward()
+
+    def ours():
+        positions = labels[:, 1:] != -100
+        out = distillation_loss(
+            hidden[:, :-1][positions],
+            LMHead(weight),
+            teacher_hidden[:, :-1][positions],
+            LMHead(teacher_weight),
+            divergence=DIVERGENCES["jsd"](),
+            gate=GATES["hellinger"](),
+            labels=labels[:, 1:][positions],
+            vocab_size=vocab_size,
+        )
+        (out.loss / positions.sum()).backward()
+
+    our_peak, their_peak = peak_bytes(ours), peak_bytes(theirs)
+    print(f"peak of the loss: {our_peak / 2**20:.0f} MiB, GKDTrainer's {their_peak / 2**20:.0f} MiB")
+    assert our_peak <= their_peak / 4
+
+
+def test_the_memory_tracker_counts_what_is_alive_at_once_and_forgets_what_was_freed():
+    mebibyte = 2**20
+
+    def function():
+        first = torch.empty(3 * mebibyte, dtype=torch.uint8)
+        del first
+        second = torch.empty(2 * mebibyte, dtype=torch.uint8)
+        return second + second
+
+    assert peak_bytes(function) == 4 * mebibyte
+
+
+@pytest.mark.parametrize(("vocab_size", "size"), [(49152, 341), (151936, 110), (10**9, 1)])
+def test_a_default_chunk_of_fp32_logits_is_at_most_64_mebibytes_but_never_empty(vocab_size, size):
+    assert default_chunk_size(vocab_size) == size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "'student_hidden': 17.*'labels': 3"),
+        ({"nll_positions": torch.ones(17, dtype=torch.bool)}, "pass labels"),
+        ({"vocab_size": 51}, "student's head has 50 rows, fewer than vocab_size=51"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        (
+            {"gate": GATES["hellinger"](), "weights": GateWeights(torch.ones(17), torch.ones(17).bool())},
+            "Both gate and weights",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_reason(options, message):
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    with pytest.raises(ValueError, match=message):
+        _ours(hidden, student, teacher_hidden, teacher, **options)

@@ -1,0 +1,490 @@
+"""SKDTrainer: one update however the batch is cut, GKDTrainer's loss where GKDTrainer is right, and what people rely on."""
+
+import copy
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from tiny import byte_tokenizer, tiny_model
+from transformers import TrainerCallback
+from trl.experimental.gkd import GKDTrainer
+
+from skd_trl import SKDConfig, SKDTrainer
+from skd_trl.models import disable_dropout
+
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "q" * (3 + i)},
+            {"role": "assistant", "content": "ab" * (1 + (5 * i) % 7)},
+        ]
+    }
+    for i in range(8)
+]
+
+
+def make_trainer(tmp_path, rows=ROWS, model=None, teacher=None, trainer_class=SKDTrainer, **settings):
+    objects = {
+        name: settings.pop(name)
+        for name in ("eval_dataset", "peft_config", "callbacks", "optimizers", "processing_class", "formatting_func")
+        if name in settings
+    }
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 3,
+        "max_new_tokens": 16,
+        "max_length": 128,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "accept_top_k": 80,  # of 259: two random models agree on some tokens and not on others
+        "temperature": 1.0,
+        "student_top_p": 1.0,
+        "teacher_temperature": 1.0,
+        "teacher_top_p": 1.0,
+    }
+    return trainer_class(
+        model=tiny_model(seed=1) if model is None else model,
+        teacher_model=tiny_model(seed=2) if teacher is None else teacher,
+        args=SKDConfig(**{**defaults, **settings}),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        processing_class=objects.pop("processing_class", byte_tokenizer()),
+        **objects,
+    )
+
+
+def update_of(trainer):
+    """How one optimizer step of plain SGD moves the parameters: the negative gradient, all in one vector."""
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.create_optimizer_and_scheduler = lambda num_training_steps: None
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, factor=1.0)
+    trainer.train()
+    return torch.cat([(p.detach() - before[name]).flatten() for name, p in trainer.model.named_parameters()])
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# One update, however it is cut
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "interleaved", "student", "teacher"])
+@pytest.mark.parametrize("batch_size, accumulation", [(4, 2), (2, 4), (1, 8)])
+def test_eight_rows_give_one_update_however_they_are_accumulated(tmp_path, rollout, batch_size, accumulation):
+    settings = {"rollout": rollout, "max_grad_norm": 0.0, "shuffle_dataset": False, "seed": 3}
+    whole = make_trainer(tmp_path, per_device_train_batch_size=8, **settings)
+    expected = update_of(whole)
+    cut = make_trainer(
+        tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, **settings
+    )
+    update = update_of(cut)
+    assert expected.norm() > 0.1  # something was learned from
+    # fp32 sums of a few thousand terms in another order
+    assert (update - expected).norm() < 1e-4 * expected.norm()
+    assert losses(cut)[0] == pytest.approx(losses(whole)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("rollout", ["interleaved", "student", "teacher"])
+def test_the_divisor_is_the_number_of_sampled_response_tokens(tmp_path, rollout):
+    # References of 2 tokens each: GKDTrainer would divide by these.
+    rows = [{"prompt": "q" * (i + 1), "completion": "x"} for i in range(8)]
+    trainer = make_trainer(
+        tmp_path, rows, rollout=rollout, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    seen = []
+    original = trainer.compute_loss
+
+    def spy(model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = original(model, inputs, return_outputs, num_items_in_batch)
+        seen.append((int((inputs["labels"] != -100).sum()), int(num_items_in_batch), loss.item()))
+        return loss
+
+    trainer.compute_loss = spy
+    trainer.train()
+    sampled = sum(count for count, _, _ in seen)
+    assert sampled > 8 * 4
+    assert [divisor for _, divisor, _ in seen] == [sampled, sampled]
+    assert losses(trainer)[0] == pytest.approx(sum(loss for _, _, loss in seen), rel=1e-4)
+
+
+# The same loss as GKDTrainer's divergence, on full logits
+
+
+@pytest.mark.parametrize("divergence, beta", [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5), ("jsd", 0.1)])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "cohere", "gpt2"])
+def test_on_the_data_sets_responses_loss_and_gradient_are_those_of_gkd_on_full_logits(
+    tmp_path, architecture, divergence, beta
+):
+    student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
+    plain = copy.deepcopy(student)
+    trainer = make_trainer(
+        tmp_path, model=student, teacher=teacher, rollout="dataset", divergence=divergence, beta=beta, max_grad_norm=0.0,
+        per_device_train_batch_size=8, loss_chunk_size=5,
+    )  # fmt: skip
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    mask = batch["attention_mask"]
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+    with torch.no_grad():
+        teacher_logits = teacher(**inputs).logits[:, :-1]
+    expected = GKDTrainer.generalized_jsd_loss(
+        plain(**inputs).logits[:, :-1], teacher_logits, labels=batch["labels"][:, 1:], beta=beta
+    )
+    expected.backward()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (name, ours), theirs in zip(trainer.model.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None or ours.grad.abs().max() == 0, name
+        else:
+            assert (ours.grad - theirs.grad).norm() < 1e-4 * theirs.grad.norm() + 1e-7, name
+
+
+def test_the_reused_teacher_gives_the_loss_of_a_fresh_teacher_forward(tmp_path):
+    trainer = make_trainer(tmp_path)
+    compared = []
+    original = trainer.compute_loss
+
+    def spy(model, inputs, return_outputs=False, num_items_in_batch=None):
+        fresh = {name: value for name, value in inputs.items() if name != "teacher_hidden_states"}
+        with torch.no_grad():
+            compared.append((original(model, inputs).item(), original(model, fresh).item()))
+        return original(model, inputs, return_outputs, num_items_in_batch)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    for reused, fresh in compared:
+        assert reused == pytest.approx(fresh, rel=1e-4)
+
+
+def test_with_nll_on_replaced_tokens_those_and_only_those_carry_the_likelihood(tmp_path):
+    trainer = make_trainer(tmp_path, replaced_loss="nll")
+    outcomes = []
+    original = trainer._distillation_loss
+
+    def spy(student_hidden, teacher_hidden, inputs, is_response):
+        outcome = original(student_hidden, teacher_hidden, inputs, is_response)
+        outcomes.append((outcome, inputs["replaced"][is_response]))
+        return outcome
+
+    trainer._distillation_loss = spy
+    trainer.train()
+    (outcome, replaced) = outcomes[0]
+    assert replaced.any() and not replaced.all()
+    is_nll = torch.isclose(outcome.divergence, outcome.statistics.student_nll, rtol=1e-6)
+    assert torch.equal(is_nll, replaced)
+
+
+# What users do
+
+
+def test_lora_trains_the_adapter_alone_and_keeps_its_dropout(tmp_path):
+    trainer = make_trainer(
+        tmp_path, peft_config=LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "v_proj"]), max_steps=2,
+        learning_rate=1e-2, gradient_checkpointing=True,
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all("lora" in name for name in moved)
+    dropouts = [m.p for name, m in trainer.model.named_modules() if "lora_dropout" in name and hasattr(m, "p")]
+    assert set(dropouts) == {0.3}
+
+
+def test_lora_with_a_trained_head_moves_the_head(tmp_path):
+    peft_config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trainer = make_trainer(tmp_path, peft_config=peft_config, learning_rate=1e-2)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert any("lm_head.modules_to_save" in name for name in moved)
+
+
+def test_a_pair_of_one_tokenizer_with_heads_padded_to_different_widths_trains(tmp_path):
+    """Qwen2's sizes, 151936 and 152064, with tiny widths: GKDTrainer refuses the SKD paper's own pair."""
+    narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    trainer = make_trainer(
+        tmp_path, ROWS[:4], model=tiny_model("qwen2", seed=1, vocab_size=151936, layer_types=["full_attention"], **narrow),
+        teacher=tiny_model("qwen2", seed=2, vocab_size=152064, layer_types=["full_attention"], **narrow),
+        accept_top_k=75_000, max_new_tokens=6,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.vocab_size == 151936
+    assert math.isfinite(losses(trainer)[0])
+
+
+def test_a_pair_with_different_tokenizers_is_refused_before_training(tmp_path):
+    teacher = tiny_model(seed=2, vocab_size=262)
+    other = byte_tokenizer(num_extra_tokens=3)
+    other.add_special_tokens({"additional_special_tokens": ["<|extra_0|>"]})
+    vocabulary = json.loads(other._tokenizer.to_str())
+    # Another tokenizer: two bytes have changed places.
+    ids = vocabulary["model"]["vocab"]
+    ids["A"], ids["B"] = ids["B"], ids["A"]
+    other._tokenizer = type(other._tokenizer).from_str(json.dumps(vocabulary))
+    teacher.save_pretrained(tmp_path / "teacher")
+    other.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="tokenizer"):
+        make_trainer(tmp_path, teacher=str(tmp_path / "teacher"))
+
+
+def test_names_and_paths_defaults_and_init_kwargs_work_as_in_sft(tmp_path):
+    for name, seed in (("student", 1), ("teacher", 2)):
+        tiny_model(seed=seed).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    trainer = make_trainer(
+        tmp_path, model=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), processing_class=None,
+        teacher_model_init_kwargs={"dtype": "float64"}, model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    assert trainer.teacher_model.dtype == torch.float64
+    assert trainer.model.dtype == torch.float32
+    assert trainer.processing_class.pad_token_id == 256
+    by_config = SKDTrainer(
+        model=str(tmp_path / "student"),
+        args=SKDConfig(
+            str(tmp_path / "x"), use_cpu=True, bf16=False, teacher_model_name_or_path=str(tmp_path / "teacher"),
+            teacher_model_init_kwargs={"attn_implementation": "eager"},
+        ),
+        train_dataset=Dataset.from_list(ROWS),
+    )  # fmt: skip
+    assert by_config.teacher_model.config._attn_implementation == "eager"
+    defaults = SKDTrainer(
+        model=str(tmp_path / "student"), teacher_model=str(tmp_path / "teacher"), train_dataset=Dataset.from_list(ROWS)
+    )
+    assert isinstance(defaults.args, SKDConfig) and defaults.args.output_dir == "student-SKD"
+
+
+def test_the_callers_objects_stay_as_they_were(tmp_path):
+    args = SKDConfig(
+        str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], max_steps=1, save_strategy="no", max_new_tokens=8,
+        max_length=64, dataset_kwargs={"add_special_tokens": False}, disable_tqdm=True,
+    )  # fmt: skip
+    dataset, teacher, tokenizer = Dataset.from_list(ROWS), tiny_model(seed=2).train(), byte_tokenizer()
+    tokenizer.pad_token = None
+    before = {
+        "args": copy.deepcopy(args.to_dict()),
+        "rows": dataset.to_list(),
+        "teacher": {name: p.detach().clone() for name, p in teacher.named_parameters()},
+        "config": teacher.config.to_dict(),
+        "flags": [p.requires_grad for p in teacher.parameters()],
+    }
+    trainer = SKDTrainer(tiny_model(seed=1), teacher, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    assert args.to_dict() == before["args"]
+    assert dataset.to_list() == before["rows"]
+    assert all(torch.equal(p, before["teacher"][name]) for name, p in teacher.named_parameters())
+    assert teacher.config.to_dict() == before["config"]
+    assert [p.requires_grad for p in teacher.parameters()] == before["flags"]
+    assert teacher.training and "forward" not in vars(teacher)
+    assert not any(module._forward_hooks for module in teacher.modules())
+    assert tokenizer.pad_token is None
+
+
+@pytest.mark.parametrize("rows", [
+    [{"prompt": "q" * (i + 1)} for i in range(8)],
+    [{"prompt": [{"role": "user", "content": "q"}]} for i in range(8)],
+    [{"prompt": "q", "completion": "a" * (i + 1)} for i in range(8)],
+    [{"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]} for i in range(8)],
+], ids=["prompt", "chat prompt", "prompt + completion", "chat prompt + completion"])  # fmt: skip
+def test_every_form_of_data_set_trains_on_sampled_responses(tmp_path, rows):
+    trainer = make_trainer(tmp_path, rows)
+    trainer.train()
+    assert math.isfinite(losses(trainer)[0])
+
+
+def test_a_stream_trains_and_its_unusable_rows_are_counted_in_the_log(tmp_path):
+    rows = [{"prompt": "q" * (i + 1)} for i in range(8)]
+    rows[2]["prompt"] = ""
+    stream = IterableDataset.from_generator(lambda: iter(rows * 4))
+    trainer = make_trainer(tmp_path, stream, max_steps=2)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(entry["skipped_rows"] for entry in logged) == 1 + 0 + (1 if len(rows) < 8 else 0)
+
+
+def test_lmbda_mixes_steps_on_sampled_and_on_the_data_sets_responses_by_seed_and_step(tmp_path):
+    trainer = make_trainer(tmp_path, lmbda=0.5, max_steps=1)
+    kinds = [trainer._rollout_of_step(step) for step in range(400)]
+    assert kinds == [make_trainer(tmp_path, lmbda=0.5)._rollout_of_step(step) for step in range(400)]
+    # Binomial(400, 0.5) stays within 5 standard deviations (50) but for 6e-7.
+    assert abs(kinds.count("interleaved") - 200) < 50
+    assert set(kinds) == {"interleaved", "dataset"}
+    assert set(make_trainer(tmp_path, lmbda=0.5, seq_kd=True)._rollout_of_step(s) for s in range(50)) == {
+        "interleaved",
+        "teacher",
+    }
+
+
+@pytest.mark.parametrize("rollout, expected", [("student", 0.0), ("teacher", 1.0)])
+def test_rollouts_of_one_model_have_the_replaced_share_of_their_limit(tmp_path, rollout, expected):
+    trainer = make_trainer(tmp_path, rollout=rollout)
+    trainer.train()
+    assert trainer.state.log_history[0]["replaced_share"] == expected
+
+
+def test_every_metric_is_logged_and_true_to_the_sampled_responses(tmp_path):
+    trainer = make_trainer(
+        tmp_path, gradient_accumulation_steps=2, log_completions=True, eval_dataset=Dataset.from_list(ROWS[:5]),
+    )  # fmt: skip
+    trainer.train()
+    log = trainer.state.log_history[0]
+    kept = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    assert len(kept) == 8
+    replaced = [flag for row in kept["replaced"] for flag in row]
+    assert log["replaced_share"] == pytest.approx(sum(replaced) / len(replaced))
+    assert log["acceptance_rate"] == pytest.approx(1 - log["replaced_share"])
+    assert log["response_length"] == pytest.approx(len(replaced) / 8)
+    assert 1 <= log["tokens_per_round"] <= 5
+    assert log["truncated_share"] == sum(row[-1] != "<|im_end|>" for row in kept["tokens"]) / 8
+    assert 0 < log["teacher_rank"] < 259
+    for name in ("student_entropy", "teacher_entropy"):
+        assert 0 < log[name] < math.log(259)
+    for name in ("sampling_seconds", "training_seconds", "tokens_per_second"):
+        assert log[name] > 0
+    metrics = trainer.evaluate()
+    assert math.isfinite(metrics["eval_loss"]) and 0 < metrics["eval_student_entropy"] < math.log(259)
+
+
+def test_evaluation_scores_reference_responses_token_by_token(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=Dataset.from_list(ROWS), per_device_eval_batch_size=8)
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(8)])
+    with torch.no_grad():
+        trainer.model.eval()
+        expected = trainer.compute_loss(trainer.model, batch).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate(Dataset.from_list(ROWS))["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# Killed and resumed
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_a_killed_run_resumes_from_its_checkpoint_with_the_losses_of_an_uninterrupted_one(tmp_path, adapter):
+    def run(directory, **more):
+        settings = {
+            "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "lmbda": 0.7, "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2, "learning_rate": 1e-3, **more,
+        }  # fmt: skip
+        if adapter:
+            settings["peft_config"] = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
+        return make_trainer(directory, **settings)
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    killed = run(tmp_path / "killed", callbacks=[KillAfter(5)])
+    with pytest.raises(Killed):
+        killed.train()
+    resumed = run(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert len(losses(resumed)) == 6
+    assert losses(resumed) == losses(whole)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_model_card_names_the_method_and_its_paper(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card(model_name="student")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Speculative Knowledge Distillation" in card and "2410.11325" in card and "SKD" in card
+
+
+# Bad input: one clear error, before training, that names the field or the row
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"accept_top_k": -1}, "accept_top_k=-1"),
+        ({"accept": "topk"}, "accept='topk' is unknown; choose one of top_k"),
+        ({"divergence": "kl"}, "divergence='kl' is unknown; choose one of forward_kl"),
+        ({"rollout": "mixed"}, "rollout='mixed' is unknown; choose one of interleaved"),
+        ({"replaced_loss": "ce"}, "replaced_loss='ce' is unknown"),
+        ({"num_draft_tokens": 0}, "num_draft_tokens=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"teacher_temperature": -0.1}, "teacher_temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"teacher_top_p": 0.0}, "teacher_top_p"),
+        ({"student_top_p": 1.5}, "student_top_p"),
+        ({"lmbda": 1.5}, "lmbda"),
+        ({"loss_chunk_size": 0}, "loss_chunk_size=0"),
+        ({"rollout_batch_size": -2}, "rollout_batch_size=-2"),
+        ({"max_new_tokens": 128, "max_length": 128}, "max_new_tokens=128 leaves no room"),
+        ({"divergence": "skew_forward_kl", "divergence_kwargs": {"alpha": 2.0}}, "divergence_kwargs"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SKDConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+@pytest.mark.parametrize(
+    "rows, settings, message",
+    [
+        ([], {}, "empty"),
+        ([{"prompt": "a"}, {"prompt": ""}], {}, "[Rr]ows? 1"),
+        ([{"prompt": "a"}, {"prompt": "b"}], {"rollout": "dataset"}, "reference"),
+        ([{"prompt": "a"}, {"prompt": "b"}], {"lmbda": 0.5}, "reference"),
+        ([{"prompt": "a" * 300}], {}, "max_prompt_length"),
+        ([{"text": "a"}], {}, "prompt"),
+    ],
+    ids=["no rows", "empty prompt", "no reference", "no reference for some steps", "no room", "another form"],
+)
+def test_wrong_rows_are_refused_by_number_before_training(tmp_path, rows, settings, message):
+    dataset = Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []})
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, dataset, **settings)
+
+
+def test_a_missing_or_shared_teacher_is_refused(tmp_path):
+    student = tiny_model(seed=1)
+    with pytest.raises(ValueError, match="no teacher"):
+        SKDTrainer(
+            student, None, SKDConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=Dataset.from_list(ROWS)
+        )
+    with pytest.raises(ValueError, match="same object"):
+        make_trainer(tmp_path, model=student, teacher=student)
+
+
+def test_models_that_cannot_be_sampled_from_are_refused_with_a_way_out(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ValueError, match="recurrent.*rollout='dataset'"):
+        make_trainer(tmp_path, model=mamba)
+
+
+def test_dropout_goes_but_an_adapters_own_stays():
+    model = torch.nn.ModuleDict({"drop": torch.nn.Dropout(0.1), "lora_dropout": torch.nn.Dropout(0.2)})
+    disable_dropout(model)
+    assert (model["drop"].p, model["lora_dropout"].p) == (0.0, 0.2)
