@@ -8,6 +8,8 @@ from .sampler import interleaved_sample
 from .sampling_params import SamplingParams
 from .skd_config import SKDConfig
 from .skd_trainer import SKDTrainer
+from .speckd_config import SpecKDConfig
+from .speckd_trainer import SpecKDTrainer
 
 
 __version__ = "0.1.0"
@@ -20,5 +22,7 @@ __all__ = [
     "SKDConfig",
     "SKDTrainer",
     "SamplingParams",
+    "SpecKDConfig",
+    "SpecKDTrainer",
     "interleaved_sample",
 ]

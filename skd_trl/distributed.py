@@ -121,9 +121,10 @@ def prepare_teacher(teacher: nn.Module, accelerator: Accelerator, shard: bool = 
         prepared = _prepare_deepspeed(teacher, accelerator, shard)
     elif accelerator.distributed_type == "FSDP":
         prepared = _prepare_fsdp2(teacher, accelerator)
-    else:
-        prepared = accelerator.prepare_model(teacher, evaluation_mode=True)
-    return prepared.eval()
+    else:  # the caller's own object, in whatever mode it came: it is put in eval mode for each use
+        return accelerator.prepare_model(teacher, evaluation_mode=True)
+    prepared.eval()  # DeepSpeed's returns nothing
+    return prepared
 
 
 def check_engine(accelerator: Accelerator, shard_teacher: bool) -> None:
@@ -152,6 +153,14 @@ def _prepare_deepspeed(teacher: nn.Module, accelerator: Accelerator, shard: bool
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
     zero["stage"] = 3 if shard or zero["stage"] == 3 else 0
+    # What transformers takes for "auto". DeepSpeed's own defaults keep tensors of up to 100,000 numbers on every rank.
+    hidden_size = teacher.config.get_text_config().hidden_size
+    for name, value in (
+        ("stage3_param_persistence_threshold", 10 * hidden_size),
+        ("stage3_prefetch_bucket_size", int(0.9 * hidden_size * hidden_size)),
+    ):
+        if zero["stage"] == 3 and zero.get(name, "auto") == "auto":
+            zero[name] = value
     engine, *_ = deepspeed.initialize(model=teacher, config=config)
     return engine
 
@@ -195,3 +204,16 @@ def bound_waits(seconds: int) -> None:
     that hangs would hold the others for half an hour."""
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def gather_rows(values: torch.Tensor, accelerator: Accelerator) -> tuple[torch.Tensor, slice]:
+    """`values` (N, ...) of all ranks, one after the other, though N differs, and where this rank's own are; collective."""
+    if accelerator.num_processes == 1:
+        return values, slice(0, len(values))
+    sizes = accelerator.gather(torch.tensor([len(values)], device=values.device)).tolist()
+    padded = values.new_zeros((max(sizes), *values.shape[1:]))
+    padded[: len(values)] = values
+    parts = accelerator.gather(padded).split(max(sizes))
+    start = sum(sizes[: accelerator.process_index])
+    together = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return together, slice(start, start + len(values))

@@ -10,7 +10,7 @@ Shapes: N positions, V vocabulary, U uniforms per position, S scores per positio
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -147,7 +147,7 @@ class Gate:
 
 
 def greedy_top_k(k: int = 5, floor: float = 0.01) -> Gate:
-    """A = [argmax q is among the k largest of p] (SpecKD, arXiv 2510.24021, greedy top-k). Ties count as among."""
+    """A = [argmax q is among the k largest of p] (SpecKD, arXiv 2510.24021, greedy top-k). Ties count in."""
     _check_k(k)
 
     def score(distributions: TokenDistributions, labels, uniforms) -> Tensor:
@@ -267,13 +267,18 @@ def random(gate: str = "greedy_top_k", **parameters) -> Gate:
 def inverted(gate: str = "greedy_top_k", **parameters) -> Gate:
     """1 - A of the named gate: a control that listens exactly where the gate does not."""
     inner = make_gate(gate, **parameters)
-    return Gate(
-        inner.score,
-        inner.floor,
-        inner.num_uniforms,
-        inner.needs_labels,
-        lambda scores: 1 - inner.acceptance(scores),
-    )
+    if inner.select is not None:
+        return replace(inner, select=lambda scores: 1 - inner.acceptance(scores))
+    return replace(inner, score=lambda *arguments: 1 - inner.scores(*arguments).float())
+
+
+def same_mean(gate: str = "greedy_top_k", **parameters) -> Gate:
+    """
+    The named gate's mean acceptance over the population, at every position: a control that is the ungated loss with the
+    same mean weight, so that a gate is not credited with what a smaller step does.
+    """
+    inner = make_gate(gate, **parameters)
+    return replace(inner, select=lambda scores: inner.acceptance(scores).mean().expand(len(scores)))
 
 
 GATES: dict[str, Callable[..., Gate]] = {
@@ -287,6 +292,7 @@ GATES: dict[str, Callable[..., Gate]] = {
     "student_entropy_top": student_entropy_top,
     "random": random,
     "inverted": inverted,
+    "same_mean": same_mean,
 }
 
 

@@ -76,7 +76,7 @@ class LMHead:
         """All tensors the head is made of: what has to be whole (gathered from its shards) around the loss."""
         if self.module is not None:
             return list(self.module.parameters())
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+        return [tensor for tensor in (self.weight, self.bias) if tensor is not None]
 
     def trainable_parameters(self) -> list[Tensor]:
         """Those of `parameters()` that want a gradient: none where the head is frozen, as under LoRA."""
@@ -86,6 +86,7 @@ class LMHead:
         """This head cut to its first `vocab_size` rows and, under autocast, cast once for all chunks."""
         if self.module is not None:
             return self
+        assert self.weight is not None  # a head is either its module or its tensors
         dtype = _compute_dtype(self.weight)
         bias = None if self.bias is None else self.bias[:vocab_size].to(dtype)
         return LMHead(self.weight[:vocab_size].to(dtype), bias, self.scale, self.softcap)
@@ -94,6 +95,7 @@ class LMHead:
         """Raw logits `(N, V)` of `hidden` `(N, H)`, in the model's type, before scale and soft-capping."""
         if self.module is not None:
             return self.module(hidden)[..., :vocab_size]
+        assert self.weight is not None
         bias = None if self.bias is None else self.bias[:vocab_size]
         return F.linear(hidden.to(self.weight.dtype), self.weight[:vocab_size], bias)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .divergences import log_probs
 from .gates import Gate, TokenDistributions
+from .head_gradients import AttachGradients, HeadGradients
 from .lm_head import LMHead
 
 
@@ -136,7 +136,7 @@ def distillation_loss(
     if weights is not None:
         positions = replace(positions, weight=weights.weight.detach(), accepted=weights.accepted)
     trainable = _trainable(student_hidden, student_head)
-    gradients = _Gradients(student_hidden, student_head, heads.student) if trainable else None
+    gradients = HeadGradients(student_hidden, student_head, heads.student) if trainable else None
 
     total = torch.zeros((), device=student_hidden.device)
     columns = []
@@ -144,8 +144,8 @@ def distillation_loss(
         column = _chunk(positions.rows(rows), rows, heads, divergence, gate, statistics, gradients)
         total = total + (column["weight"] * column["divergence"]).sum()
         columns.append(column)
-    if trainable:
-        total = _AttachGradients.apply(total, gradients.of(trainable), *trainable)
+    if gradients is not None:
+        total = AttachGradients.apply(total, gradients.of(trainable), *trainable)
     return _assembled(total, columns)
 
 
@@ -162,15 +162,17 @@ def gate_weights(
     keep: Tensor | None = None,
     vocab_size: int,
     chunk_size: int | None = None,
+    population: Callable[[Tensor], tuple[Tensor, slice]] | None = None,
 ) -> GateWeights:
     """
     The weights alone, without gradient: for normalisers that need their sum before the first backward, and for gates
-    that compare positions with each other, whose population is the N positions given here. Arguments as
+    that compare positions with each other. These compare the N positions given here, or what `population` makes of their
+    scores `(N, ...)`: the scores of all processes, and where one's own stand in them. Other arguments as
     `distillation_loss`.
     """
     heads = _Heads.whole(student_head, teacher_head, vocab_size)
     positions = _Positions(student_hidden, teacher_hidden, labels, uniforms, None, keep)
-    return _gate_weights(positions, heads, gate, chunk_size)
+    return _gate_weights(positions, heads, gate, chunk_size, population)
 
 
 def default_chunk_size(vocab_size: int) -> int:
@@ -226,58 +228,6 @@ class _Positions:
         return {name: value for name, value in values.items() if value is not None}
 
 
-class _Gradients:
-    """Sums the gradients of the student's hidden states and trainable head tensors over chunks."""
-
-    def __init__(self, hidden: Tensor, head: LMHead, prepared: LMHead):
-        self.head, self.prepared = head, prepared
-        self.hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
-        self.parameters = {
-            id(parameter): torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-            for parameter in head.trainable_parameters()
-        }
-
-    def add(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
-        """Takes raw logits (with their graph where the head is a module) and the loss's gradient to them."""
-        if self.head.module is not None:
-            self._add_through_module(rows, hidden, raw, raw_gradient)
-            return
-        weight, bias = self.prepared.weight, self.head.bias
-        if self.hidden is not None:
-            self.hidden[rows] = raw_gradient @ weight
-        if (sum_ := self.parameters.get(id(self.head.weight))) is not None:
-            _add_product(sum_[: len(weight)], raw_gradient.T, hidden.to(raw_gradient.dtype))
-        if bias is not None and (sum_ := self.parameters.get(id(bias))) is not None:
-            sum_[: len(weight)] += raw_gradient.sum(0, dtype=sum_.dtype)
-
-    def _add_through_module(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
-        parameters = self.head.trainable_parameters()
-        hidden_gradient, *gradients = torch.autograd.grad(raw, [hidden, *parameters], raw_gradient, allow_unused=True)
-        if self.hidden is not None:
-            self.hidden[rows] = hidden_gradient
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                self.parameters[id(parameter)] += gradient
-
-    def of(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The sums, in the order and types of `tensors` (the hidden states and parameters they belong to)."""
-        return [self.parameters.get(id(tensor), self.hidden).to(tensor.dtype) for tensor in tensors]
-
-
-class _AttachGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were computed along with it."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, loss_gradient: Tensor):
-        return None, None, *(gradient * loss_gradient for gradient in ctx.saved_tensors)
-
-
 def _trainable(student_hidden: Tensor, student_head: LMHead) -> list[Tensor]:
     if not torch.is_grad_enabled():
         return []
@@ -301,7 +251,7 @@ def _chunk(
     divergence: Callable[[Tensor, Tensor], Tensor],
     gate: Gate | None,
     statistics: bool,
-    gradients: _Gradients | None,
+    gradients: HeadGradients | None,
 ) -> dict[str, Tensor]:
     """Everything about one chunk; its tensors of vocabulary width die with this function."""
     learning = gradients is not None
@@ -347,11 +297,11 @@ def _weights_of_chunk(chunk: _Positions, distributions: TokenDistributions, gate
         ones = torch.ones(len(chunk.student_hidden), device=chunk.student_hidden.device)
         return GateWeights(ones, ones.bool())
     with torch.no_grad():
-        return _gated(gate, gate.scores(distributions, chunk.labels, chunk.uniforms), chunk.keep)
+        scores = gate.scores(distributions, chunk.labels, chunk.uniforms)
+        return _gated(gate, gate.acceptance(scores), chunk.keep)
 
 
-def _gated(gate: Gate, scores: Tensor, keep: Tensor | None) -> GateWeights:
-    acceptance = gate.acceptance(scores)
+def _gated(gate: Gate, acceptance: Tensor, keep: Tensor | None) -> GateWeights:
     return GateWeights(_kept(gate.weight(acceptance), keep), acceptance >= 0.5)
 
 
@@ -392,7 +342,9 @@ def _assembled(total: Tensor, columns: list[dict[str, Tensor]]) -> DistillationL
     return DistillationLoss(loss=total, **own, statistics=statistics)
 
 
-def _gate_weights(positions: _Positions, heads: _Heads, gate: Gate, chunk_size: int | None) -> GateWeights:
+def _gate_weights(
+    positions: _Positions, heads: _Heads, gate: Gate, chunk_size: int | None, population: Callable | None = None
+) -> GateWeights:
     scores = []
     with torch.no_grad():
         for rows in _chunks(len(positions.student_hidden), heads.vocab_size, chunk_size):
@@ -403,16 +355,11 @@ def _gate_weights(positions: _Positions, heads: _Heads, gate: Gate, chunk_size: 
                 student_logits = heads.student.shape_logits(raw)
                 distributions = TokenDistributions.from_logits(student_logits, heads.teacher.shape_logits(raw_teacher))
                 scores.append(gate.scores(distributions, chunk.labels, chunk.uniforms))
-        return _gated(gate, torch.cat(scores), positions.keep)
+        together, own = torch.cat(scores), slice(None)
+        if gate.select is not None and population is not None:
+            together, own = population(together)
+        return _gated(gate, gate.acceptance(together)[own], positions.keep)
 
 
 def _at(log_probs: Tensor, labels: Tensor) -> Tensor:
     return log_probs.gather(-1, labels[:, None]).squeeze(-1)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        # Each product in the model's type, at its speed; only the sum over chunks needs more digits.
-        total += left @ right

@@ -191,14 +191,14 @@ class SKDConfig(GKDConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_choice("rollout", self.rollout, ROLLOUTS)
-        _check_choice("accept", self.accept, ACCEPTANCE_RULES)
-        _check_choice("divergence", self.divergence, DIVERGENCES)
-        _check_choice("replaced_loss", self.replaced_loss, REPLACED_LOSSES)
+        check_choice("rollout", self.rollout, ROLLOUTS)
+        check_choice("accept", self.accept, ACCEPTANCE_RULES)
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_choice("replaced_loss", self.replaced_loss, REPLACED_LOSSES)
         for name in ("num_draft_tokens", "max_new_tokens", "log_completions_steps", "num_completions_to_print"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         for name in ("loss_chunk_size", "rollout_batch_size", "max_prompt_length", "max_response_length"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         if self.max_length is not None and self.max_prompt_length is None and self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}. "
@@ -247,11 +247,11 @@ class SKDConfig(GKDConfig):
         return max(self.max_length - self.prompt_limit, 1)
 
 
-def _check_choice(name: str, value: str, choices) -> None:
+def check_choice(name: str, value: str, choices) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
 
 
-def _check_positive(name: str, value: int | None) -> None:
+def check_positive(name: str, value: int | None) -> None:
     if value is not None and (not isinstance(value, int) or value < 1):
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")

@@ -8,6 +8,7 @@ import copy
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from ._compat import GKDTrainer, get_config_model_id
@@ -39,6 +40,7 @@ from .losses import DistillationLoss, distillation_loss
 from .metrics import RatioMetrics, with_prefix
 from .models import disable_dropout, load_pair, pad_token_id
 from .ragged_cache import check_decoder
+from .response_tokens import ResponseTokens
 from .rollout import Rollout
 from .sampler import eval_mode, interleaved_sample
 from .skd_config import SKDConfig
@@ -166,6 +168,8 @@ class SKDTrainer(GKDTrainer):
         train_dataset = self._prepare(train_dataset, needs_response=self._needs_references, name="train")
         eval_dataset = self._prepare_eval(eval_dataset)
 
+        # Adapters are initialised at random; TRL seeds before that only since 1.10.
+        set_seed(args.seed)
         # GKDTrainer's own __init__ is passed over: it changes `args`, refuses padded vocabularies and missing arguments,
         # replaces LoRA's dropout by none, and leaves the teacher whole on every rank under FSDP. What it sets up is below.
         super(GKDTrainer, self).__init__(
@@ -298,62 +302,66 @@ class SKDTrainer(GKDTrainer):
     # The loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum over response tokens of weight x divergence, divided by the response tokens of the optimizer step on all
-        processes (in evaluation: of the batch)."""
+        """Sum over response tokens of weight x divergence, divided by `num_items_in_batch`: the response tokens of the
+        optimizer step on all processes (in evaluation: of the batch)."""
         mode = "train" if self.model.training else "eval"
-        labels = inputs["labels"][:, inputs["prompts"].shape[1] :]
-        model_inputs = _model_inputs(inputs)
-        # (B, T): where the hidden state predicts a response token. Rows are padded left and right, so this is not a slice
-        # of the same columns in every row, but the columns of a rectangle.
-        is_response = labels != -100
-        teacher_hidden = inputs.get("teacher_hidden_states")
-        if teacher_hidden is None:
-            teacher_hidden = self._teacher_hidden_states(model_inputs)[:, -labels.shape[1] - 1 : -1]
+        tokens = ResponseTokens.of(inputs)
+        teacher_hidden = self._teacher_hidden(inputs, tokens)
         outcome: list[DistillationLoss] = []
 
         def loss_fn(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-            hidden = hidden[:, -labels.shape[1] - 1 : -1]
-            outcome.append(
-                self._distillation_loss(hidden[is_response], teacher_hidden[is_response], inputs, is_response)
-            )
+            outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher_hidden, inputs, tokens))
             return {"loss": outcome[0].loss}
 
-        total = model(**model_inputs, loss_fn=loss_fn)["loss"]
-        num_tokens = is_response.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(num_tokens, device=total.device).clamp(min=1)
+        total = model(**model_inputs(inputs), loss_fn=loss_fn)["loss"]
+        divisor = len(tokens.labels) if num_items_in_batch is None else num_items_in_batch
+        divisor = torch.as_tensor(divisor, device=total.device)
+        loss = total / torch.where(divisor > 0, divisor, 1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP and its kin average gradients over processes; the divisor counts the tokens of all of them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._add_loss_metrics(mode, outcome[0])
+        self._add_loss_metrics(mode, outcome[0], inputs, tokens)
         if not return_outputs:
             return loss
         with torch.no_grad():  # only for compute_metrics: full logits
-            return loss, model(**model_inputs)
+            return loss, model(**model_inputs(inputs))
 
-    def _distillation_loss(self, student_hidden, teacher_hidden, inputs, is_response) -> DistillationLoss:
+    def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
         """The loss at the N response tokens of a micro-batch, from both models' hidden states (N, H)."""
-        nll_positions = None
-        if self.args.replaced_loss == "nll" and "replaced" in inputs:
-            nll_positions = inputs["replaced"][is_response]
-        with (
-            whole_head(LMHead.of(self._inner_student())) as student_head,
-            whole_head(LMHead.of(self._inner_teacher)) as teacher_head,
-        ):
+        use_nll = self.args.replaced_loss == "nll" and "replaced" in inputs
+        with self._heads() as (student_head, teacher_head):
             return distillation_loss(
                 student_hidden,
                 student_head,
                 teacher_hidden,
                 teacher_head,
                 divergence=self.divergence,
-                labels=inputs["labels"][:, inputs["prompts"].shape[1] :][is_response],
-                nll_positions=nll_positions,
+                labels=tokens.labels,
+                nll_positions=tokens.pick(inputs["replaced"]) if use_nll else None,
                 vocab_size=self.vocab_size,
                 chunk_size=self.args.loss_chunk_size,
+                **self._token_weights(inputs, tokens),
             )
 
-    def _teacher_hidden_states(self, model_inputs) -> torch.Tensor:
+    def _token_weights(self, inputs, tokens: ResponseTokens) -> dict:
+        """What says how much each token counts, as arguments of `distillation_loss`: here nothing, all count alike."""
+        return {}
+
+    def _teacher_hidden(self, inputs, tokens: ResponseTokens) -> torch.Tensor:
+        """The teacher's hidden states (N, H) that predict the response tokens: from the sampling, if it judged them."""
+        if "teacher_hidden_states" in inputs:
+            return tokens.pick(inputs["teacher_hidden_states"])
         with eval_mode(self.teacher_model):
-            return last_hidden_states(self.teacher_model, self._inner_teacher, **model_inputs)
+            hidden = last_hidden_states(self.teacher_model, self._inner_teacher, **model_inputs(inputs))
+        return tokens.predicted_by(hidden)
+
+    @contextmanager
+    def _heads(self):
+        with (
+            whole_head(LMHead.of(self._inner_student())) as student_head,
+            whole_head(LMHead.of(self._inner_teacher)) as teacher_head,
+        ):
+            yield student_head, teacher_head
 
     def _inner_student(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model) if hasattr(self, "accelerator") else self.model
@@ -374,7 +382,7 @@ class SKDTrainer(GKDTrainer):
             metrics.add("acceptance_rate", rollout.num_accepted, num_tokens)
             metrics.add_mean("teacher_rank", rollout.teacher_rank[rollout.teacher_rank >= 0])
 
-    def _add_loss_metrics(self, mode: str, outcome: DistillationLoss) -> None:
+    def _add_loss_metrics(self, mode: str, outcome: DistillationLoss, inputs: dict, tokens: ResponseTokens) -> None:
         metrics = self._ratios[mode]
         metrics.add_mean("student_entropy", outcome.statistics.student_entropy)
         metrics.add_mean("teacher_entropy", outcome.statistics.teacher_entropy)
@@ -396,7 +404,7 @@ class SKDTrainer(GKDTrainer):
         super().log(logs, start_time)
 
 
-def _model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What both models are called with. Positions are given: with left padding, models with learned positions would
     otherwise count the padding."""
     mask = inputs["attention_mask"]

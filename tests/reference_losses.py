@@ -97,6 +97,9 @@ def acceptances(name, p, q, labels, uniforms, **parameters):
         return inner[torch.tensor(sorted(range(num_positions), key=lambda position: float(uniforms[position, -1])))]
     if name == "inverted":
         return 1 - acceptances("greedy_top_k", p, q, labels, uniforms, **parameters)
+    if name == "same_mean":
+        inner = acceptances("greedy_top_k", p, q, labels, uniforms, **parameters)
+        return inner.mean().expand(len(inner))
     rows = zip(p, q, labels, uniforms, strict=True)
     return torch.tensor(
         [ACCEPTANCES[name](p, q, int(label), noise, **parameters) for p, q, label, noise in rows], dtype=torch.float64

@@ -24,6 +24,7 @@ ROWS = [
     ("student_entropy_top", {"share": 0.3}),
     ("random", {"k": 3}),
     ("inverted", {"k": 3}),
+    ("same_mean", {"k": 3}),
 ]
 
 
@@ -139,17 +140,18 @@ def test_sampled_spec_k_on_five_positions_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("spec_k", {"k": 1}), ("spec_k", {"k": 2}), ("spec_k", {"k": 5}), ("accept_ratio", {})]
+    ("name", "parameters", "spread"),
+    [("spec_k", {"k": 1}, 1), ("spec_k", {"k": 2}, 1), ("spec_k", {"k": 5}, 2), ("accept_ratio", {}, 0.7)],
 )
-def test_sampled_gates_accept_as_often_as_their_exact_weight_says(name, parameters):
+def test_sampled_gates_accept_as_often_as_their_exact_weight_says(name, parameters, spread):
     # 6 positions, each drawn n = 20,000 times; z = (share - A) / sqrt(A (1 - A) / n) is standard normal. |z| > 4.5 has
-    # probability 6.8e-6, and below 4e-5 where only 80 rejections are expected (a Poisson count's longer tail): over the
-    # 24 comparisons of the four cases, a correct gate fails with probability below 1e-3.
+    # probability 6.8e-6, and below 4e-5 where only 80 rejections are expected (a Poisson count's longer tail): over
+    # the 24 comparisons of the four cases, a correct gate fails with probability below 1e-3.
     num_draws = 20_000
     generator = torch.Generator().manual_seed(3)
     sampled, exact = GATES[name](**parameters, floor=0.0), GATES[name](**parameters, floor=0.0, exact=True)
     for _ in range(6):
-        student, teacher = (torch.randn(1, 8, generator=generator) * 0.7 for _ in range(2))
+        student, teacher = (torch.randn(1, 8, generator=generator) * spread for _ in range(2))
         # A label that the student likes more than the teacher does, or accept_ratio would be certain.
         labels = (student.softmax(-1) - teacher.softmax(-1)).argmax(-1)
         chance = exact(student_logits=student, teacher_logits=teacher, labels=labels).item()

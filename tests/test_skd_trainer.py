@@ -57,7 +57,7 @@ def make_trainer(tmp_path, rows=ROWS, model=None, teacher=None, trainer_class=SK
     return trainer_class(
         model=tiny_model(seed=1) if model is None else model,
         teacher_model=tiny_model(seed=2) if teacher is None else teacher,
-        args=SKDConfig(**{**defaults, **settings}),
+        args=trainer_class._config_class(**{**defaults, **settings}),
         train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
         processing_class=objects.pop("processing_class", byte_tokenizer()),
         **objects,
@@ -179,9 +179,9 @@ def test_with_nll_on_replaced_tokens_those_and_only_those_carry_the_likelihood(t
     outcomes = []
     original = trainer._distillation_loss
 
-    def spy(student_hidden, teacher_hidden, inputs, is_response):
-        outcome = original(student_hidden, teacher_hidden, inputs, is_response)
-        outcomes.append((outcome, inputs["replaced"][is_response]))
+    def spy(student_hidden, teacher_hidden, inputs, tokens):
+        outcome = original(student_hidden, teacher_hidden, inputs, tokens)
+        outcomes.append((outcome, tokens.pick(inputs["replaced"])))
         return outcome
 
     trainer._distillation_loss = spy
@@ -265,10 +265,18 @@ def test_names_and_paths_defaults_and_init_kwargs_work_as_in_sft(tmp_path):
         train_dataset=Dataset.from_list(ROWS),
     )  # fmt: skip
     assert by_config.teacher_model.config._attn_implementation == "eager"
-    defaults = SKDTrainer(
-        model=str(tmp_path / "student"), teacher_model=str(tmp_path / "teacher"), train_dataset=Dataset.from_list(ROWS)
-    )
-    assert isinstance(defaults.args, SKDConfig) and defaults.args.output_dir == "student-SKD"
+
+
+def test_without_arguments_a_default_configuration_is_made_as_in_sft(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("student", 1), ("teacher", 2)):
+        tiny_model(seed=seed).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    # SFTConfig's own default, bf16 on a GPU, refuses this machine.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    trainer = SKDTrainer("student", "teacher", train_dataset=Dataset.from_list(ROWS))
+    assert type(trainer.args) is SKDConfig
+    assert trainer.args.output_dir == "student-SKD"
 
 
 def test_the_callers_objects_stay_as_they_were(tmp_path):
@@ -292,7 +300,8 @@ def test_the_callers_objects_stay_as_they_were(tmp_path):
     assert all(torch.equal(p, before["teacher"][name]) for name, p in teacher.named_parameters())
     assert teacher.config.to_dict() == before["config"]
     assert [p.requires_grad for p in teacher.parameters()] == before["flags"]
-    assert teacher.training and "forward" not in vars(teacher)
+    assert teacher.training
+    assert "forward" not in vars(teacher)
     assert not any(module._forward_hooks for module in teacher.modules())
     assert tokenizer.pad_token is None
 

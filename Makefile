@@ -1,0 +1,43 @@
+# Two commands do all the set-up: `make demo` and `make test`. Needs Python 3.10 or newer, make and git.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# A CPU build. Other versions may pull CUDA builds of several gigabytes; set TORCH= to whatever your machine should have.
+TORCH  ?= torch==2.13.0
+# The newest TRL that the package admits, unless told otherwise.
+TRL    ?= trl
+
+BIN := $(VENV)/bin
+
+.PHONY: help install assets demo test lint bench clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: setup.cfg pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRL)" --editable ".[test]"
+	touch $@
+
+install: $(VENV)/.installed  ## virtual environment with the package and everything for tests and examples
+
+assets: install  ## a real teacher, students and texts that need no model hub
+	$(BIN)/python examples/offline_assets.py --output_dir examples/assets
+
+demo: assets  ## distil a 135M teacher into a 99M student on a CPU, in about a quarter of an hour
+	$(BIN)/python examples/train_summarization.py --config examples/configs/demo.yaml
+
+test: install  ## lint, types and the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: assets  ## the tables of benchmarks/
+	$(BIN)/python benchmarks/sampler.py
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

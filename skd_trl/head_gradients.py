@@ -1,0 +1,75 @@
+"""Gradients computed along with a loss: summed over chunks of positions, then attached to it for `backward` to hand out.
+
+The loss knows the gradient of each chunk's raw logits while they are in memory; what it becomes for the hidden states and
+the head is one matrix product each, done at once, so that nothing is recomputed and no logits are kept.
+
+Shapes: N positions, V vocabulary, H hidden.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .lm_head import LMHead
+
+
+class HeadGradients:
+    """Sums the gradients of the student's hidden states and trainable head tensors over chunks."""
+
+    def __init__(self, hidden: Tensor, head: LMHead, prepared: LMHead):
+        self.head, self.prepared = head, prepared
+        self.hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
+        self.parameters = {
+            id(parameter): torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            for parameter in head.trainable_parameters()
+        }
+
+    def add(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
+        """Takes raw logits (with their graph where the head is a module) and the loss's gradient to them."""
+        if self.head.module is not None:
+            self._add_through_module(rows, hidden, raw, raw_gradient)
+            return
+        weight, bias = self.prepared.weight, self.head.bias
+        assert weight is not None
+        if self.hidden is not None:
+            self.hidden[rows] = raw_gradient @ weight
+        if (sum_ := self.parameters.get(id(self.head.weight))) is not None:
+            _add_product(sum_[: len(weight)], raw_gradient.T, hidden.to(raw_gradient.dtype))
+        if bias is not None and (sum_ := self.parameters.get(id(bias))) is not None:
+            sum_[: len(weight)] += raw_gradient.sum(0, dtype=sum_.dtype)
+
+    def _add_through_module(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
+        parameters = self.head.trainable_parameters()
+        hidden_gradient, *gradients = torch.autograd.grad(raw, [hidden, *parameters], raw_gradient, allow_unused=True)
+        if self.hidden is not None:
+            self.hidden[rows] = hidden_gradient
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                self.parameters[id(parameter)] += gradient
+
+    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The sums, in the order and types of `tensors` (the hidden states and parameters they belong to)."""
+        sums = [self.parameters.get(id(tensor), self.hidden) for tensor in tensors]
+        return [sum_.to(tensor.dtype) for sum_, tensor in zip(sums, tensors, strict=True)]
+
+
+class AttachGradients(torch.autograd.Function):
+    """Gives a loss the gradients that were computed along with it."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_gradient: Tensor):
+        return None, None, *(gradient * loss_gradient for gradient in ctx.saved_tensors)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        # Each product in the model's type, at its speed; only the sum over chunks needs more digits.
+        total += left @ right

@@ -1,0 +1,239 @@
+"""`SpecKDTrainer`: SKDTrainer whose loss listens to the tokens that a gate lets through.
+
+Glue: gates are `gates.py`, the weighted loss is `losses.py`. Shapes: N response tokens of a micro-batch, U uniform numbers
+per token that the gate asks for.
+"""
+
+import textwrap
+
+import torch
+from accelerate.logging import get_logger
+
+from .distributed import gather_rows, keyed_generator
+from .losses import DistillationLoss, GateWeights, gate_weights
+from .response_tokens import ResponseTokens
+from .sampler import eval_mode
+from .skd_trainer import METRICS, SKDTrainer, model_inputs
+from .speckd_config import SpecKDConfig
+from .vocabulary import describe_end_of_sequence_difference
+
+
+logger = get_logger(__name__)
+
+POSITION_BINS = ((0, 8), (8, 32), (32, 128), (128, None))
+POSITION_NAMES = tuple(f"token_acceptance_rate_{a}_{'on' if b is None else b - 1}" for a, b in POSITION_BINS)
+
+
+class SpecKDTrainer(SKDTrainer):
+    """
+    Trainer for SpecKD, token-gated knowledge distillation (Huang et al., [SpecKD: Speculative Decoding for Effective
+    Knowledge Distillation of LLMs](https://huggingface.co/papers/2510.24021); its second version is called SelecTKD).
+
+    At every response token the student's proposal is held against the teacher's distribution; the divergence counts
+    fully where it stands and with a small weight where it does not:
+    `loss = 1 / |y| sum_t V_t D(teacher_t || student_t)`, `V_t` without gradient.
+
+    The only change with respect to [`SKDTrainer`] is the weight of each token, which the gate of [`SpecKDConfig`] gives,
+    and with `gate_normalizer` the divisor. Arguments and data are [`SKDTrainer`]'s; `rollout` defaults to `"student"`.
+
+    Raises:
+        `ValueError`: what [`SKDTrainer`] raises, and for a gate that these models cannot have.
+    """
+
+    _tag_names = ["trl", "speckd"]
+    _name = "SpecKD"
+    _paper = {
+        "title": "SpecKD: Speculative Decoding for Effective Knowledge Distillation of LLMs",
+        "id": "2510.24021",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{huang2025speckd,
+                title   = {{SpecKD: Speculative Decoding for Effective Knowledge Distillation of LLMs}},
+                author  = {Huang and others},
+                year    = 2025,
+                eprint  = {arXiv:2510.24021},
+            }"""),
+    }
+    _config_class = SpecKDConfig
+    _metric_names = (
+        *METRICS,
+        "token_acceptance_rate",
+        *POSITION_NAMES,
+        "token_acceptance_rate_eos",
+        "gate_weight",
+        "fully_rejected_share",
+        "tv_accepted",
+        "tv_rejected",
+        "divergence_accepted",
+        "divergence_rejected",
+        "gate_overlap",
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config = self.args
+        for name in ("gate_top_k", "gate_top_k_end"):
+            if (getattr(config, name) or 1) > self.vocab_size:
+                raise ValueError(
+                    f"{name}={getattr(config, name)} exceeds the {self.vocab_size} tokens that both models share, so every "
+                    "token would pass. Lower it."
+                )
+        if config.gate_top_k_end is not None and config.gate_top_k_end > config.gate_top_k:
+            logger.warning(
+                f"gate_top_k_end={config.gate_top_k_end} is above gate_top_k={config.gate_top_k}: the gate opens while the "
+                "student comes nearer to the teacher and needs it less. The usual schedule goes the other way."
+            )
+        if 0 < config.max_steps <= config.gate_warmup_steps:
+            logger.warning(
+                f"gate_warmup_steps={config.gate_warmup_steps} is not below max_steps={config.max_steps}: the gate never "
+                "closes fully. Shorten the warm-up."
+            )
+        self._gate = config.make_gate(0, 1)
+        self._compared_gate = config.make_compared_gate() if config.gate_compare else None
+        difference = describe_end_of_sequence_difference(
+            self._inner_student(), self._inner_teacher, self.processing_class
+        )
+        if difference and not config.gate_keep_eos:
+            logger.warning(
+                "The gate may reject every end of sequence, and the student would unlearn to stop: set gate_keep_eos=True."
+            )
+
+    # One optimizer step: its noise, and where the divisor depends on the weights, its weights
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        step = self.state.global_step
+        self._gate = self.args.make_gate(step, self.state.max_steps)
+        batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        generator = keyed_generator("gate", self.args.seed, step, self.accelerator.process_index)
+        for batch in batches:  # token by token in the order of the window's rows, however it is cut into batches
+            self._add_uniforms(batch, generator)
+        if batches and (self.args.gate_normalizer != "all" or self._gate.select is not None):
+            num_tokens = self._weigh_window(batches, num_tokens)
+        return batches, num_tokens
+
+    def _add_uniforms(self, batch: dict, generator: torch.Generator) -> None:
+        num_tokens = int((batch["labels"] != -100).sum())
+        for name, gate in (("gate_uniforms", self._gate), ("compared_uniforms", self._compared_gate)):
+            if gate is not None and gate.num_uniforms:
+                batch[name] = torch.rand((num_tokens, gate.num_uniforms), generator=generator)
+
+    def _weigh_window(self, batches: list[dict], num_tokens: torch.Tensor) -> torch.Tensor:
+        """Weights of all micro-batches, from a forward without gradient each, and the divisor they make. A gate that
+        compares tokens with each other compares those of the whole step, on all processes."""
+        hidden = []
+        with eval_mode(self.model), torch.no_grad(), self.compute_loss_context_manager():
+            for batch in batches:
+                tokens = ResponseTokens.of(batch)
+                student = self.model_wrapped(
+                    **model_inputs(batch),
+                    loss_fn=lambda states, tokens=tokens: {"hidden": tokens.predicted_by(states)},
+                )
+                batch["teacher_hidden"] = self._teacher_hidden(batch, tokens)
+                hidden.append((student["hidden"], batch["teacher_hidden"]))
+        joined = {
+            name: torch.cat([batch[name] for batch in batches]) for name in ("gate_uniforms",) if name in batches[0]
+        }
+        labels = torch.cat([ResponseTokens.of(batch).labels for batch in batches])
+        weights = self._weights(
+            self._gate, *map(torch.cat, zip(*hidden, strict=True)), labels, joined.get("gate_uniforms")
+        )
+        sizes = [len(student) for student, _ in hidden]
+        for batch, weight, accepted in zip(
+            batches, weights.weight.split(sizes), weights.accepted.split(sizes), strict=True
+        ):
+            batch["gate_weight"], batch["gate_accepted"] = weight, accepted
+        return self._divisor(weights, num_tokens)
+
+    def _weights(self, gate, student_hidden, teacher_hidden, labels, uniforms) -> GateWeights:
+        """Weights (N,) of `gate`, without a loss."""
+        with self._heads() as (student_head, teacher_head):
+            return gate_weights(
+                student_hidden,
+                student_head,
+                teacher_hidden,
+                teacher_head,
+                gate=gate,
+                labels=labels,
+                uniforms=None if uniforms is None else uniforms.to(labels.device),
+                keep=self._kept(labels),
+                vocab_size=self.vocab_size,
+                chunk_size=self.args.loss_chunk_size,
+                population=lambda scores: gather_rows(scores, self.accelerator),
+            )
+
+    def _divisor(self, weights: GateWeights, num_tokens: torch.Tensor) -> torch.Tensor:
+        if self.args.gate_normalizer == "all":
+            return num_tokens
+        total = weights.accepted.sum() if self.args.gate_normalizer == "accepted" else weights.weight.sum()
+        if self.args.average_tokens_across_devices:
+            total = self.accelerator.reduce(total.float(), reduction="sum")
+        if total > 0:
+            return total
+        logger.warning(
+            f"Step {self.state.global_step + 1}: the gate rejected every token, so there is nothing to normalise by; the "
+            "step divides by all response tokens."
+        )
+        return num_tokens
+
+    # The loss
+
+    def _teacher_hidden(self, inputs, tokens: ResponseTokens) -> torch.Tensor:
+        return inputs["teacher_hidden"] if "teacher_hidden" in inputs else super()._teacher_hidden(inputs, tokens)
+
+    def _token_weights(self, inputs, tokens: ResponseTokens) -> dict:
+        if "gate_weight" in inputs:
+            return {"weights": GateWeights(inputs["gate_weight"], inputs["gate_accepted"])}
+        if not self.model.training:  # evaluation: the last step's gate, with noise of its own
+            self._add_uniforms(inputs, keyed_generator("gate", self.args.seed, "eval"))
+        uniforms = inputs.get("gate_uniforms")
+        return {
+            "gate": self._gate,
+            "uniforms": None if uniforms is None else uniforms.to(tokens.labels.device),
+            "keep": self._kept(tokens.labels),
+        }
+
+    def _kept(self, labels: torch.Tensor) -> torch.Tensor | None:
+        return self._is_eos(labels) if self.args.gate_keep_eos else None
+
+    def _is_eos(self, labels: torch.Tensor) -> torch.Tensor:
+        return torch.isin(labels, torch.tensor(self.eos_token_ids, device=labels.device))
+
+    def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
+        outcome = super()._distillation_loss(student_hidden, teacher_hidden, inputs, tokens)
+        if self._compared_gate is not None:
+            uniforms = inputs.get("compared_uniforms")
+            inputs["compared_accepted"] = self._weights(
+                self._compared_gate, student_hidden.detach(), teacher_hidden, tokens.labels, uniforms
+            ).accepted
+        return outcome
+
+    # What people see
+
+    def _add_loss_metrics(self, mode: str, outcome: DistillationLoss, inputs: dict, tokens: ResponseTokens) -> None:
+        super()._add_loss_metrics(mode, outcome, inputs, tokens)
+        metrics, accepted = self._ratios[mode], outcome.accepted
+        metrics.add_mean("token_acceptance_rate", accepted)
+        metrics.add_mean("gate_weight", outcome.weight)
+        for name, (start, stop) in zip(POSITION_NAMES, POSITION_BINS, strict=True):
+            inside = (tokens.positions >= start) & (tokens.positions < (stop or len(tokens.mask[0])))
+            metrics.add_mean(name, accepted[inside])
+        metrics.add_mean("token_acceptance_rate_eos", accepted[self._is_eos(tokens.labels)])
+        for name, of in (("accepted", accepted), ("rejected", ~accepted)):
+            metrics.add_mean(f"tv_{name}", outcome.statistics.tv[of])
+            metrics.add_mean(f"divergence_{name}", outcome.divergence[of])
+        num_accepted = torch.zeros(len(tokens.mask), device=accepted.device).index_add(
+            0, tokens.rows, accepted.float()
+        )
+        metrics.add_mean("fully_rejected_share", num_accepted[tokens.mask.any(dim=1)] == 0)
+        if "compared_accepted" in inputs:
+            other = inputs["compared_accepted"]
+            metrics.add("gate_overlap", (accepted & other).sum(), (accepted | other).sum())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if logs.get("token_acceptance_rate") == 0.0:
+            logger.warning(
+                f"Step {self.state.global_step}: the gate {self.args.gate!r} rejected every token since the last log, so "
+                f"each weighs gate_floor={self.args.gate_floor}. Raise gate_top_k or gate_floor, choose another gate, or "
+                "start from a student nearer to the teacher."
+            )

@@ -1,0 +1,275 @@
+"""What each of several processes runs for `test_distributed.py`: many trainings in one process, results as JSON.
+
+`torchrun ... distributed_worker.py matrix DIR` writes `DIR/<case>-<rank>.json` and, of the trained student, `DIR/<case>.pt`.
+Starting a process costs more than all steps of a training, hence one start for many cases.
+"""
+
+import argparse
+import faulthandler
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.commands import launch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import launch as launch_utils
+from cpu_processes.sitecustomize import fsdp_on_cpu, without_compiler
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import byte_tokenizer, tiny_model
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from skd_trl import SKDConfig, SKDTrainer
+
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate" / "cpu"
+MODES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+STUDENT, TEACHER = {"hidden_size": 32}, {"hidden_size": 48, "intermediate_size": 80}
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "q" * (3 + i)},
+            {"role": "assistant", "content": "ab" * (1 + (5 * i) % 7)},
+        ]
+    }
+    for i in range(16)
+]
+SAME_ROWS = [{"messages": [{"role": "user", "content": "qqqq"}, {"role": "assistant", "content": "abab"}]}] * 16
+# 16 rows, 4 a step: two processes with 2 each, or with 1 each accumulated twice.
+# Plain gradient descent, unclipped: updates are then as large as the gradients, and a wrong factor shows.
+DATASET = {"rollout": "dataset", "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e6, "max_steps": 3}
+SAMPLED = {"max_steps": 3}
+TWICE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+RESUMED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lmbda": 0.6, "save_only_model": False, **TWICE}
+
+
+def matrix() -> dict[str, dict]:
+    """Settings by name of the case; names start with the mode."""
+    cases = {}
+    for mode in MODES:
+        cases[f"{mode}-full-dataset"] = {**DATASET, **TWICE}
+        cases[f"{mode}-lora-dataset"] = {**DATASET, "lora": True}
+        cases[f"{mode}-tied-dataset"] = {**DATASET, "tied": True}
+        cases[f"{mode}-full-sampled"] = {**SAMPLED, "uneven": True, "rollout_batch_size": 1}
+        cases[f"{mode}-lora-sampled"] = {**SAMPLED, **TWICE, "lora": True}
+        cases[f"{mode}-uninterrupted"] = RESUMED
+        cases[f"{mode}-killed"] = {**RESUMED, "fails_at": 2}
+    for mode in ("zero1", "zero2"):
+        cases[f"{mode}-own_engine-sampled"] = {**SAMPLED, "uneven": True, "shard_teacher": True}
+    for mode in ("zero3", "fsdp2"):
+        cases[f"{mode}-left_sharded-sampled"] = {**SAMPLED, "uneven": True, "ds3_gather_for_generation": False}
+        for writer in ("student", "teacher"):
+            cases[f"{mode}-{writer}-sampled"] = {**SAMPLED, "uneven": True, "rollout": writer}
+    cases["ddp-same_prompts-sampled"] = cases["ddp-same_prompts_again-sampled"] = {**SAMPLED, "rows": SAME_ROWS}
+    cases["fsdp2-from_path-dataset"] = cases["zero3-from_path-dataset"] = {**DATASET, "from_path": True}
+    return cases
+
+
+class Fails(TrainerCallback):
+    """Every rank stops in the middle of a run, as when a machine goes away."""
+
+    def __init__(self, after: int):
+        self.after = after
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
+
+
+class Misbehaves(TrainerCallback):
+    """Rank 1 raises, or goes silent, while the others go on."""
+
+    def __init__(self, how: str):
+        self.how = how
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.process_index == 1:
+            if self.how == "raises":
+                raise RuntimeError("rank 1 gives up")
+            time.sleep(1000)
+
+
+class Recorder(SKDTrainer):
+    """Keeps the responses that this rank was trained on."""
+
+    responses: list
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.responses += [row[row != -100].tolist() for row in inputs["labels"]]
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
+    lora, tied, rows = settings.pop("lora", False), settings.pop("tied", False), settings.pop("rows", ROWS)
+    fails_at, uneven = settings.pop("fails_at", None), settings.pop("uneven", False)
+    callbacks = settings.pop("callbacks", [])
+    defaults = {
+        "output_dir": str(directory / "runs" / name),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", 1)),
+        "max_new_tokens": 12,
+        "max_length": 128,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-3,
+        "ddp_timeout": 60,
+        "accept_top_k": 80,
+        "temperature": 1.0,
+        "student_top_p": 1.0,
+        "teacher_temperature": 1.0,
+        "teacher_top_p": 1.0,
+    }
+    from_path = settings.pop("from_path", False)
+    if from_path:
+        student, teacher = (str(directory / which) for which in ("student", "teacher"))
+    else:  # before the arguments, from which on ZeRO-3 would shard new models before they have their weights
+        student = tiny_model("qwen2" if tied else "llama", seed=1, tie_word_embeddings=tied, **STUDENT)
+        teacher = tiny_model("qwen2" if tied else "llama", seed=2, tie_word_embeddings=tied, **TEACHER)
+    args = SKDConfig(**{**defaults, **settings})
+    trainer = Recorder(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=byte_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if lora else None,
+        callbacks=callbacks + ([Fails(fails_at)] if fails_at is not None else []),
+    )
+    trainer.responses = []
+    if lora:  # B starts at zero, so that A would not move
+        for parameter_name, parameter in trainer.model.named_parameters():
+            if "lora_B" in parameter_name:
+                with torch.no_grad():
+                    generator = torch.Generator().manual_seed(len(parameter_name))
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    if uneven:  # rank 0's rows end at their first token, the others' at the limit
+        trainer.eos_token_ids = list(range(259)) if trainer.accelerator.process_index == 0 else []
+    return trainer
+
+
+def run(directory: Path, name: str, resume: str | None = None, **settings) -> None:
+    mode, start = name.split("-")[0], time.perf_counter()
+    trainer = make_trainer(directory, name, **settings)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        pass
+    result = {
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "grad_norms": [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log],
+        "responses": trainer.responses,
+        "num_processes": trainer.accelerator.num_processes,
+        "engine": type(trainer.model_wrapped).__name__,
+        "teacher_held": held(trainer._inner_teacher),
+        "student_held": held(trainer.model),
+        "teacher_training": trainer.teacher_model.training,
+        "teacher_gradients": sum(p.grad is not None for p in trainer._inner_teacher.parameters()),
+        "devices": sorted({str(p.device) for p in trainer._inner_teacher.parameters()}),
+        "seconds": time.perf_counter() - start,
+    }
+    if mode == "single" or "dataset" in name:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.accelerator.is_main_process:
+            torch.save({key: value.cpu().clone() for key, value in state.items()}, directory / f"{name}.pt")
+    rank = trainer.accelerator.process_index
+    (directory / f"{name}-{rank}.json").write_text(json.dumps(result))
+    trainer.accelerator.free_memory()
+
+
+def held(model: torch.nn.Module) -> int:
+    """Parameters that this process holds between forwards."""
+
+    def size(parameter):
+        if hasattr(parameter, "ds_id"):  # its share, and what is whole just now
+            return parameter.ds_tensor.numel() + parameter.numel()
+        return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
+
+    return sum(map(size, model.parameters()))
+
+
+def enter(mode: str) -> None:
+    """The environment that `accelerate launch --config_file <mode>.yaml` gives its processes."""
+    for variable in list(os.environ):
+        if variable.startswith(("ACCELERATE_", "FSDP_")):
+            del os.environ[variable]
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    gc.collect()
+    if mode == "single":
+        return
+    args = launch.launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{mode}.yaml"), "script.py"])
+    args, defaults, _ = launch._validate_launch_command(args)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        environment = launch_utils.prepare_deepspeed_cmd_env(args)[1]
+    else:
+        environment = launch_utils.prepare_multi_gpu_env(args)
+    os.environ.update({k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))})
+    PartialState._prepare_backend = _PREPARE_BACKEND
+    if mode == "fsdp2":
+        fsdp_on_cpu()
+
+
+_PREPARE_BACKEND = PartialState._prepare_backend
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["single", "matrix", "resume", "raises", "hangs"])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--mode", default="zero3")
+    options = parser.parse_args()
+    faulthandler.dump_traceback_later(500, exit=True)
+    directory = options.directory
+    if options.what == "single":
+        whole = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
+        for name in ("full-dataset", "lora-dataset", "tied-dataset"):
+            run(directory, f"single-{name}", **{**matrix()[f"ddp-{name}"], **whole})
+        for which, seed, sizes in (("student", 1, STUDENT), ("teacher", 2, TEACHER)):
+            tiny_model(seed=seed, **sizes).save_pretrained(directory / which)
+            byte_tokenizer().save_pretrained(directory / which)
+        return
+    if options.what == "resume":  # started by accelerate itself
+        name = f"{options.mode}-killed"
+        checkpoint = directory / "runs" / name / "checkpoint-2"
+        run(
+            directory,
+            f"{options.mode}-resumed",
+            resume=str(checkpoint),
+            **{**RESUMED, "output_dir": str(checkpoint.parent)},
+        )
+    else:
+        without_compiler()
+        if options.what == "matrix":
+            for name, settings in matrix().items():
+                if options.only in name:
+                    enter(name.split("-")[0])
+                    if settings.get("from_path"):  # models come into being sharded
+                        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "true"
+                    run(directory, name, **settings)
+                    print(name, flush=True)
+        else:
+            enter(options.mode)
+            settings = {**SAMPLED, "ddp_timeout": 8, "callbacks": [Misbehaves(options.what)]}
+            make_trainer(directory, options.what, **settings).train()
+    # gloo's threads abort at interpreter exit in about every third run.
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

