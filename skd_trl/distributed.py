@@ -45,12 +45,23 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole_head(head: LMHead):
-    """`head` with its tensors whole, whatever shards them. Gradients do not find their way back to the shards: a head that
-    is trained is used inside its own forward (`hidden_states.add_loss_forward`), where it is whole already."""
+def whole_head(head: LMHead, trained: bool = False):
+    """`head` with its tensors whole, whatever shards them. Gradients do not find their way back from there: a head that is
+    `trained` has to be whole already, inside its own forward (`hidden_states.add_loss_forward`).
+
+    Raises:
+        `RuntimeError`: if such a head is not.
+    """
+    if trained and any(isinstance(p, DTensor) or _is_zero3_shard(p) for p in head.trainable_parameters()):
+        raise RuntimeError(
+            "The student's head is not whole inside its own forward, so it would silently not be trained: what shards the "
+            "model does not hook into the module that get_output_embeddings() returns. Report this with the model, the "
+            "adapter's configuration and the accelerate configuration."
+        )
     if any(isinstance(p, DTensor) for p in head.parameters()):
         tensors = {"weight": head.weight, "bias": head.bias}
-        yield replace(head, **{k: v.full_tensor().detach() if v is not None else v for k, v in tensors.items()})
+        whole = {name: t.full_tensor().detach() for name, t in tensors.items() if isinstance(t, DTensor)}
+        yield replace(head, **whole)
     elif shards := [p for p in head.parameters() if _is_zero3_shard(p)]:
         import deepspeed
 

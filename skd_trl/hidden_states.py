@@ -5,6 +5,7 @@ Shapes: B rows, S positions of a batch, H hidden.
 
 import types
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,7 +27,11 @@ def add_loss_forward(model: PreTrainedModel) -> None:
     def forward(self, *args, loss_fn: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None, **kwargs):
         if loss_fn is None:
             return original_forward(*args, **kwargs)
-        return _in_place_of_forward(head_module(self), loss_fn, backbone(self)(*args, **kwargs, use_cache=False)[0])
+        hidden = backbone(self)(*args, **kwargs, use_cache=False)[0]
+        # Under an adapter that trains a copy of the head, FSDP's hooks are on the wrapper and ZeRO-3's on the copy.
+        copy_of_head, wrapper = head_module(self), self.get_output_embeddings()
+        call = partial(_in_place_of_forward, copy_of_head, loss_fn)
+        return call(hidden) if wrapper is copy_of_head else _in_place_of_forward(wrapper, call, hidden)
 
     # `generate` and the Trainer read the signature.
     forward.__signature__ = original_forward.__signature__ if hasattr(original_forward, "__signature__") else None

@@ -15,10 +15,11 @@ class RatioMetrics:
 
     Args:
         names: all the names that may ever be added. Ranks reduce in this order, whatever each of them has seen.
+        totals: those of them that are counts, reported as their sum.
     """
 
-    def __init__(self, names: tuple[str, ...]):
-        self.names = names
+    def __init__(self, names: tuple[str, ...], totals: tuple[str, ...] = ()):
+        self.names, self.totals = names, totals
         self.reset()
 
     def reset(self) -> None:
@@ -37,7 +38,8 @@ class RatioMetrics:
         self.add(name, values.float().sum(), float(values.numel()))
 
     def compute(self, accelerator: Accelerator) -> dict[str, float]:
-        """Ratios over all ranks of what was added since the last time; collective. Names without data are left out."""
+        """Ratios (or totals) over all ranks of what was added since the last time; collective. Names without data are left
+        out."""
         table = torch.zeros(len(self.names), 2, dtype=torch.float64)
         for i, name in enumerate(self.names):
             table[i] = torch.tensor([float(value) for value in self.sums.get(name, (0.0, 0.0))], dtype=torch.float64)
@@ -46,7 +48,7 @@ class RatioMetrics:
         table = accelerator.reduce(table, reduction="sum").cpu()
         self.reset()
         return {
-            name: (numerator / denominator).item()
+            name: (numerator if name in self.totals else numerator / denominator).item()
             for name, (numerator, denominator) in zip(self.names, table, strict=True)
             if denominator != 0
         }

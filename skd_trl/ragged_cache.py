@@ -122,8 +122,8 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         row, column, stop = self.window.rows, self.window.positions, self.window.num_slots_in_use
         here = slice(self.window.first_row, self.window.first_row + key_states.shape[0])
-        self.keys[row, :, column] = key_states.transpose(1, 2).to(self.dtype)
-        self.values[row, :, column] = value_states.transpose(1, 2).to(self.dtype)
+        self.keys[row, :, column] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[row, :, column] = value_states.transpose(1, 2).to(self.values.dtype)  # under autocast not the keys'
         return self.keys[here, :, :stop], self.values[here, :, :stop]
 
     def move_row(self, source: int, target: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .acceptance import AcceptanceRule, Draft
+from .cpu_linear import fast_linear_layers
 from .ragged_cache import RaggedDecoder
 from .rollout import Rollout, Rows
 from .sampling_params import SamplingParams, draw, draw_from_probs
@@ -86,6 +87,7 @@ def interleaved_sample(
         decoders = []
         for model, takes_part in ((student, accept.drafts), (teacher, accept.judges)):
             stack.enter_context(eval_mode(model))
+            stack.enter_context(fast_linear_layers(model))
             decoders.append(_Participant(model, num_places, rows.num_slots, vocab_size) if takes_part else None)
         student_decoder, teacher_decoder = decoders
         while True:

@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalPrediction
 from ._compat import GKDTrainer, get_config_model_id
 from .collator import DataCollatorForDistillation
 from .completions import completion_records, print_completions, save_completions
+from .cpu_linear import fast_linear_layers
 from .data import prepare_dataset
 from .distributed import (
     agree_on_maximum,
@@ -123,6 +124,10 @@ class SKDTrainer(GKDTrainer):
             }"""),  # noqa: E501
     }
     _config_class = SKDConfig
+    # What the Trainer holds, as this class knows it.
+    args: SKDConfig  # type: ignore[assignment]
+    model: nn.Module  # type: ignore[assignment]
+    processing_class: PreTrainedTokenizerBase  # type: ignore[assignment]
     _metric_names: tuple[str, ...] = METRICS
     # `compute_loss` divides by the tokens of the whole optimizer step.
     loss_is_scaled_for_ga = True
@@ -145,8 +150,7 @@ class SKDTrainer(GKDTrainer):
     ):
         args = self._own_arguments(args, model, train_dataset)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
-        self._samples = args.rollout != "dataset" and args.lmbda > 0
-        if self._samples or args.seq_kd:
+        if (args.rollout != "dataset" and args.lmbda > 0) or args.seq_kd:
             check_decoder(student)
             check_decoder(teacher)
         self.vocab_size = check_vocabularies(student, teacher, tokenizer)
@@ -164,11 +168,11 @@ class SKDTrainer(GKDTrainer):
             chat_template_kwargs=args.chat_template_kwargs,
             formatting_func=formatting_func,
         )
-        self._needs_references = args.rollout == "dataset" or (args.lmbda < 1 and not args.seq_kd)
-        train_dataset = self._prepare(train_dataset, needs_response=self._needs_references, name="train")
+        needs_references = (args.rollout == "dataset" or args.lmbda < 1) and not args.seq_kd
+        train_dataset = self._prepare(train_dataset, needs_response=needs_references, name="train")
         eval_dataset = self._prepare_eval(eval_dataset)
 
-        # Adapters are initialised at random; TRL seeds before that only since 1.10.
+        # Adapters are initialised at random, and the oldest supported TRL seeds too late for that.
         set_seed(args.seed)
         # GKDTrainer's own __init__ is passed over: it changes `args`, refuses padded vocabularies and missing arguments,
         # replaces LoRA's dropout by none, and leaves the teacher whole on every rank under FSDP. What it sets up is below.
@@ -198,8 +202,7 @@ class SKDTrainer(GKDTrainer):
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
         bound_waits(args.ddp_timeout)
-        self._ratios = {mode: RatioMetrics(self._metric_names) for mode in ("train", "eval")}
-        self._records: list[dict] = []
+        self._ratios = {mode: RatioMetrics(self._metric_names, totals=("skipped_rows",)) for mode in ("train", "eval")}
 
     def _own_arguments(self, args, model, train_dataset) -> SKDConfig:
         """A copy of `args` that the trainer may change; the caller's stays as it was."""
@@ -238,7 +241,8 @@ class SKDTrainer(GKDTrainer):
         of response tokens they hold on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            self._ratios["train"].add("skipped_rows", batch.pop("skipped_rows", torch.zeros(1)).sum().item())
+            if "skipped_rows" in batch:  # of a stream
+                self._ratios["train"].add("skipped_rows", batch.pop("skipped_rows").sum())
         rollout = self._rollout_of_step(self.state.global_step)
         if batches and rollout != "dataset":
             batches = self._sample(batches, rollout)
@@ -292,7 +296,8 @@ class SKDTrainer(GKDTrainer):
         start = time.perf_counter()
         num_tokens = int((inputs["labels"] != -100).sum())
         # GKDTrainer's own would sample once more.
-        loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        with fast_linear_layers(self._inner_student()), fast_linear_layers(self._inner_teacher):
+            loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         seconds = time.perf_counter() - start
         metrics = self._ratios["train"]
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
@@ -358,7 +363,7 @@ class SKDTrainer(GKDTrainer):
     @contextmanager
     def _heads(self):
         with (
-            whole_head(LMHead.of(self._inner_student())) as student_head,
+            whole_head(LMHead.of(self._inner_student()), trained=torch.is_grad_enabled()) as student_head,
             whole_head(LMHead.of(self._inner_teacher)) as teacher_head,
         ):
             yield student_head, teacher_head

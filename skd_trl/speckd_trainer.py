@@ -55,6 +55,8 @@ class SpecKDTrainer(SKDTrainer):
             }"""),
     }
     _config_class = SpecKDConfig
+    # What the Trainer holds, as this class knows it.
+    args: SpecKDConfig  # type: ignore[assignment]
     _metric_names = (
         *METRICS,
         "token_acceptance_rate",

@@ -12,8 +12,8 @@ from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import maybe_convert_to_chatml
 
+from ._compat import maybe_convert_to_chatml
 from .boundary import EMPTY_REASONING, answer_start, continuation_ids, end_at_eos, ids_after, rendered_ids
 
 

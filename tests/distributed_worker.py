@@ -44,10 +44,11 @@ ROWS = [
 SAME_ROWS = [{"messages": [{"role": "user", "content": "qqqq"}, {"role": "assistant", "content": "abab"}]}] * 16
 # 16 rows, 4 a step: two processes with 2 each, or with 1 each accumulated twice.
 # Plain gradient descent, unclipped: updates are then as large as the gradients, and a wrong factor shows.
+# With lmbda 0.64 and the default seed steps 0 and 2 take the data set's responses, 1 and 3 sampled ones.
 DATASET = {"rollout": "dataset", "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e6, "max_steps": 3}
 SAMPLED = {"max_steps": 3}
 TWICE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
-RESUMED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lmbda": 0.6, "save_only_model": False, **TWICE}
+RESUMED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lmbda": 0.64, "save_only_model": False, **TWICE}
 
 
 def matrix() -> dict[str, dict]:
@@ -59,6 +60,7 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-tied-dataset"] = {**DATASET, "tied": True}
         cases[f"{mode}-full-sampled"] = {**SAMPLED, "uneven": True, "rollout_batch_size": 1}
         cases[f"{mode}-lora-sampled"] = {**SAMPLED, **TWICE, "lora": True}
+        cases[f"{mode}-bf16"] = {**SAMPLED, "bf16": True, "lmbda": 0.64}
         cases[f"{mode}-uninterrupted"] = RESUMED
         cases[f"{mode}-killed"] = {**RESUMED, "fails_at": 2}
     for mode in ("zero1", "zero2"):
@@ -67,8 +69,23 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-left_sharded-sampled"] = {**SAMPLED, "uneven": True, "ds3_gather_for_generation": False}
         for writer in ("student", "teacher"):
             cases[f"{mode}-{writer}-sampled"] = {**SAMPLED, "uneven": True, "rollout": writer}
+        cases[f"{mode}-saved_head-dataset"] = {
+            **DATASET,
+            "lora": True,
+            "lora_kwargs": {"modules_to_save": ["lm_head"]},
+        }
+        head = {"target_modules": ["q_proj", "lm_head"]}
+        cases[f"{mode}-refused_head"] = {**DATASET, "lora": True, "lora_kwargs": head, "refused": "target_modules"}
     cases["ddp-same_prompts-sampled"] = cases["ddp-same_prompts_again-sampled"] = {**SAMPLED, "rows": SAME_ROWS}
-    cases["fsdp2-from_path-dataset"] = cases["zero3-from_path-dataset"] = {**DATASET, "from_path": True}
+    cases["ddp-refused_sharding"] = {**DATASET, "shard_teacher": True, "refused": "shard_teacher=True"}
+    version = {"FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false"}
+    cases["fsdp2-refused_version"] = {**DATASET, "environment": version, "refused": "fsdp_version: 2"}
+    cases["fsdp2-from_path-dataset"] = {**DATASET, "from_path": True}
+    # Models that come into being sharded.
+    cases["zero3-from_path-dataset"] = {
+        **cases["fsdp2-from_path-dataset"],
+        "environment": {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"},
+    }
     return cases
 
 
@@ -107,6 +124,7 @@ class Recorder(SKDTrainer):
 
 
 def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
+    lora_kwargs = {"target_modules": "all-linear", **settings.pop("lora_kwargs", {})}
     lora, tied, rows = settings.pop("lora", False), settings.pop("tied", False), settings.pop("rows", ROWS)
     fails_at, uneven = settings.pop("fails_at", None), settings.pop("uneven", False)
     callbacks = settings.pop("callbacks", [])
@@ -143,7 +161,7 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=byte_tokenizer(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if lora else None,
+        peft_config=LoraConfig(r=4, lora_alpha=8, **lora_kwargs) if lora else None,
         callbacks=callbacks + ([Fails(fails_at)] if fails_at is not None else []),
     )
     trainer.responses = []
@@ -160,6 +178,14 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
 
 def run(directory: Path, name: str, resume: str | None = None, **settings) -> None:
     mode, start = name.split("-")[0], time.perf_counter()
+    if settings.pop("refused", None):
+        try:
+            make_trainer(directory, name, **settings)
+            message = ""
+        except ValueError as error:
+            message = str(error)
+        (directory / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps({"refused": message}))
+        return
     trainer = make_trainer(directory, name, **settings)
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -173,7 +199,7 @@ def run(directory: Path, name: str, resume: str | None = None, **settings) -> No
         "engine": type(trainer.model_wrapped).__name__,
         "teacher_held": held(trainer._inner_teacher),
         "student_held": held(trainer.model),
-        "teacher_training": trainer.teacher_model.training,
+        "teacher_training": any(module.training for module in trainer._inner_teacher.modules()),
         "teacher_gradients": sum(p.grad is not None for p in trainer._inner_teacher.parameters()),
         "devices": sorted({str(p.device) for p in trainer._inner_teacher.parameters()}),
         "seconds": time.perf_counter() - start,
@@ -236,8 +262,8 @@ def main() -> None:
     directory = options.directory
     if options.what == "single":
         whole = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
-        for name in ("full-dataset", "lora-dataset", "tied-dataset"):
-            run(directory, f"single-{name}", **{**matrix()[f"ddp-{name}"], **whole})
+        for name in ("full-dataset", "lora-dataset", "tied-dataset", "saved_head-dataset"):
+            run(directory, f"single-{name}", **{**matrix()[f"zero3-{name}"], **whole})
         for which, seed, sizes in (("student", 1, STUDENT), ("teacher", 2, TEACHER)):
             tiny_model(seed=seed, **sizes).save_pretrained(directory / which)
             byte_tokenizer().save_pretrained(directory / which)
@@ -257,8 +283,7 @@ def main() -> None:
             for name, settings in matrix().items():
                 if options.only in name:
                     enter(name.split("-")[0])
-                    if settings.get("from_path"):  # models come into being sharded
-                        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "true"
+                    os.environ.update(settings.pop("environment", {}))
                     run(directory, name, **settings)
                     print(name, flush=True)
         else:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from test_skd_trainer import ROWS, Killed, KillAfter, losses, make_trainer, update_of
+from test_skd_trainer import ROWS, KillAfter, Killed, losses, make_trainer, update_of
 
 from skd_trl import GATES, SKDTrainer, SpecKDConfig, SpecKDTrainer
 

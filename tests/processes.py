@@ -1,0 +1,74 @@
+"""Starting several processes and getting rid of them again, whatever becomes of them."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    returncode: int
+    output: str
+    seconds: float
+
+
+def launch(command: list[str], timeout: float, expect_failure: bool = False) -> Outcome:
+    """Runs a module of this Python from the repository's root, on CPU; nothing of it is left afterwards.
+
+    Raises:
+        `AssertionError`: if it does not end in `timeout` seconds, or fails, with the end of its output.
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "cpu_processes"])),
+    }
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    # Workers sit in sessions of their own, out of reach of a signal to the launcher's group.
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        family = psutil.Process(process.pid).children(recursive=True)
+        for member in [*family, process]:
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                pass
+        output, _ = process.communicate()
+        raise AssertionError(f"{command} did not end in {timeout} s:\n{output[-6000:]}") from None
+    outcome = Outcome(process.returncode, output, time.perf_counter() - start)
+    if not expect_failure:
+        assert outcome.returncode == 0, f"{command} failed:\n{output[-6000:]}"
+    return outcome
+
+
+def torchrun(command: list[str], timeout: float, **kwargs) -> Outcome:
+    return launch(["torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command], timeout, **kwargs)
+
+
+def accelerate_launch(mode: str, command: list[str], timeout: float) -> Outcome:
+    """`accelerate launch` with the CPU variant of examples/accelerate/<mode>.yaml, on a free port."""
+    config = f"examples/accelerate/cpu/{mode}.yaml"
+    return launch(
+        ["accelerate.commands.launch", "--config_file", config, "--main_process_port", "0", *command], timeout
+    )
