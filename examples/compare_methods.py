@@ -204,7 +204,7 @@ def table(results: dict, options: argparse.Namespace) -> str:
                 cell += f" ({difference.mean():+.3f}, {low:+.3f} to {high:+.3f})"
             cells.append(cell)
         histories = [results[arm, seed]["history"] for seed in seeds]
-        rates = [[entry["token_acceptance_rate"] for entry in history] for history in histories]
+        rates = [acceptance_rates(arm, history) for history in histories]
         fifths = [(np.mean(r[: max(len(r) // 5, 1)]), np.mean(r[-max(len(r) // 5, 1) :])) for r in rates]
         first, last = np.mean(fifths, axis=0)
         weight = np.mean([np.mean([entry["gate_weight"] for entry in history]) for history in histories])
@@ -221,6 +221,17 @@ def table(results: dict, options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n" + note
 
 
+def acceptance_rates(arm: str, history: list[dict]) -> list[float]:
+    """The share of tokens that the greedy top-5 gate would let through, step by step, also for the controls made of it:
+    they report their own share, and their mean weight tells that gate's."""
+    if arm == "inverted gate":
+        return [1 - entry["token_acceptance_rate"] for entry in history]
+    if arm == "same mean weight":
+        floor = ARMS[arm]["gate_floor"]
+        return [(entry["gate_weight"] - floor) / (1 - floor) for entry in history]
+    return [entry["token_acceptance_rate"] for entry in history]
+
+
 def plot_acceptance(results: dict, options: argparse.Namespace, path: Path) -> None:
     import matplotlib
 
@@ -229,7 +240,7 @@ def plot_acceptance(results: dict, options: argparse.Namespace, path: Path) -> N
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for arm in ARMS:
-        rates = [[e["token_acceptance_rate"] for e in results[arm, seed]["history"]] for seed in range(options.seeds)]
+        rates = [acceptance_rates(arm, results[arm, seed]["history"]) for seed in range(options.seeds)]
         shortest = min(map(len, rates))
         mean = np.mean([rate[:shortest] for rate in rates], axis=0)
         smooth = np.convolve(np.pad(mean, 2, mode="edge"), np.ones(5) / 5, mode="valid")
