@@ -55,7 +55,9 @@ def main(options: argparse.Namespace) -> None:
     text = table(results, options)
     (output_dir / "methods.md").write_text(text)
     plot_acceptance(results, options, output_dir / "token_acceptance_rate.png")
-    print(f"{text}\n{time.perf_counter() - start:.0f} s; {output_dir / 'methods.md'}, {output_dir}/token_acceptance_rate.png")
+    print(
+        f"{text}\n{time.perf_counter() - start:.0f} s; {output_dir / 'methods.md'}, {output_dir}/token_acceptance_rate.png"
+    )
 
 
 def run_all(runs: list[tuple[str, int]], options: argparse.Namespace) -> None:
@@ -74,7 +76,9 @@ def run_all(runs: list[tuple[str, int]], options: argparse.Namespace) -> None:
                 arm, seed, start = running.pop(process)
                 print(f"{arm}, seed {seed}: {time.time() - start:.0f} s, {len(waiting)} waiting", flush=True)
                 if process.returncode:
-                    raise RuntimeError(f"{arm}, seed {seed} failed: see {result_file(options, arm, seed)}".replace("json", "log"))
+                    raise RuntimeError(
+                        f"{arm}, seed {seed} failed: see {result_file(options, arm, seed)}".replace("json", "log")
+                    )
     finally:
         for process in running:
             process.kill()
@@ -199,7 +203,9 @@ def table(results: dict, options: argparse.Namespace) -> str:
             per_seed = metric(arm, name, everything, seeds)[:, 0]
             cell = f"{per_seed.mean():.3f} ± {per_seed.std(ddof=1) if len(per_seed) > 1 else 0:.3f}"
             if arm != "on-policy":
-                difference = (metric(arm, name, resamples, seeds) - metric("on-policy", name, resamples, seeds)).mean(0)
+                difference = (metric(arm, name, resamples, seeds) - metric("on-policy", name, resamples, seeds)).mean(
+                    0
+                )
                 low, high = np.quantile(difference, (0.025, 0.975))
                 cell += f" ({difference.mean():+.3f}, {low:+.3f} to {high:+.3f})"
             cells.append(cell)

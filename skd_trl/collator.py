@@ -72,3 +72,12 @@ class DataCollatorForDistillation:
     def _round_up(self, length: int) -> int:
         multiple = self.pad_to_multiple_of or 1
         return -(-length // multiple) * multiple
+
+
+def merge_prompts(prompts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The left-padded prompts and masks, (B, P) each, of several batches as one batch."""
+    width = max(ids.shape[1] for ids, _ in prompts)
+    ids, masks = zip(
+        *((torch.nn.functional.pad(x, (width - x.shape[1], 0)) for x in pair) for pair in prompts), strict=True
+    )
+    return torch.cat(ids), torch.cat(masks)

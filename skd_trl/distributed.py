@@ -12,12 +12,14 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from ._compat import add_hooks, remove_hooks
 from .lm_head import LMHead
@@ -34,9 +36,13 @@ def agree_on_maximum(accelerator: Accelerator) -> Callable[..., tuple[int, ...]]
 
     def agree(*numbers: int) -> tuple[int, ...]:
         values = torch.tensor([numbers], dtype=torch.long, device=accelerator.device)
-        return tuple(accelerator.gather(values).amax(dim=0).tolist())
+        return tuple(_gathered(values, accelerator).amax(dim=0).tolist())
 
     return agree
+
+
+def _gathered(values: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    return cast(torch.Tensor, accelerator.gather(values))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -71,7 +77,7 @@ def whole_head(head: LMHead, trained: bool = False):
         yield head
 
 
-def _is_zero3_shard(parameter: nn.Parameter) -> bool:
+def _is_zero3_shard(parameter: Any) -> bool:
     # Not those that are whole now: inside the owner's forward, or persistent, and DeepSpeed keeps track of them.
     return hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE"
 
@@ -100,10 +106,10 @@ def student_for_sampling(model: nn.Module, accelerator: Accelerator, gather: boo
 
 
 @contextmanager
-def _unsharded(model: nn.Module, reshard_after_forward: bool):
+def _unsharded(model: Any, reshard_after_forward: bool):
     """An FSDP2 model whole for a while; afterwards its layers are resharded after each forward as configured, the root,
     which the backward needs first, is not."""
-    units = [module for module in model.modules() if _is_fsdp2(module)]
+    units: list[Any] = [module for module in model.modules() if _is_fsdp2(module)]
     model.set_reshard_after_forward(False)
     try:
         for unit in units:
@@ -120,7 +126,7 @@ def _is_fsdp2(module: nn.Module) -> bool:
     return hasattr(module, "set_reshard_after_forward")
 
 
-def prepare_teacher(teacher: nn.Module, accelerator: Accelerator, shard: bool = False) -> nn.Module:
+def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, shard: bool = False) -> nn.Module:
     """Puts the teacher on the device, in eval mode and without an optimizer: sharded where the student is (ZeRO-3, FSDP2),
     whole elsewhere, or with `shard` in a ZeRO-3 engine of its own beside a student under ZeRO-1 or 2.
 
@@ -154,7 +160,7 @@ def check_engine(accelerator: Accelerator, shard_teacher: bool) -> None:
         )
 
 
-def _prepare_deepspeed(teacher: nn.Module, accelerator: Accelerator, shard: bool) -> nn.Module:
+def _prepare_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator, shard: bool) -> nn.Module:
     # As TRL's `prepare_deepspeed`, but for the stage: there a teacher beside a student under ZeRO-1 or 2 is always whole.
     import deepspeed
 
@@ -176,7 +182,7 @@ def _prepare_deepspeed(teacher: nn.Module, accelerator: Accelerator, shard: bool
     return engine
 
 
-def _prepare_fsdp2(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+def _prepare_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
     """Shards each layer, so that a forward holds one of them at a time, and the rest (embeddings, head) as the root."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -191,7 +197,8 @@ def _prepare_fsdp2(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     for module in reversed(list(teacher.modules())):  # children before parents
         if type(module).__name__ in layers:
             fully_shard(module, **settings)
-    return fully_shard(teacher, **settings)
+    fully_shard(teacher, **settings)
+    return teacher
 
 
 def check_head(head: LMHead, name: str, accelerator: Accelerator) -> None:
@@ -221,10 +228,10 @@ def gather_rows(values: torch.Tensor, accelerator: Accelerator) -> tuple[torch.T
     """`values` (N, ...) of all ranks, one after the other, though N differs, and where this rank's own are; collective."""
     if accelerator.num_processes == 1:
         return values, slice(0, len(values))
-    sizes = accelerator.gather(torch.tensor([len(values)], device=values.device)).tolist()
+    sizes = _gathered(torch.tensor([len(values)], device=values.device), accelerator).tolist()
     padded = values.new_zeros((max(sizes), *values.shape[1:]))
     padded[: len(values)] = values
-    parts = accelerator.gather(padded).split(max(sizes))
+    parts = _gathered(padded, accelerator).split(max(sizes))
     start = sum(sizes[: accelerator.process_index])
     together = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
     return together, slice(start, start + len(values))

@@ -74,3 +74,11 @@ def last_hidden_states(model: nn.Module, unwrapped: PreTrainedModel, **inputs: t
     finally:
         hook.remove()
     return caught[0]
+
+
+def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What both models are called with. Positions are given: with left padding, models with learned positions would
+    otherwise count the padding."""
+    mask = inputs["attention_mask"]
+    position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"input_ids": inputs["input_ids"], "attention_mask": mask, "position_ids": position_ids}

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator
 
+from .rollout import Rollout
+
 
 class RatioMetrics:
     """Sums of numerators and denominators by name.
@@ -56,3 +58,19 @@ class RatioMetrics:
 
 def with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {f"{prefix}{name}": value for name, value in metrics.items()}
+
+
+def add_rollout(metrics: RatioMetrics, rollout: Rollout, seconds: float, num_processes: int) -> None:
+    """What there is to say of sampled responses, and of the `seconds` that sampling them took."""
+    num_tokens, num_rows = rollout.num_tokens, len(rollout.input_ids)
+    metrics.add("replaced_share", rollout.num_replaced, num_tokens)
+    metrics.add("response_length", num_tokens, num_rows)
+    metrics.add("truncated_share", rollout.num_truncated, num_rows)
+    metrics.add("tokens_per_round", num_tokens, rollout.num_rounds)
+    if rollout.num_drafted > 0:
+        metrics.add("draft_length", rollout.num_drafted, rollout.num_rounds)
+    metrics.add("sampling_seconds", seconds)
+    metrics.add("tokens_per_second", 0.0, seconds / num_processes)
+    if rollout.teacher_rank is not None:
+        metrics.add("acceptance_rate", rollout.num_accepted, num_tokens)
+        metrics.add_mean("teacher_rank", rollout.teacher_rank[rollout.teacher_rank >= 0])

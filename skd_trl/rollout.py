@@ -76,10 +76,10 @@ class Rollout:
 class Rows:
     """What has been written so far, by prompt, and which prompts hold which place of the cache."""
 
-    def __init__(self, prompt_ids, prompt_mask, max_new_tokens: int, num_draft_tokens: int, eos_token_ids):
+    def __init__(self, prompt_ids, prompt_mask, max_new_tokens: int, longest_draft: int, eos_token_ids):
         num_prompts, device = len(prompt_ids), prompt_ids.device
         self.prompt_ids, self.prompt_lengths = prompt_ids, prompt_mask.sum(dim=1)
-        self.max_new_tokens, self.num_draft_tokens = max_new_tokens, num_draft_tokens
+        self.max_new_tokens = max_new_tokens
         self.host_prompt_lengths = self.prompt_lengths.tolist()
         # The last token of a full row is never fed to a model, so its slot, and what lies beyond, needs no room.
         self.num_slots = max(self.host_prompt_lengths) + max_new_tokens
@@ -88,17 +88,19 @@ class Rows:
         self.live: list[int] = []  # prompt in each place of the cache
         self.ids = torch.empty(0, dtype=torch.long, device=device)  # the same on the device
         self.last = prompt_ids[:, -1].clone()
+        self.num_shared = 0  # first tokens of all prompts whose keys and values every place of the cache has
         self.num_written = torch.zeros(num_prompts, dtype=torch.long, device=device)
         self.host_written = [0] * num_prompts
         self.ended = torch.zeros(num_prompts, dtype=torch.bool, device=device)
         # A block may run over the end; what is beyond a row's own end is overwritten or cut in `rollout`.
-        shape = (num_prompts, max_new_tokens + num_draft_tokens)
+        shape = (num_prompts, max_new_tokens + longest_draft)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.proposals = torch.zeros(shape, dtype=torch.long, device=device)
         self.teacher_rank = torch.zeros(shape, dtype=torch.long, device=device)
         self.replaced = torch.zeros(shape, dtype=torch.bool, device=device)
         self.hidden: torch.Tensor | None = None
         self.num_rounds = self.num_drafted = 0
+        self.num_judged = self.num_accepted = 0  # in the last round
 
     @property
     def longest(self) -> int:
@@ -108,27 +110,35 @@ class Rows:
     def num_admissible(self, num_places: int) -> int:
         return min(num_places - len(self.live), len(self.waiting))
 
-    def draft_length(self, num_places: int, drafts: bool) -> int:
-        """G for the next round: no longer than what any row still needs; 0 when there is nothing left to write."""
-        candidates = self.live + list(self.waiting)[: self.num_admissible(num_places)]
-        if not candidates:
-            return 0
-        still_needed = self.max_new_tokens - min(self.host_written[i] for i in candidates)
-        return min(self.num_draft_tokens, still_needed) if drafts else 1
+    def remaining(self, num_places: int) -> list[int]:
+        """How many tokens each row of the next round may still need; empty when there is nothing left to write."""
+        rows = self.live + list(self.waiting)[: self.num_admissible(num_places)]
+        return [self.max_new_tokens - self.host_written[i] for i in rows]
 
     def admit(self, num_places: int) -> tuple[int, torch.Tensor]:
-        """Moves waiting prompts into free places: the first of these places, and their tokens but the last, (N, Q),
-        right-padded with anything: what is written beyond a row's end is overwritten before it is read."""
+        """Moves waiting prompts into free places: the first of these places, and their tokens from `num_shared` on but
+        the last, (N, Q), right-padded with anything: what is written beyond a row's end is overwritten before it is read."""
         first_row = len(self.live)
         new = [self.waiting.popleft() for _ in range(self.num_admissible(num_places))]
         self._set_live(self.live + new)
         if not new:
             return first_row, self.prompt_ids[:0]
         num_columns = max(self.host_prompt_lengths[i] for i in new) - 1
-        ids = self.ids[first_row:]
+        return first_row, self._prompt_tokens(self.ids[first_row:], self.num_shared, num_columns)
+
+    def shared_beginning(self) -> torch.Tensor:
+        """The tokens (1, Q) that all prompts begin with, such as a template's system turn; the last token never counts."""
+        shortest = min(self.host_prompt_lengths)
+        every_row = torch.arange(len(self.prompt_ids), device=self.prompt_ids.device)
+        beginnings = self._prompt_tokens(every_row, 0, shortest - 1)
+        num_equal = int((beginnings == beginnings[:1]).all(dim=0).long().cumprod(dim=0).sum())
+        return beginnings[:1, :num_equal]
+
+    def _prompt_tokens(self, ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Tokens `start` to `stop` of these prompts (N, Q), counted from each prompt's first; beyond its end anything."""
         width = self.prompt_ids.shape[1]
-        columns = torch.arange(num_columns, device=ids.device) + (width - self.prompt_lengths[ids])[:, None]
-        return first_row, self.prompt_ids[ids].gather(1, columns.clamp(max=width - 1))
+        columns = torch.arange(start, stop, device=ids.device) + (width - self.prompt_lengths[ids])[:, None]
+        return self.prompt_ids[ids].gather(1, columns.clamp(max=width - 1))
 
     def positions(self, start: int, count: int) -> torch.Tensor:
         """Positions (N, count) of the inputs `start`, `start + 1`, ... of a block; the first input is the last token."""
@@ -168,10 +178,13 @@ class Rows:
         self.num_drafted += len(self.live) * num_draft if accept.drafts else 0
 
         # The one place in a round where the host waits for the device.
-        for i, num_written, has_ended in zip(
-            self.live, self.num_written[self.ids].tolist(), ended.tolist(), strict=True
-        ):
-            self.host_written[i] = self.max_new_tokens if has_ended else num_written
+        is_replaced = num_leading < count
+        written, has_ended, counts, replaced = torch.stack(
+            [self.num_written[self.ids], ended.long(), count, is_replaced.long()]
+        ).tolist()
+        for i, num_written, row_ended in zip(self.live, written, has_ended, strict=True):
+            self.host_written[i] = self.max_new_tokens if row_ended else num_written
+        self.num_judged, self.num_accepted = sum(counts), sum(counts) - sum(replaced)
         return self._free([self.host_written[i] >= self.max_new_tokens for i in self.live])
 
     def _free(self, finished: list[bool]) -> list[tuple[int, int]]:

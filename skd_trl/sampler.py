@@ -14,6 +14,7 @@ from torch import nn
 
 from .acceptance import AcceptanceRule, Draft
 from .cpu_linear import fast_linear_layers
+from .draft_length import DraftLength, Round, Stopwatch
 from .ragged_cache import RaggedDecoder
 from .rollout import Rollout, Rows
 from .sampling_params import SamplingParams, draw, draw_from_probs
@@ -31,7 +32,7 @@ def interleaved_sample(
     prompt_mask: torch.Tensor,
     *,
     accept: AcceptanceRule,
-    num_draft_tokens: int = 5,
+    num_draft_tokens: int | str | DraftLength = 5,
     max_new_tokens: int,
     eos_token_ids: Iterable[int],
     pad_token_id: int,
@@ -59,7 +60,8 @@ def interleaved_sample(
             eval mode; each module's mode is put back afterwards.
         prompt_ids, prompt_mask (`torch.LongTensor` of shape `(B, P)`): left-padded prompts.
         accept ([`AcceptanceRule`]): such as `ACCEPTANCE_RULES["top_k"](k=25)`.
-        num_draft_tokens (`int`): G. Changes the cost only.
+        num_draft_tokens (`int` or [`~skd_trl.draft_length.DraftLength`]): G, which changes the cost only. `"auto"` measures
+            both models and chooses; an `AutoDraftLength` that is kept between calls measures once.
         eos_token_ids: any of these ends a row; give those of both models.
         student_sampling, teacher_sampling ([`SamplingParams`]): how the draws are shaped. Rules judge raw logits.
         generator (`torch.Generator`): where the noise comes from; the global one if `None`.
@@ -74,10 +76,9 @@ def interleaved_sample(
     Raises:
         `ValueError`: for models, prompts or numbers that cannot work; the message names the row or the argument.
     """
-    vocab_size = _check(
-        student, teacher, prompt_ids, prompt_mask, num_draft_tokens, max_new_tokens, vocab_size, max_rows
-    )
-    rows = Rows(prompt_ids, prompt_mask, max_new_tokens, num_draft_tokens, eos_token_ids)
+    vocab_size = _check(student, teacher, prompt_ids, prompt_mask, max_new_tokens, vocab_size, max_rows)
+    draft_length = DraftLength.of(num_draft_tokens)
+    rows = Rows(prompt_ids, prompt_mask, max_new_tokens, draft_length.longest, eos_token_ids)
     if uniforms is None:
         device = generator.device if generator is not None else prompt_ids.device
         uniforms = torch.rand((len(prompt_ids), max_new_tokens, 3), generator=generator, device=device)
@@ -90,39 +91,70 @@ def interleaved_sample(
             stack.enter_context(fast_linear_layers(model))
             decoders.append(_Participant(model, num_places, rows.num_slots, vocab_size) if takes_part else None)
         student_decoder, teacher_decoder = decoders
+        if agree is None and len(prompt_ids) > 1:  # ranks would have to agree on one more forward
+            _share_beginning(decoders, rows)
         while True:
-            num_admitted, num_draft = rows.num_admissible(num_places), rows.draft_length(num_places, accept.drafts)
+            num_admitted, num_draft = rows.num_admissible(num_places), _wish(draft_length, rows, num_places, accept)
             if agree is not None:
                 num_admitted, num_draft = agree(num_admitted, num_draft)
             if num_draft == 0:
                 return rows.rollout(prompt_ids, prompt_mask, pad_token_id, accept)
             if num_admitted > 0:
-                _admit(decoders, rows, num_places)
+                _admit(decoders, rows, num_places, is_collective=agree is not None)
             if not rows.live:
                 _idle(decoders, num_draft)
                 continue
+            num_live, stopwatch = len(rows.live), Stopwatch(prompt_ids.device)
             noise = rows.at_block(uniforms, num_draft)  # (N, G, 3)
+            stopwatch.mark()
             tokens, student_logits = _draft(student_decoder, rows, num_draft, student_sampling, noise, accept)
+            stopwatch.mark()
             hidden, teacher_logits = _verify(teacher_decoder, rows, tokens, student_decoder)
             draft = Draft(
                 tokens, student_logits, teacher_logits, student_sampling, teacher_sampling, noise[..., ACCEPT_COIN]
             )
             num_leading = _judge(accept, draft)
             block = _replace(accept, draft, num_leading, noise[..., TEACHER_DRAW])
+            stopwatch.mark()
             freed = rows.commit(block, num_leading, draft, hidden, accept)
             for decoder in filter(None, decoders):
                 decoder.close_gaps(freed)
+            if accept.drafts and accept.judges:  # elsewhere there is nothing to learn from
+                draft_length.observe(
+                    Round(num_live, num_draft, *stopwatch.seconds(), rows.num_judged, rows.num_accepted)
+                )
 
 
-def _admit(decoders: "list[_Participant | None]", rows: Rows, num_places: int) -> None:
+def _wish(draft_length: DraftLength, rows: Rows, num_places: int, accept: AcceptanceRule) -> int:
+    """G for the next round: no longer than what any row still needs; 0 when there is nothing left to write."""
+    remaining = rows.remaining(num_places)
+    if not remaining:
+        return 0
+    return draft_length.choose(remaining) if accept.drafts else 1
+
+
+def _share_beginning(decoders: "list[_Participant | None]", rows: Rows, worthwhile: int = 16) -> None:
+    """Runs both models once over what all prompts begin with, if it is long enough to pay for a forward of its own."""
+    tokens = rows.shared_beginning()
+    if tokens.shape[1] < worthwhile:
+        return
+    rows.num_shared = tokens.shape[1]
+    positions = torch.arange(rows.num_shared, device=tokens.device)[None]
+    for decoder in filter(None, decoders):
+        decoder(tokens, positions, num_slots_in_use=rows.num_shared, last_logits_only=True)
+        decoder.spread_first_row(rows.num_shared)
+
+
+def _admit(decoders: "list[_Participant | None]", rows: Rows, num_places: int, is_collective: bool) -> None:
     """Gives free places of the cache to waiting prompts and runs both models over all but their last token."""
     first_row, tokens = rows.admit(num_places)
     for decoder in filter(None, decoders):
-        if tokens.numel() == 0:
+        if tokens.numel() > 0:
+            stop = rows.num_shared + tokens.shape[1]
+            positions = torch.arange(rows.num_shared, stop, device=tokens.device).expand_as(tokens)
+            decoder(tokens, positions, first_row=first_row, num_slots_in_use=stop, last_logits_only=True)
+        elif is_collective:
             decoder.idle()
-        else:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            decoder(tokens, positions, first_row=first_row, num_slots_in_use=tokens.shape[1], last_logits_only=True)
 
 
 def _idle(decoders: "list[_Participant | None]", num_draft: int) -> None:
@@ -209,10 +241,9 @@ def eval_mode(model: nn.Module):
             module.training = True
 
 
-def _check(student, teacher, prompt_ids, prompt_mask, num_draft_tokens, max_new_tokens, vocab_size, max_rows) -> int:
+def _check(student, teacher, prompt_ids, prompt_mask, max_new_tokens, vocab_size, max_rows) -> int:
     """Refuses what cannot work. Returns the number of ids that both models share."""
     for name, value in (
-        ("num_draft_tokens", num_draft_tokens),
         ("max_new_tokens", max_new_tokens),
         ("max_rows", 1 if max_rows is None else max_rows),
     ):

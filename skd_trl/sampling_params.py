@@ -72,15 +72,20 @@ def shaped_probs(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor
     return probs
 
 
-def _nucleus(probs: torch.Tensor, top_p: float, num_candidates: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+def _nucleus(probs: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The likeliest tokens up to and including the one that reaches `top_p`: probabilities (0 beyond) and ids."""
-    # Sorting a vocabulary on CPU costs more than the draw; nearly always the nucleus lies among the first thousand.
-    # On a GPU the sort is cheap and the test would wait for the device.
-    if not probs.is_cuda and num_candidates < probs.shape[-1]:
-        ordered, ids = probs.topk(num_candidates, dim=-1)
-        if not bool((ordered.sum(-1) > top_p).all()):
-            ordered, ids = probs.sort(dim=-1, descending=True)
-    else:
-        ordered, ids = probs.sort(dim=-1, descending=True)
+    ordered, ids = _likeliest(probs, top_p)
     before = ordered.cumsum(-1) - ordered
     return ordered.masked_fill(before >= top_p, 0.0), ids
+
+
+def _likeliest(probs: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens in descending probability, at least as many as reach `top_p` in every row."""
+    # Sorting a vocabulary on CPU costs more than the draw (8 rows of 49k: 64 candidates 0.4 ms, 1024 2.6, all 30), and
+    # the nucleus is nearly always small. On a GPU the sort is cheap and the test would wait for the device.
+    for num_candidates in (64, 1024) if not probs.is_cuda else ():
+        if num_candidates < probs.shape[-1]:
+            ordered, ids = probs.topk(num_candidates, dim=-1)
+            if bool((ordered.sum(-1) > top_p).all()):
+                return ordered, ids
+    return probs.sort(dim=-1, descending=True)

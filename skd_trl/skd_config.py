@@ -6,6 +6,7 @@ from typing import Any
 from ._compat import GKDConfig
 from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .divergences import DIVERGENCES
+from .draft_length import DraftLength
 from .sampling_params import SamplingParams
 
 
@@ -35,8 +36,9 @@ class SKDConfig(GKDConfig):
             K of the `top_k` rule.
         accept_kwargs (`dict`, *optional*):
             Parameters of the other rules, such as `{"alpha": 0.25}` for `min_prob`.
-        num_draft_tokens (`int`, *optional*, defaults to `5`):
-            Tokens the student drafts before the teacher verifies them. Changes the cost, not the responses.
+        num_draft_tokens (`int` or `str`, *optional*, defaults to `5`):
+            Tokens the student drafts before the teacher verifies them. Changes the cost, not the responses. `"auto"`
+            measures both models and the acceptance, and takes the length with the lowest cost per token.
         temperature (`float`, *optional*, defaults to `0.5`), student_top_p (`float`, *optional*, defaults to `0.5`):
             Temperature (0: greedy) and nucleus of the student's draws.
         teacher_temperature (`float`, *optional*, defaults to `0.2`), teacher_top_p (`float`, *optional*, defaults to `0.5`):
@@ -103,11 +105,12 @@ class SKDConfig(GKDConfig):
     accept_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Parameters of the other acceptance rules, such as {'alpha': 0.25}."}
     )
-    num_draft_tokens: int = field(
+    # HfArgumentParser reads a value as text only if None is admitted too.
+    num_draft_tokens: int | str | None = field(
         default=5,
         metadata={
             "help": "Tokens the student drafts before the teacher verifies them (paper: 5). Changes the cost, not the "
-            "responses."
+            "responses. 'auto' measures both models and the acceptance, and takes the cheapest length."
         },
     )
     temperature: float = field(
@@ -195,7 +198,10 @@ class SKDConfig(GKDConfig):
         check_choice("accept", self.accept, ACCEPTANCE_RULES)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("replaced_loss", self.replaced_loss, REPLACED_LOSSES)
-        for name in ("num_draft_tokens", "max_new_tokens", "log_completions_steps", "num_completions_to_print"):
+        if isinstance(self.num_draft_tokens, str) and self.num_draft_tokens.isdecimal():
+            self.num_draft_tokens = int(self.num_draft_tokens)
+        DraftLength.of(self.num_draft_tokens)
+        for name in ("max_new_tokens", "log_completions_steps", "num_completions_to_print"):
             check_positive(name, getattr(self, name))
         for name in ("loss_chunk_size", "rollout_batch_size", "max_prompt_length", "max_response_length"):
             check_positive(name, getattr(self, name))

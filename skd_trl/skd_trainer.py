@@ -4,7 +4,6 @@ Glue: who writes the responses is `sampler.py`, what they cost is `losses.py`, r
 `distributed.py`. Shapes: B rows of a micro-batch, P prompt, T response, N response tokens of a micro-batch, H hidden.
 """
 
-import copy
 import textwrap
 import time
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from torch import nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from ._compat import GKDTrainer, get_config_model_id
-from .collator import DataCollatorForDistillation
+from ._compat import GKDTrainer
+from .collator import DataCollatorForDistillation, merge_prompts
 from .completions import completion_records, print_completions, save_completions
 from .cpu_linear import fast_linear_layers
 from .data import prepare_dataset
@@ -35,11 +34,13 @@ from .distributed import (
     student_for_sampling,
     whole_head,
 )
-from .hidden_states import add_loss_forward, last_hidden_states
+from .draft_length import DraftLength
+from .hidden_states import add_loss_forward, last_hidden_states, model_inputs
 from .lm_head import LMHead
 from .losses import DistillationLoss, distillation_loss
-from .metrics import RatioMetrics, with_prefix
+from .metrics import RatioMetrics, add_rollout, with_prefix
 from .models import disable_dropout, load_pair, pad_token_id
+from .preparation import own_arguments, room_for_prompts, verify_heads
 from .ragged_cache import check_decoder
 from .response_tokens import ResponseTokens
 from .rollout import Rollout
@@ -58,6 +59,7 @@ METRICS = (
     "replaced_share",
     "teacher_rank",
     "tokens_per_round",
+    "draft_length",
     "response_length",
     "truncated_share",
     "student_entropy",
@@ -148,7 +150,9 @@ class SKDTrainer(GKDTrainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable | None = None,
     ):
-        args = self._own_arguments(args, model, train_dataset)
+        args = own_arguments(
+            args, self._config_class, f"-{self._name}", model, isinstance(train_dataset, IterableDataset)
+        )
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
         if (args.rollout != "dataset" and args.lmbda > 0) or args.seq_kd:
             check_decoder(student)
@@ -161,7 +165,7 @@ class SKDTrainer(GKDTrainer):
         self._prepare = partial(
             prepare_dataset,
             tokenizer=tokenizer,
-            max_prompt_length=_room_for_prompts(args, student, teacher),
+            max_prompt_length=room_for_prompts(args, student, teacher),
             max_response_length=args.response_limit,
             eos_token_ids=self.eos_token_ids,
             num_proc=args.dataset_num_proc,
@@ -195,34 +199,15 @@ class SKDTrainer(GKDTrainer):
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.divergence = args.make_divergence()
+        self._draft_length = DraftLength.of(args.num_draft_tokens)  # "auto" keeps what it has measured
         add_loss_forward(self._inner_student())
-        _verify_heads(self._inner_student(), teacher)
+        verify_heads(self._inner_student(), teacher)
         check_head(LMHead.of(self._inner_student()), "student", self.accelerator)
         check_head(LMHead.of(teacher), "teacher", self.accelerator)
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
         bound_waits(args.ddp_timeout)
         self._ratios = {mode: RatioMetrics(self._metric_names, totals=("skipped_rows",)) for mode in ("train", "eval")}
-
-    def _own_arguments(self, args, model, train_dataset) -> SKDConfig:
-        """A copy of `args` that the trainer may change; the caller's stays as it was."""
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = self._config_class(f"{name.split('/')[-1] or 'student'}-{self._name}")
-        if not isinstance(args, self._config_class):
-            raise TypeError(
-                f"args is a {type(args).__name__}; {type(self).__name__} needs a {self._config_class.__name__} (the other "
-                "has no fields for sampling). Construct one with the same values."
-            )
-        args = copy.copy(args)
-        for name in ("dataset_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"):
-            setattr(args, name, copy.deepcopy(getattr(args, name)))
-        args.remove_unused_columns = False
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        if isinstance(train_dataset, IterableDataset):
-            # Each rank collates its own rows: batches of different widths could not be concatenated and sent around.
-            args.accelerator_config.dispatch_batches = False
-        return args
 
     def _prepare_eval(self, dataset):
         if isinstance(dataset, dict):
@@ -258,7 +243,7 @@ class SKDTrainer(GKDTrainer):
 
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
-        prompts, mask = _left_padded([(batch["prompts"], batch["prompt_attention_mask"]) for batch in batches])
+        prompts, mask = merge_prompts([(batch["prompts"], batch["prompt_attention_mask"]) for batch in batches])
         step, rank = self.state.global_step, self.accelerator.process_index
         noise = torch.rand(
             (len(prompts), self.args.max_new_tokens, 3),
@@ -276,7 +261,7 @@ class SKDTrainer(GKDTrainer):
                 prompts,
                 mask,
                 accept=self.args.acceptance_rule(rollout),
-                num_draft_tokens=self.args.num_draft_tokens,
+                num_draft_tokens=self._draft_length,
                 max_new_tokens=self.args.max_new_tokens,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=pad_token_id(self.processing_class),
@@ -287,7 +272,7 @@ class SKDTrainer(GKDTrainer):
                 vocab_size=self.vocab_size,
                 agree=agree_on_maximum(self.accelerator) if collective else None,
             )
-        self._add_sampling_metrics(sampled, time.perf_counter() - start)
+        add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled)
         stops = torch.tensor([len(batch["prompts"]) for batch in batches]).cumsum(0).tolist()
         return [sampled.rows(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
@@ -374,19 +359,6 @@ class SKDTrainer(GKDTrainer):
 
     # What people see
 
-    def _add_sampling_metrics(self, rollout: Rollout, seconds: float) -> None:
-        metrics = self._ratios["train"]
-        num_tokens, num_rows = rollout.num_tokens, len(rollout.input_ids)
-        metrics.add("replaced_share", rollout.num_replaced, num_tokens)
-        metrics.add("response_length", num_tokens, num_rows)
-        metrics.add("truncated_share", rollout.num_truncated, num_rows)
-        metrics.add("tokens_per_round", num_tokens, rollout.num_rounds)
-        metrics.add("sampling_seconds", seconds)
-        metrics.add("tokens_per_second", 0.0, seconds / self.accelerator.num_processes)
-        if rollout.teacher_rank is not None:
-            metrics.add("acceptance_rate", rollout.num_accepted, num_tokens)
-            metrics.add_mean("teacher_rank", rollout.teacher_rank[rollout.teacher_rank >= 0])
-
     def _add_loss_metrics(self, mode: str, outcome: DistillationLoss, inputs: dict, tokens: ResponseTokens) -> None:
         metrics = self._ratios[mode]
         metrics.add_mean("student_entropy", outcome.statistics.student_entropy)
@@ -407,44 +379,3 @@ class SKDTrainer(GKDTrainer):
         metrics = self._ratios[mode].compute(self.accelerator)
         logs.update(with_prefix(metrics, "eval_" if mode == "eval" else ""))
         super().log(logs, start_time)
-
-
-def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What both models are called with. Positions are given: with left padding, models with learned positions would
-    otherwise count the padding."""
-    mask = inputs["attention_mask"]
-    position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return {"input_ids": inputs["input_ids"], "attention_mask": mask, "position_ids": position_ids}
-
-
-def _left_padded(prompts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompts and masks of several micro-batches as one batch."""
-    width = max(ids.shape[1] for ids, _ in prompts)
-    ids, masks = zip(*((nn.functional.pad(x, (width - x.shape[1], 0)) for x in pair) for pair in prompts), strict=True)
-    return torch.cat(ids), torch.cat(masks)
-
-
-def _room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
-    """The longest prompt that both models have positions for, or a lower limit that `args` sets."""
-    limits = [] if args.prompt_limit is None else [args.prompt_limit]
-    for name, model in (("student", student), ("teacher", teacher)):
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is None:
-            continue
-        if positions <= args.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt: the {name} has {positions} positions "
-                "(max_position_embeddings). Lower max_new_tokens."
-            )
-        limits.append(positions - args.max_new_tokens)
-    return min(limits, default=None)
-
-
-def _verify_heads(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    for name, model in (("student", student), ("teacher", teacher)):
-        if not is_sharded(model) and not LMHead.of(model).verify(model):
-            raise ValueError(
-                f"The {name}, {type(model).__name__}, makes its logits from its hidden states in a way that this package does "
-                "not know (something between the last hidden state and the logits, other than a scale and a soft cap), "
-                "so the loss would be computed on wrong logits. Use another architecture, or report this one."
-            )

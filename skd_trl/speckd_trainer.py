@@ -10,10 +10,11 @@ import torch
 from accelerate.logging import get_logger
 
 from .distributed import gather_rows, keyed_generator
+from .hidden_states import model_inputs
 from .losses import DistillationLoss, GateWeights, gate_weights
 from .response_tokens import ResponseTokens
 from .sampler import eval_mode
-from .skd_trainer import METRICS, SKDTrainer, model_inputs
+from .skd_trainer import METRICS, SKDTrainer
 from .speckd_config import SpecKDConfig
 from .vocabulary import describe_end_of_sequence_difference
 

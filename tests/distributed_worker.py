@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from skd_trl import SKDConfig, SKDTrainer
+from skd_trl.distributed import student_for_sampling
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate" / "cpu"
@@ -46,7 +47,7 @@ SAME_ROWS = [{"messages": [{"role": "user", "content": "qqqq"}, {"role": "assist
 # Plain gradient descent, unclipped: updates are then as large as the gradients, and a wrong factor shows.
 # With lmbda 0.64 and the default seed steps 0 and 2 take the data set's responses, 1 and 3 sampled ones.
 DATASET = {"rollout": "dataset", "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e6, "max_steps": 3}
-SAMPLED = {"max_steps": 3}
+SAMPLED = {"max_steps": 2}
 TWICE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
 RESUMED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lmbda": 0.64, "save_only_model": False, **TWICE}
 
@@ -136,7 +137,7 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
         "logging_steps": 1,
         "save_strategy": "no",
         "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", 1)),
-        "max_new_tokens": 12,
+        "max_new_tokens": 8,
         "max_length": 128,
         "disable_tqdm": True,
         "gradient_checkpointing": False,
@@ -204,6 +205,8 @@ def run(directory: Path, name: str, resume: str | None = None, **settings) -> No
         "devices": sorted({str(p.device) for p in trainer._inner_teacher.parameters()}),
         "seconds": time.perf_counter() - start,
     }
+    if mode in ("zero3", "fsdp2") and name.endswith("full-sampled"):
+        result["after_error"] = after_error(trainer)
     if mode == "single" or "dataset" in name:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.accelerator.is_main_process:
@@ -211,6 +214,22 @@ def run(directory: Path, name: str, resume: str | None = None, **settings) -> No
     rank = trainer.accelerator.process_index
     (directory / f"{name}-{rank}.json").write_text(json.dumps(result))
     trainer.accelerator.free_memory()
+
+
+def after_error(trainer: SKDTrainer) -> dict:
+    """Whether the student is whole while it samples, and what an error in that time leaves behind."""
+
+    def state() -> list[int]:
+        modules = list(trainer.model.modules())
+        return [sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules), held(trainer.model)]
+
+    before = state()
+    try:
+        with student_for_sampling(trainer.model_wrapped, trainer.accelerator, gather=True) as student:
+            whole = sum(p.numel() for p in student.parameters() if not isinstance(p, DTensor))
+            raise InterruptedError
+    except InterruptedError:
+        return {"whole": whole, "before": before, "after": state()}
 
 
 def held(model: torch.nn.Module) -> int:

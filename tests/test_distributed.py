@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from distributed_worker import CONFIGS, MODES, ROWS, matrix
+from distributed_worker import CONFIGS, MODES, ROWS, STUDENT, TEACHER, matrix
 from processes import ROOT, accelerate_launch, launch, torchrun
 from safetensors.torch import load_file
+from tiny import byte_tokenizer, tiny_model
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -71,8 +72,8 @@ def test_each_config_brings_up_its_engine(directory, mode):
 def test_sampling_ends_when_one_rank_is_done_at_once_and_the_other_at_the_limit(directory, name):
     first, second = results(directory, name)
     assert set(lengths(first)) == {1}
-    assert set(lengths(second)) == {12}
-    assert len(lengths(first)) == len(lengths(second)) == 6
+    assert set(lengths(second)) == {8}
+    assert len(lengths(first)) == len(lengths(second)) == 4
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-sampled") and "same" not in name])
@@ -89,9 +90,9 @@ def test_sampled_runs_do_not_depend_on_the_engine(directory, name):
 def test_bf16_samples_and_trains_close_to_fp32(directory, mode):
     (single,) = results(directory, "single-full-dataset")
     for result in results(directory, f"{mode}-bf16"):
-        # The first step has the same rows; 8 bits of mantissa, and errors of either sign in the mean over 27 tokens.
+        # The first step has the same rows; 8 bits of mantissa, and errors of either sign in the mean over tokens.
         assert result["losses"][0] == pytest.approx(single["losses"][0], rel=2**-7)
-        assert len(result["losses"]) == 3 and all(0 < loss < 20 for loss in result["losses"])
+        assert len(result["losses"]) == 2 and all(0 < loss < 20 for loss in result["losses"])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("full-dataset") or "own_engine" in name])
@@ -103,6 +104,14 @@ def test_the_teacher_is_held_by_halves_where_it_is_sharded_and_whole_elsewhere(d
         assert result["teacher_gradients"] == 0
     if name.startswith(("zero3", "fsdp2")):
         assert result["student_held"] / STUDENT_SIZE == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
+def test_an_error_while_the_student_is_gathered_leaves_it_sharded_and_with_its_hooks(directory, mode):
+    for result in results(directory, f"{mode}-full-sampled"):
+        outcome = result["after_error"]
+        assert outcome["whole"] == STUDENT_SIZE
+        assert outcome["after"] == outcome["before"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -124,7 +133,7 @@ def test_a_killed_run_resumed_by_accelerate_launch_goes_on_as_if_nothing_had_hap
 def test_ranks_given_the_same_prompts_draw_different_responses_and_a_seed_draws_the_same_run_twice(directory):
     first, second = results(directory, "ddp-same_prompts-sampled")
     drawn = [tuple(response) for response in first["responses"] + second["responses"]]
-    assert len(set(drawn)) == len(drawn) == 12
+    assert len(set(drawn)) == len(drawn) == 8
     again = results(directory, "ddp-same_prompts_again-sampled")
     assert [first["responses"], second["responses"]] == [result["responses"] for result in again]
     assert first["losses"] == again[0]["losses"]
@@ -187,11 +196,14 @@ def test_cpu_variants_differ_from_the_configs_for_gpus_in_device_lines_only(mode
         assert settings["zero_optimization"]["stage"] == gpu["deepspeed_config"]["zero_stage"] == 3
 
 
-def test_the_readmes_command_for_several_gpus_runs_on_two_processes_of_a_cpu(directory, tmp_path):
+def test_the_readmes_command_for_several_gpus_runs_on_two_processes_of_a_cpu(tmp_path):
     readme = (ROOT / "README.md").read_text()
     (command,) = re.findall(r"^accelerate launch --config_file ((?:.*\\\n)*.*)$", readme, re.MULTILINE)
-    mode_config, script, option, config = shlex.split(command)
+    mode_config, script, option, config = shlex.split(command.replace("\\\n", " "))
     assert option == "--config"
+    for name, seed, sizes in (("student", 1, STUDENT), ("teacher", 2, TEACHER)):
+        tiny_model(seed=seed, **sizes).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
     for split in ("train", "test"):
         rows = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in ROWS]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -199,8 +211,8 @@ def test_the_readmes_command_for_several_gpus_runs_on_two_processes_of_a_cpu(dir
     for stage in ("teacher_sft", "student_sft"):
         settings[stage] = {**settings[stage], "max_steps": 1}
     settings |= {  # sizes and devices; everything else is the file's
-        "model_name_or_path": str(directory / "student"),
-        "teacher_model_name_or_path": str(directory / "teacher"),
+        "model_name_or_path": str(tmp_path / "student"),
+        "teacher_model_name_or_path": str(tmp_path / "teacher"),
         "dataset_name": str(tmp_path),
         "output_dir": str(tmp_path / "out"),
         "max_prompt_length": 128,

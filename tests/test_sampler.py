@@ -1,5 +1,7 @@
 """The batched, cached, block-wise sampler against the specification in `reference.py`."""
 
+import os
+
 import pytest
 import reference
 import torch
@@ -298,3 +300,45 @@ def test_an_encoder_decoder_is_refused():
     )
     with pytest.raises(ValueError, match="encoder-decoder.*rollout='dataset'"):
         sample(t5, tiny_model(seed=2))
+
+
+BEGINNING = list(range(60, 80))
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [BEGINNING + prompt for prompt in PROMPTS],
+        [BEGINNING, BEGINNING + [7], BEGINNING + [1, 2, 3]],  # one prompt is nothing but the beginning
+        [BEGINNING] * 3,
+        [BEGINNING[1:], BEGINNING],  # nothing in common, although the same columns hold the same tokens
+    ],
+)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("max_rows", [None, 2])
+def test_a_beginning_that_all_prompts_share_is_run_once_and_changes_no_text(architecture, prompts, max_rows):
+    student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
+    uniforms = torch.rand((len(prompts), 12, 3), generator=torch.Generator().manual_seed(3))
+    num_tokens = []
+    hook = teacher.get_input_embeddings().register_forward_hook(
+        lambda m, args, out: num_tokens.append(args[0].numel())
+    )
+    rule = ACCEPTANCE_RULES["top_k"](k=60)
+    together = responses(sample(student, teacher, prompts, rule, uniforms=uniforms, max_rows=max_rows), prompts)
+    hook.remove()
+    assert num_tokens[0] == (19 if len(prompts) > 2 else 2 * 19)  # one row, or both
+    for row, prompt in enumerate(prompts):
+        assert responses(sample(student, teacher, [prompt], rule, uniforms=uniforms[row : row + 1])) == [together[row]]
+
+
+def test_the_environment_is_as_it_was_after_sampling_and_a_choice_of_the_users_stands(monkeypatch):
+    name, seen = "TRANSFORMERS_SDPA_FORCE_GQA", []
+    monkeypatch.delenv(name, raising=False)
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    teacher.model.layers[0].register_forward_hook(lambda *_: seen.append(os.environ.get(name)))
+    sample(student, teacher)
+    assert "1" in seen and name not in os.environ
+    monkeypatch.setenv(name, "0")
+    seen.clear()
+    sample(student, teacher)
+    assert set(seen) == {"0"}

@@ -1,0 +1,65 @@
+"""Before training: arguments of the trainer's own, room for the prompts, heads that do what the loss takes them to do."""
+
+import copy
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ._compat import get_config_model_id
+from .distributed import is_sharded
+from .lm_head import LMHead
+from .skd_config import SKDConfig
+
+
+def own_arguments(
+    args: SKDConfig | None, config_class: type[SKDConfig], suffix: str, model: nn.Module | str, is_stream: bool
+) -> SKDConfig:
+    """A copy of `args` that the trainer may change, the caller's stays as it was; the defaults if there are none.
+
+    Raises:
+        `TypeError`: if `args` has no fields for sampling.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = config_class(f"{name.split('/')[-1] or 'student'}{suffix}")
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__} (the other lacks fields). "
+            "Construct one with the same values."
+        )
+    args = copy.copy(args)
+    for name in ("dataset_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"):
+        setattr(args, name, copy.deepcopy(getattr(args, name)))
+    args.remove_unused_columns = False
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    if is_stream:
+        # Each rank collates its own rows: batches of different widths could not be concatenated and sent around.
+        args.accelerator_config.dispatch_batches = False
+    return args
+
+
+def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
+    """The longest prompt that both models have positions for, or a lower limit that `args` sets."""
+    limits = [] if args.prompt_limit is None else [args.prompt_limit]
+    for name, model in (("student", student), ("teacher", teacher)):
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is None:
+            continue
+        if positions <= args.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt: the {name} has {positions} positions "
+                "(max_position_embeddings). Lower max_new_tokens."
+            )
+        limits.append(positions - args.max_new_tokens)
+    return min(limits, default=None)
+
+
+def verify_heads(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises `ValueError` if a head's logits are not the model's own (see [`LMHead.verify`])."""
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not is_sharded(model) and not LMHead.of(model).verify(model):
+            raise ValueError(
+                f"The {name}, {type(model).__name__}, makes its logits from its hidden states in a way that this package does "
+                "not know (something between the last hidden state and the logits, other than a scale and a soft cap), "
+                "so the loss would be computed on wrong logits. Use another architecture, or report this one."
+            )
