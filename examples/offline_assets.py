@@ -116,7 +116,7 @@ def build_teacher(directory: Path) -> str:
             "the package `gguf`, with which transformers reads the teacher's file, is not installed: "
             f"pip install 'gguf>=0.10' (or skd_trl[examples]). {HUB_ALTERNATIVE}"
         )
-    with tempfile.TemporaryDirectory() as download:
+    with tempfile.TemporaryDirectory(dir=directory) as download:  # a killed build leaves nothing elsewhere
         gguf = download_gguf(Path(download))
         # dequantize: otherwise the weights stay packed wherever the package `kernels` is installed
         packed = AutoModelForCausalLM.from_pretrained(
