@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .cpu_linear import linear
 from .lm_head import LMHead
 
 
@@ -33,7 +32,7 @@ class HeadGradients:
         weight, bias = self.prepared.weight, self.head.bias
         assert weight is not None
         if self.hidden is not None:
-            self.hidden[rows] = linear(raw_gradient, weight.t())
+            self.hidden[rows] = raw_gradient @ weight
         if (sum_ := self.parameters.get(id(self.head.weight))) is not None:
             _add_product(sum_[: len(weight)], raw_gradient.T, hidden.to(raw_gradient.dtype))
         if bias is not None and (sum_ := self.parameters.get(id(bias))) is not None:

@@ -13,10 +13,9 @@ Shapes: N positions, H hidden, V vocabulary.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from .cpu_linear import linear
 
 
 # `logits_scaling` divides in granite's family (and minicpm3's, before a head without bias), but multiplies here.
@@ -98,7 +97,7 @@ class LMHead:
             return self.module(hidden)[..., :vocab_size]
         assert self.weight is not None
         bias = None if self.bias is None else self.bias[:vocab_size]
-        return linear(hidden.to(self.weight.dtype), self.weight[:vocab_size], bias)
+        return F.linear(hidden.to(self.weight.dtype), self.weight[:vocab_size], bias)
 
     def shape_logits(self, raw: Tensor) -> Tensor:
         """The model's logits `(N, V)`, fp32 at least, from raw ones."""

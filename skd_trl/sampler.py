@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from .acceptance import AcceptanceRule, Draft
-from .cpu_linear import fast_linear_layers
 from .draft_length import DraftLength, Round, Stopwatch
 from .ragged_cache import RaggedDecoder
 from .rollout import Rollout, Rows
@@ -88,7 +87,6 @@ def interleaved_sample(
         decoders = []
         for model, takes_part in ((student, accept.drafts), (teacher, accept.judges)):
             stack.enter_context(eval_mode(model))
-            stack.enter_context(fast_linear_layers(model))
             decoders.append(_Participant(model, num_places, rows.num_slots, vocab_size) if takes_part else None)
         student_decoder, teacher_decoder = decoders
         if agree is None and len(prompt_ids) > 1:  # ranks would have to agree on one more forward

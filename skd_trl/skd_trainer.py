@@ -22,7 +22,6 @@ from transformers.trainer_utils import EvalPrediction
 from ._compat import GKDTrainer
 from .collator import DataCollatorForDistillation, merge_prompts
 from .completions import completion_records, print_completions, save_completions
-from .cpu_linear import fast_linear_layers
 from .data import prepare_dataset
 from .distributed import (
     agree_on_maximum,
@@ -281,8 +280,7 @@ class SKDTrainer(GKDTrainer):
         start = time.perf_counter()
         num_tokens = int((inputs["labels"] != -100).sum())
         # GKDTrainer's own would sample once more.
-        with fast_linear_layers(self._inner_student()), fast_linear_layers(self._inner_teacher):
-            loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         seconds = time.perf_counter() - start
         metrics = self._ratios["train"]
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
