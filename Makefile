@@ -32,7 +32,7 @@ demo: assets  ## distil a 135M teacher into a 99M student on a CPU, in about a q
 test: install  ## lint, types and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 bench: assets  ## the tables of benchmarks/

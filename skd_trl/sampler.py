@@ -118,8 +118,9 @@ def interleaved_sample(
             for decoder in filter(None, decoders):
                 decoder.close_gaps(freed)
             if accept.drafts and accept.judges:  # elsewhere there is nothing to learn from
+                student_seconds, teacher_seconds = stopwatch.seconds()
                 draft_length.observe(
-                    Round(num_live, num_draft, *stopwatch.seconds(), rows.num_judged, rows.num_accepted)
+                    Round(num_live, num_draft, student_seconds, teacher_seconds, rows.num_judged, rows.num_accepted)
                 )
 
 

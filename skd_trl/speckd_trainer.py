@@ -147,6 +147,7 @@ class SpecKDTrainer(SKDTrainer):
             batch["gate_weight"], batch["gate_accepted"] = weight, accepted
         return self._divisor(weights, num_tokens)
 
+    @torch.no_grad()
     def _weights(self, gate, student_hidden, teacher_hidden, labels, uniforms) -> GateWeights:
         """Weights (N,) of `gate`, without a loss."""
         with self._heads() as (student_head, teacher_head):

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from skd_trl import SKDConfig, SKDTrainer
+from skd_trl import SKDConfig, SKDTrainer, SpecKDConfig, SpecKDTrainer
 from skd_trl.distributed import student_for_sampling
 
 
@@ -49,6 +49,9 @@ SAME_ROWS = [{"messages": [{"role": "user", "content": "qqqq"}, {"role": "assist
 DATASET = {"rollout": "dataset", "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e6, "max_steps": 3}
 SAMPLED = {"max_steps": 2}
 TWICE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+# Divisors that are known only when both processes' weights are, and a gate that compares the tokens of both.
+GATED = {"gate": "greedy_top_k", "gate_top_k": 60, "gate_normalizer": "accepted"}
+GATED_POPULATION = {"gate": "student_entropy_top", "gate_normalizer": "mean_one", "gate_floor": 0.1}
 RESUMED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lmbda": 0.64, "save_only_model": False, **TWICE}
 
 
@@ -64,6 +67,9 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-bf16"] = {**SAMPLED, "bf16": True, "lmbda": 0.64}
         cases[f"{mode}-uninterrupted"] = RESUMED
         cases[f"{mode}-killed"] = {**RESUMED, "fails_at": 2}
+    for mode in ("ddp", "zero3", "fsdp2"):
+        cases[f"{mode}-gated-dataset"] = {**DATASET, **TWICE, **GATED}
+        cases[f"{mode}-gated_population-dataset"] = {**DATASET, **TWICE, **GATED_POPULATION}
     for mode in ("zero1", "zero2"):
         cases[f"{mode}-own_engine-sampled"] = {**SAMPLED, "uneven": True, "shard_teacher": True}
     for mode in ("zero3", "fsdp2"):
@@ -114,14 +120,22 @@ class Misbehaves(TrainerCallback):
             time.sleep(1000)
 
 
-class Recorder(SKDTrainer):
-    """Keeps the responses that this rank was trained on."""
+class Recorder:
+    """Mixed into a trainer: keeps the responses that this rank was trained on."""
 
     responses: list
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.responses += [row[row != -100].tolist() for row in inputs["labels"]]
         return super().training_step(model, inputs, num_items_in_batch)
+
+
+class RecordingSKD(Recorder, SKDTrainer):
+    pass
+
+
+class RecordingSpecKD(Recorder, SpecKDTrainer):
+    pass
 
 
 def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
@@ -155,8 +169,9 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     else:  # before the arguments, from which on ZeRO-3 would shard new models before they have their weights
         student = tiny_model("qwen2" if tied else "llama", seed=1, tie_word_embeddings=tied, **STUDENT)
         teacher = tiny_model("qwen2" if tied else "llama", seed=2, tie_word_embeddings=tied, **TEACHER)
-    args = SKDConfig(**{**defaults, **settings})
-    trainer = Recorder(
+    config_class, trainer_class = (SpecKDConfig, RecordingSpecKD) if "gate" in settings else (SKDConfig, RecordingSKD)
+    args = config_class(**{**defaults, **settings})
+    trainer = trainer_class(
         model=student,
         teacher_model=teacher,
         args=args,
@@ -281,8 +296,8 @@ def main() -> None:
     directory = options.directory
     if options.what == "single":
         whole = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
-        for name in ("full-dataset", "lora-dataset", "tied-dataset", "saved_head-dataset"):
-            run(directory, f"single-{name}", **{**matrix()[f"zero3-{name}"], **whole})
+        for name in ("full", "lora", "tied", "saved_head", "gated", "gated_population"):
+            run(directory, f"single-{name}-dataset", **{**matrix()[f"zero3-{name}-dataset"], **whole})
         for which, seed, sizes in (("student", 1, STUDENT), ("teacher", 2, TEACHER)):
             tiny_model(seed=seed, **sizes).save_pretrained(directory / which)
             byte_tokenizer().save_pretrained(directory / which)
