@@ -330,16 +330,14 @@ def test_a_stream_trains_and_its_unusable_rows_are_counted_in_the_log(tmp_path):
 
 
 def test_lmbda_mixes_steps_on_sampled_and_on_the_data_sets_responses_by_seed_and_step(tmp_path):
-    trainer = make_trainer(tmp_path, lmbda=0.5, max_steps=1)
+    trainer, again = (make_trainer(tmp_path, lmbda=0.5) for _ in range(2))
     kinds = [trainer._rollout_of_step(step) for step in range(400)]
-    assert kinds == [make_trainer(tmp_path, lmbda=0.5)._rollout_of_step(step) for step in range(400)]
+    assert kinds == [again._rollout_of_step(step) for step in range(400)]
     # Binomial(400, 0.5) stays within 5 standard deviations (50) but for 6e-7.
     assert abs(kinds.count("interleaved") - 200) < 50
     assert set(kinds) == {"interleaved", "dataset"}
-    assert set(make_trainer(tmp_path, lmbda=0.5, seq_kd=True)._rollout_of_step(s) for s in range(50)) == {
-        "interleaved",
-        "teacher",
-    }
+    with_seq_kd = make_trainer(tmp_path, lmbda=0.5, seq_kd=True)
+    assert {with_seq_kd._rollout_of_step(step) for step in range(50)} == {"interleaved", "teacher"}
 
 
 @pytest.mark.parametrize("rollout, expected", [("student", 0.0), ("teacher", 1.0)])
