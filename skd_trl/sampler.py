@@ -107,7 +107,7 @@ def interleaved_sample(
             stopwatch.mark()
             tokens, student_logits = _draft(student_decoder, rows, num_draft, student_sampling, noise, accept)
             stopwatch.mark()
-            hidden, teacher_logits = _verify(teacher_decoder, rows, tokens, student_decoder)
+            hidden, teacher_logits = _verify(teacher_decoder, rows, tokens)
             draft = Draft(
                 tokens, student_logits, teacher_logits, student_sampling, teacher_sampling, noise[..., ACCEPT_COIN]
             )
@@ -181,7 +181,7 @@ def _draft(
 
 
 def _verify(
-    decoder: "_Participant | None", rows: Rows, tokens: torch.Tensor, student_decoder: "_Participant | None"
+    decoder: "_Participant | None", rows: Rows, tokens: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The teacher's hidden states (N, G, H) and logits (N, G, V) that judge the proposals, in one forward."""
     if decoder is None:

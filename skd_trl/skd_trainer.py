@@ -312,7 +312,7 @@ class SKDTrainer(GKDTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # only for compute_metrics: full logits
-            return loss, model(**model_inputs(inputs))
+            return loss, model(**model_inputs(inputs), use_cache=False)
 
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
         """The loss at the N response tokens of a micro-batch, from both models' hidden states (N, H)."""

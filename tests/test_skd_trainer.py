@@ -31,7 +31,15 @@ ROWS = [
 def make_trainer(tmp_path, rows=ROWS, model=None, teacher=None, trainer_class=SKDTrainer, **settings):
     objects = {
         name: settings.pop(name)
-        for name in ("eval_dataset", "peft_config", "callbacks", "optimizers", "processing_class", "formatting_func")
+        for name in (
+            "eval_dataset",
+            "peft_config",
+            "callbacks",
+            "optimizers",
+            "processing_class",
+            "formatting_func",
+            "compute_metrics",
+        )
         if name in settings
     }
     defaults = {
@@ -378,6 +386,22 @@ def test_evaluation_scores_reference_responses_token_by_token(tmp_path):
         expected = trainer.compute_loss(trainer.model, batch).item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert trainer.evaluate(Dataset.from_list(ROWS))["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_compute_metrics_gets_the_full_logits_of_the_evaluated_batches(tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        return {"share_of_prompts": float((prediction.label_ids == -100).mean())}
+
+    trainer = make_trainer(
+        tmp_path, eval_dataset=Dataset.from_list(ROWS), compute_metrics=compute_metrics, per_device_eval_batch_size=8
+    )
+    metrics = trainer.evaluate()
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(8)])
+    assert seen[0].predictions.shape == (*batch["input_ids"].shape, 259)
+    assert metrics["eval_share_of_prompts"] == pytest.approx((batch["labels"] == -100).float().mean().item())
 
 
 # Killed and resumed
