@@ -72,7 +72,7 @@ def throughput(args, report, clock, student, teacher, ids, mask) -> None:
         ["arm", "batch", "tokens/s", "spread", "times one by one"],
         rows,
         "Prompts of 100 to 140 tokens. `one by one` is a plain loop of batch 1 with a second teacher forward for the scores; "
-        "`assisted generation` is transformers' (teacher's text, no K).",
+        "`assisted generation` is transformers' at its own draft settings (teacher's text, no K).",
     )
 
 
