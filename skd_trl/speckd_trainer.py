@@ -107,17 +107,19 @@ class SpecKDTrainer(SKDTrainer):
         step = self.state.global_step
         self._gate = self.args.make_gate(step, self.state.max_steps)
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        generator = keyed_generator("gate", self.args.seed, step, self.accelerator.process_index)
-        for batch in batches:  # token by token in the order of the window's rows, however it is cut into batches
-            self._add_uniforms(batch, generator)
+        self._add_uniforms(batches, step, self.accelerator.process_index)
         if batches and (self.args.gate_normalizer != "all" or self._gate.select is not None):
             num_tokens = self._weigh_window(batches, num_tokens)
         return batches, num_tokens
 
-    def _add_uniforms(self, batch: dict, generator: torch.Generator) -> None:
-        num_tokens = int((batch["labels"] != -100).sum())
+    def _add_uniforms(self, batches: list[dict], *key: int | str) -> None:
+        """The noise that the gates ask for, token by token in the order of the rows, however they are cut into batches."""
         for name, gate in (("gate_uniforms", self._gate), ("compared_uniforms", self._compared_gate)):
-            if gate is not None and gate.num_uniforms:
+            if gate is None or gate.num_uniforms == 0:
+                continue
+            generator = keyed_generator(name, self.args.seed, *key)
+            for batch in batches:
+                num_tokens = int((batch["labels"] != -100).sum())
                 batch[name] = torch.rand((num_tokens, gate.num_uniforms), generator=generator)
 
     def _weigh_window(self, batches: list[dict], num_tokens: torch.Tensor) -> torch.Tensor:
@@ -133,13 +135,10 @@ class SpecKDTrainer(SKDTrainer):
                 )
                 batch["teacher_hidden"] = self._teacher_hidden(batch, tokens)
                 hidden.append((student["hidden"], batch["teacher_hidden"]))
-        joined = {
-            name: torch.cat([batch[name] for batch in batches]) for name in ("gate_uniforms",) if name in batches[0]
-        }
+        student_hidden, teacher_hidden = map(torch.cat, zip(*hidden, strict=True))
         labels = torch.cat([ResponseTokens.of(batch).labels for batch in batches])
-        weights = self._weights(
-            self._gate, *map(torch.cat, zip(*hidden, strict=True)), labels, joined.get("gate_uniforms")
-        )
+        uniforms = torch.cat([batch["gate_uniforms"] for batch in batches]) if self._gate.num_uniforms else None
+        weights = self._weights(self._gate, student_hidden, teacher_hidden, labels, uniforms)
         sizes = [len(student) for student, _ in hidden]
         for batch, weight, accepted in zip(
             batches, weights.weight.split(sizes), weights.accepted.split(sizes), strict=True
@@ -188,7 +187,7 @@ class SpecKDTrainer(SKDTrainer):
         if "gate_weight" in inputs:
             return {"weights": GateWeights(inputs["gate_weight"], inputs["gate_accepted"])}
         if not self.model.training:  # evaluation: the last step's gate, with noise of its own
-            self._add_uniforms(inputs, keyed_generator("gate", self.args.seed, "eval"))
+            self._add_uniforms([inputs], "eval")
         uniforms = inputs.get("gate_uniforms")
         return {
             "gate": self._gate,

@@ -69,6 +69,7 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-killed"] = {**RESUMED, "fails_at": 2}
     for mode in ("ddp", "zero3", "fsdp2"):
         cases[f"{mode}-gated-dataset"] = {**DATASET, **TWICE, **GATED}
+        cases[f"{mode}-gated_all-dataset"] = {**DATASET, **TWICE, **GATED, "gate_normalizer": "all"}
         cases[f"{mode}-gated_population-dataset"] = {**DATASET, **TWICE, **GATED_POPULATION}
     for mode in ("zero1", "zero2"):
         cases[f"{mode}-own_engine-sampled"] = {**SAMPLED, "uneven": True, "shard_teacher": True}
@@ -296,7 +297,7 @@ def main() -> None:
     directory = options.directory
     if options.what == "single":
         whole = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
-        for name in ("full", "lora", "tied", "saved_head", "gated", "gated_population"):
+        for name in ("full", "lora", "tied", "saved_head", "gated", "gated_all", "gated_population"):
             run(directory, f"single-{name}-dataset", **{**matrix()[f"zero3-{name}-dataset"], **whole})
         for which, seed, sizes in (("student", 1, STUDENT), ("teacher", 2, TEACHER)):
             tiny_model(seed=seed, **sizes).save_pretrained(directory / which)
