@@ -2,17 +2,18 @@
 
 A round of N rows and draft length G costs G student forwards of N tokens and one teacher forward of N G tokens. A row that
 needs at most R more tokens gets 1 + a + ... + a^(min(G, R) - 1) of them, with a the share of proposals accepted. The best G
-has the lowest cost per token. The choice changes the cost only, never the text, so that it may follow a stopwatch: ranks
-that disagree take the longest wish, and a resumed run writes what it wrote.
+has the lowest cost per token. The choice changes the cost, not the text, so that it may follow a stopwatch; ranks that
+disagree take the longest wish. (Blocks of another shape round differently in the last bit, though, so that a policy has a
+state to be saved with a run that is to repeat itself exactly.)
 
-A forward's time is taken to be a line in its number of tokens, fitted to what was measured: a fixed part (reading the
-weights) and a marginal one. From these follow c, the teacher's step in units of the student's, and rho, the marginal cost of
+A forward's time is taken to be a line in its number of tokens, fitted to what the first rounds measured: a fixed part
+(reading the weights) and a marginal one. From these follow c, the teacher's step in units of the student's, and rho, the marginal cost of
 one more token of a block in units of a teacher's step.
 """
 
 import time
-from collections import deque
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import median
 
 import torch
@@ -33,6 +34,13 @@ class DraftLength:
 
     def observe(self, round_: "Round") -> None:
         """Learns from a round."""
+
+    def state_dict(self) -> dict:
+        """What it has learned, for `json`."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up where the policy that `state_dict` belongs to was."""
 
     @staticmethod
     def of(num_draft_tokens: "int | str | DraftLength") -> "DraftLength":
@@ -64,23 +72,27 @@ class Round:
 
 
 class AutoDraftLength(DraftLength):
-    """Measures both models and the acceptance while sampling, and takes the draft length with the lowest cost per token.
+    """Measures both models in its first rounds, follows the acceptance, and takes the draft length with the lowest cost per
+    token.
 
-    Give the same object to every call on the same pair, and the measurement is made once.
+    Give the same object to every call on the same pair, and the measurement is made once. After it nothing depends on a
+    stopwatch any more: two policies in the same state that see the same tokens choose the same lengths.
 
     Args:
         longest (`int`, *optional*, defaults to `16`):
             No draft is longer.
         memory (`float`, *optional*, defaults to `0.97`):
             What one round forgets of the acceptance before it.
+        num_measured_rounds (`int`, *optional*, defaults to `64`):
+            Rounds after which both models' costs are settled.
     """
 
-    FIRST = (4, 2)  # enough to tell the teacher's fixed cost from its marginal one
-    EXPLORE_EVERY = 16  # rounds; a length beside the best one costs next to nothing and keeps the fit up to date
+    TRIED = (4, 2)  # enough to tell the teacher's fixed cost from its marginal one
+    TRY_EVERY = 8  # rounds, as long as it measures
 
-    def __init__(self, longest: int = 16, memory: float = 0.97):
+    def __init__(self, longest: int = 16, memory: float = 0.97, num_measured_rounds: int = 64):
         super().__init__(longest)
-        self.memory = memory
+        self.memory, self.num_measured_rounds = memory, num_measured_rounds
         self.student, self.teacher = ForwardCost(), ForwardCost()
         self.num_rounds = 0
         # As if 8 proposals had been seen: the first rounds should not jump to an end of the range.
@@ -90,14 +102,17 @@ class AutoDraftLength(DraftLength):
     def acceptance(self) -> float:
         return min(self.num_accepted / self.num_judged, 0.999)
 
+    @property
+    def is_measuring(self) -> bool:
+        return self.num_rounds < self.num_measured_rounds
+
     def choose(self, remaining: list[int]) -> int:
         limit = min(self.longest, max(remaining))
-        if self.num_rounds < 1 + len(self.FIRST):  # the very first round warms up and is not measured
-            return min(self.FIRST[self.num_rounds % len(self.FIRST)], limit)
-        best = min(range(1, limit + 1), key=lambda length: self.cost(length, remaining))
-        if self.num_rounds % self.EXPLORE_EVERY == 0:
-            best += 1 if self.num_rounds % (2 * self.EXPLORE_EVERY) == 0 else -1
-        return min(max(best, 1), limit)
+        if self.num_rounds <= len(self.TRIED):  # the very first round warms up and is not measured
+            return min(self.TRIED[self.num_rounds % len(self.TRIED)], limit)
+        if self.is_measuring and self.num_rounds % self.TRY_EVERY == 0:
+            return min(self.TRIED[self.num_rounds // self.TRY_EVERY % len(self.TRIED)], limit)
+        return min(range(1, limit + 1), key=lambda length: self.cost(length, remaining))
 
     def cost(self, length: int, remaining: list[int]) -> float:
         """Seconds per token that a round of this draft length is expected to take."""
@@ -106,12 +121,22 @@ class AutoDraftLength(DraftLength):
         return seconds / sum(expected_tokens(self.acceptance, min(length, rest)) for rest in remaining)
 
     def observe(self, round_: Round) -> None:
+        if 0 < self.num_rounds and self.is_measuring:
+            self.student.add(round_.num_rows, round_.student_seconds / round_.num_draft_tokens)
+            self.teacher.add(round_.num_rows * round_.num_draft_tokens, round_.teacher_seconds)
         self.num_rounds += 1
         self.num_judged = self.memory * self.num_judged + round_.num_judged
         self.num_accepted = self.memory * self.num_accepted + round_.num_accepted
-        if self.num_rounds > 1:
-            self.student.add(round_.num_rows, round_.student_seconds / round_.num_draft_tokens)
-            self.teacher.add(round_.num_rows * round_.num_draft_tokens, round_.teacher_seconds)
+
+    def state_dict(self) -> dict:
+        counts = {"num_rounds": self.num_rounds, "num_judged": self.num_judged, "num_accepted": self.num_accepted}
+        return {**counts, "student": self.student.state_dict(), "teacher": self.teacher.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.num_rounds = state["num_rounds"]
+        self.num_judged, self.num_accepted = state["num_judged"], state["num_accepted"]
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
 
     def c(self, num_rows: int) -> float:
         """The teacher's step in units of the student's, for this many rows."""
@@ -123,33 +148,41 @@ class AutoDraftLength(DraftLength):
 
 
 class ForwardCost:
-    """Seconds of a model's forward as a line in its number of tokens: fixed + marginal x tokens, neither below 0."""
+    """Seconds of a model's forward as a line in its number of tokens: fixed + marginal x tokens, neither below 0.
 
-    def __init__(self, num_kept: int = 8):
-        self.num_kept = num_kept
-        self.measured: dict[int, deque[float]] = {}
+    The line of medians (Theil and Sen's): what else the machine does shows as outliers, all of them upwards.
+    """
+
+    def __init__(self):
+        self.measured: list[tuple[int, float]] = []
+        self._line: tuple[float, float] | None = None
 
     def add(self, num_tokens: int, seconds: float) -> None:
-        self.measured.setdefault(num_tokens, deque(maxlen=self.num_kept)).append(seconds)
+        self.measured.append((num_tokens, seconds))
+        self._line = None
 
     def seconds(self, num_tokens: int) -> float:
         fixed, marginal = self.line()
         return fixed + marginal * num_tokens
 
     def line(self) -> tuple[float, float]:
-        # Medians: what else the machine does shows as outliers, all of them upwards.
-        points = [(size, median(values), len(values)) for size, values in self.measured.items()]
-        if not points:
+        if self._line is None:
+            self._line = self._fitted()
+        return self._line
+
+    def _fitted(self) -> tuple[float, float]:
+        if not self.measured:
             return 1.0, 0.0
-        weight = sum(w for _, _, w in points)
-        mean_x = sum(w * x for x, _, w in points) / weight
-        mean_y = sum(w * y for _, y, w in points) / weight
-        variance = sum(w * (x - mean_x) ** 2 for x, _, w in points)
-        covariance = sum(w * (x - mean_x) * (y - mean_y) for x, y, w in points)
-        marginal = covariance / variance if variance > 0 else 0.0
-        # At least no fixed cost, at most nothing but it.
-        marginal = min(max(marginal, 0.0), mean_y / mean_x)
-        return mean_y - marginal * mean_x, marginal
+        slopes = [(y - z) / (x - w) for (x, y), (w, z) in combinations(self.measured, 2) if x != w]
+        # At least no marginal cost, at most nothing but it.
+        marginal = min(max(median(slopes or [0.0]), 0.0), median(y / x for x, y in self.measured))
+        return max(median(y - marginal * x for x, y in self.measured), 0.0), marginal
+
+    def state_dict(self) -> list[tuple[int, float]]:
+        return self.measured
+
+    def load_state_dict(self, state: list) -> None:
+        self.measured, self._line = [(size, seconds) for size, seconds in state], None
 
 
 class Stopwatch:

@@ -24,15 +24,22 @@ class HeadGradients:
             for parameter in head.trainable_parameters()
         }
 
-    def add(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
-        """Takes raw logits (with their graph where the head is a module) and the loss's gradient to them."""
+    def add(
+        self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor, silent: Tensor | None = None
+    ) -> None:
+        """Takes raw logits (with their graph where the head is a module) and the loss's gradient to them. Positions that
+        are `silent`, of weight 0, have none: the products leave them out."""
         if self.head.module is not None:
             self._add_through_module(rows, hidden, raw, raw_gradient)
             return
         weight, bias = self.prepared.weight, self.head.bias
         assert weight is not None
+        where: slice | Tensor = rows
+        if silent is not None:
+            heard = (~silent).nonzero().squeeze(-1)
+            where, hidden, raw_gradient = rows.start + heard, hidden[heard], raw_gradient[heard]
         if self.hidden is not None:
-            self.hidden[rows] = raw_gradient @ weight
+            self.hidden[where] = raw_gradient @ weight
         if (sum_ := self.parameters.get(id(self.head.weight))) is not None:
             _add_product(sum_[: len(weight)], raw_gradient.T, hidden.to(raw_gradient.dtype))
         if bias is not None and (sum_ := self.parameters.get(id(bias))) is not None:

@@ -271,7 +271,7 @@ def _chunk(
         if learning:
             (raw_gradient,) = torch.autograd.grad(values, raw_leaf, weights.weight.to(values.dtype))
     if learning:
-        gradients.add(rows, hidden, raw, raw_gradient)
+        gradients.add(rows, hidden, raw, raw_gradient, _silent(chunk, gate, weights))
     column = {"divergence": values.detach(), "weight": weights.weight, "accepted": weights.accepted}
     if statistics:
         column |= _statistics(distributions, chunk.labels)
@@ -299,6 +299,13 @@ def _weights_of_chunk(chunk: _Positions, distributions: TokenDistributions, gate
     with torch.no_grad():
         scores = gate.scores(distributions, chunk.labels, chunk.uniforms)
         return _gated(gate, gate.acceptance(scores), chunk.keep)
+
+
+def _silent(chunk: _Positions, gate: Gate | None, weights: GateWeights) -> Tensor | None:
+    """Which positions of a chunk have no weight `(N,)`; `None` where none or few can be, to spare the device the question."""
+    may_be = chunk.weight is not None or (gate is not None and gate.floor == 0)
+    silent = weights.weight == 0
+    return silent if may_be and bool(silent.any()) else None
 
 
 def _gated(gate: Gate, acceptance: Tensor, keep: Tensor | None) -> GateWeights:

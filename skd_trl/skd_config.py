@@ -6,7 +6,7 @@ from typing import Any
 from ._compat import GKDConfig
 from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .divergences import DIVERGENCES
-from .draft_length import DraftLength
+from .draft_length import AUTO, DraftLength
 from .sampling_params import SamplingParams
 
 
@@ -21,7 +21,7 @@ class SKDConfig(GKDConfig):
 
     This class includes only the parameters that are specific to SKD training, and those of
     [`~trl.experimental.gkd.GKDConfig`] whose default differs. Defaults are those of the paper (Xu et al., ICLR 2025,
-    arXiv 2410.11325) and of its authors' settings, where they give any.
+    arXiv 2410.11325) and of its authors' settings, where they give any and the responses depend on them.
 
     Args:
         rollout (`str`, *optional*, defaults to `"interleaved"`):
@@ -36,9 +36,12 @@ class SKDConfig(GKDConfig):
             K of the `top_k` rule.
         accept_kwargs (`dict`, *optional*):
             Parameters of the other rules, such as `{"alpha": 0.25}` for `min_prob`.
-        num_draft_tokens (`int` or `str`, *optional*, defaults to `5`):
-            Tokens the student drafts before the teacher verifies them. Changes the cost, not the responses. `"auto"`
-            measures both models and the acceptance, and takes the length with the lowest cost per token.
+        num_draft_tokens (`int` or `str`, *optional*):
+            Tokens the student drafts before the teacher verifies them (the paper: 5). Changes the cost, not the responses.
+            `"auto"` measures both models in the first rounds, follows the acceptance, and takes the length with the lowest
+            cost per token. As its measurements differ from run to run and blocks of another shape round differently, only a
+            number repeats a run to the last bit (once measured, a resumed run repeats itself either way). By default `"auto"`, and 5 with
+            `full_determinism=True`.
         temperature (`float`, *optional*, defaults to `0.5`), student_top_p (`float`, *optional*, defaults to `0.5`):
             Temperature (0: greedy) and nucleus of the student's draws.
         teacher_temperature (`float`, *optional*, defaults to `0.2`), teacher_top_p (`float`, *optional*, defaults to `0.5`):
@@ -107,10 +110,11 @@ class SKDConfig(GKDConfig):
     )
     # HfArgumentParser reads a value as text only if None is admitted too.
     num_draft_tokens: int | str | None = field(
-        default=5,
+        default=None,
         metadata={
             "help": "Tokens the student drafts before the teacher verifies them (paper: 5). Changes the cost, not the "
-            "responses. 'auto' measures both models and the acceptance, and takes the cheapest length."
+            "responses. 'auto' measures both models and the acceptance, and takes the cheapest length. Default: 'auto', "
+            "and 5 with full_determinism, as only a number repeats a run to the last bit."
         },
     )
     temperature: float = field(
@@ -198,8 +202,15 @@ class SKDConfig(GKDConfig):
         check_choice("accept", self.accept, ACCEPTANCE_RULES)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("replaced_loss", self.replaced_loss, REPLACED_LOSSES)
-        if isinstance(self.num_draft_tokens, str) and self.num_draft_tokens.isdecimal():
+        if self.num_draft_tokens is None:
+            self.num_draft_tokens = 5 if self.full_determinism else AUTO
+        elif isinstance(self.num_draft_tokens, str) and self.num_draft_tokens.isdecimal():
             self.num_draft_tokens = int(self.num_draft_tokens)
+        elif self.num_draft_tokens == AUTO and self.full_determinism:
+            raise ValueError(
+                "num_draft_tokens='auto' follows measured times, which differ from run to run; with full_determinism=True "
+                "give a number (the paper's is 5)."
+            )
         DraftLength.of(self.num_draft_tokens)
         for name in ("max_new_tokens", "log_completions_steps", "num_completions_to_print"):
             check_positive(name, getattr(self, name))

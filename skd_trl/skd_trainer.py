@@ -4,11 +4,14 @@ Glue: who writes the responses is `sampler.py`, what they cost is `losses.py`, r
 `distributed.py`. Shapes: B rows of a micro-batch, P prompt, T response, N response tokens of a micro-batch, H hidden.
 """
 
+import json
+import os
 import textwrap
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -286,6 +289,23 @@ class SKDTrainer(GKDTrainer):
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
         metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
         return loss
+
+    # What the draft length has learned belongs to a run's state: a resumed run then chooses as it would have.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self._draft_length.state_dict()
+        if state:
+            os.makedirs(output_dir, exist_ok=True)  # this process may be here before the first
+            self._draft_length_file(output_dir).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._draft_length_file(checkpoint).exists():
+            self._draft_length.load_state_dict(json.loads(self._draft_length_file(checkpoint).read_text()))
+
+    def _draft_length_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"draft_length_{self.accelerator.process_index}.json"
 
     # The loss
 

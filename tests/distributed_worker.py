@@ -75,6 +75,7 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-own_engine-sampled"] = {**SAMPLED, "uneven": True, "shard_teacher": True}
     for mode in ("zero3", "fsdp2"):
         cases[f"{mode}-left_sharded-sampled"] = {**SAMPLED, "uneven": True, "ds3_gather_for_generation": False}
+        cases[f"{mode}-auto-sampled"] = {**SAMPLED, "uneven": True, "num_draft_tokens": "auto"}  # ranks measure apart
         for writer in ("student", "teacher"):
             cases[f"{mode}-{writer}-sampled"] = {**SAMPLED, "uneven": True, "rollout": writer}
         cases[f"{mode}-saved_head-dataset"] = {
@@ -159,6 +160,7 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
         "learning_rate": 1e-3,
         "ddp_timeout": 60,
         "accept_top_k": 80,
+        "num_draft_tokens": 5,  # "auto" follows a stopwatch, which no comparison should
         "temperature": 1.0,
         "student_top_p": 1.0,
         "teacher_temperature": 1.0,

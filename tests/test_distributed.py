@@ -79,7 +79,7 @@ def test_sampling_ends_when_one_rank_is_done_at_once_and_the_other_at_the_limit(
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-sampled") and "same" not in name])
 def test_sampled_runs_do_not_depend_on_the_engine(directory, name):
     mode, case, _ = name.split("-")
-    case = {"own_engine": "full", "left_sharded": "full"}.get(case, case)
+    case = {"own_engine": "full", "left_sharded": "full", "auto": "full"}.get(case, case)
     reference = f"ddp-{case}-sampled" if f"ddp-{case}-sampled" in CASES else f"fsdp2-{case}-sampled"
     for expected, result in zip(results(directory, reference), results(directory, name), strict=True):
         assert result["responses"] == expected["responses"]

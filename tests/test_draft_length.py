@@ -1,5 +1,7 @@
 """The draft length follows the cost model, is near the best fixed one, and never changes a text."""
 
+import json
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -97,7 +99,7 @@ def test_the_line_through_the_measurements_has_no_negative_part_and_ignores_outl
     cost = ForwardCost()
     assert cost.seconds(8) > 0  # nothing measured
     for size in (8, 16, 24):
-        for seconds in (1 + size, 1 + size, 100 * (1 + size)):
+        for seconds in (1 + size, 1 + size, 1 + size, 100 * (1 + size)):
             cost.add(size, seconds)
     assert cost.line() == pytest.approx((1.0, 1.0))
     falling, steep = ForwardCost(), ForwardCost()
@@ -157,7 +159,29 @@ def test_marks_are_read_as_seconds():
     assert len(stopwatch.seconds()) == 2 and min(stopwatch.seconds()) >= 0
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 2.5, "automatic", None, True])
+def test_once_it_has_measured_the_same_tokens_make_the_same_choices():
+    """A policy restored from text chooses as the one that was saved, though every forward now takes another time."""
+    saved = AutoDraftLength(num_measured_rounds=30)
+    Machine(0.8, (0.6, 0.05), (2.4, 0.2), jitter=2.0).cost_per_token(saved)
+    assert not saved.is_measuring
+    restored = AutoDraftLength(num_measured_rounds=30)
+    restored.load_state_dict(json.loads(json.dumps(saved.state_dict())))
+    for judged, accepted in ((8, 2), (24, 20), (5, 0), (40, 39)) * 20:
+        lengths = [policy.choose([30, 50, 50]) for policy in (saved, restored)]
+        assert lengths[0] == lengths[1]
+        saved.observe(Round(3, lengths[0], 1.0, 2.0, judged, accepted))
+        restored.observe(Round(3, lengths[1], 9.0, 0.1, judged, accepted))
+
+
+def test_by_default_a_run_drafts_automatically_unless_it_has_to_repeat_to_the_last_bit():
+    assert SKDConfig("out", bf16=False).num_draft_tokens == "auto"
+    assert SKDConfig("out", bf16=False, full_determinism=True).num_draft_tokens == 5
+    assert SKDConfig("out", bf16=False, full_determinism=True, num_draft_tokens=3).num_draft_tokens == 3
+    with pytest.raises(ValueError, match="num_draft_tokens='auto'.*full_determinism"):
+        SKDConfig("out", bf16=False, full_determinism=True, num_draft_tokens="auto")
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "automatic", True])
 def test_anything_but_a_length_is_refused_by_sampler_and_config(wrong):
     with pytest.raises(ValueError, match="num_draft_tokens"):
         DraftLength.of(wrong)

@@ -8,6 +8,7 @@ from memory import peak_bytes
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from skd_trl.divergences import DIVERGENCES
 from skd_trl.gates import GATES
@@ -131,6 +132,25 @@ def test_a_closed_gate_gives_exactly_no_gradient_at_its_positions():
     assert gradient[~out.accepted].eq(0).all() and gradient[out.accepted].ne(0).any(-1).all()
     only_open = _ours(hidden[out.accepted].detach(), student, teacher_hidden[out.accepted], teacher)
     torch.testing.assert_close(weight_gradient, torch.autograd.grad(only_open.loss, student.weight)[0], **CLOSE)
+
+
+def test_positions_without_weight_cost_no_gradient():
+    """2 x 50 x 8 operations a position for the hidden states' gradient (the head's is summed in place, which PyTorch's
+    counter does not see); the logits are for all."""
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+
+    def operations(gate):
+        with FlopCounterMode(display=False) as counter:
+            out = _ours(hidden, student, teacher_hidden, teacher, gate=gate)
+        return counter.get_total_flops(), out
+
+    ungated, _ = operations(None)
+    floored, _ = operations(GATES["greedy_top_k"](k=3, floor=0.01))
+    gated, out = operations(GATES["greedy_top_k"](k=3, floor=0.0))
+    num_rejected = int((~out.accepted).sum())
+    assert num_rejected > 0
+    assert floored == ungated and ungated - gated == num_rejected * 2 * 50 * 8
 
 
 def test_a_gate_that_closes_everything_gives_zero_and_not_nan():

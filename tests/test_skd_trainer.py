@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trl.experimental.gkd import GKDTrainer
 
 from skd_trl import SKDConfig, SKDTrainer
+from skd_trl.draft_length import Stopwatch
 from skd_trl.models import disable_dropout
 
 
@@ -57,6 +58,7 @@ def make_trainer(tmp_path, rows=ROWS, model=None, teacher=None, trainer_class=SK
         "disable_tqdm": True,
         "gradient_checkpointing": False,
         "accept_top_k": 80,  # of 259: two random models agree on some tokens and not on others
+        "num_draft_tokens": 5,  # "auto" follows a stopwatch, which no test should
         "temperature": 1.0,
         "student_top_p": 1.0,
         "teacher_temperature": 1.0,
@@ -442,6 +444,47 @@ def test_a_killed_run_resumes_from_its_checkpoint_with_the_losses_of_an_uninterr
     assert losses(resumed) == losses(whole)
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class StoppedWatch(Stopwatch):
+    """Always tells the same."""
+
+    reading = [1.0, 1.0]
+
+    def seconds(self):
+        return self.reading
+
+
+def test_a_resumed_run_drafts_as_it_would_have_whatever_the_stopwatch_says_by_then(tmp_path, monkeypatch):
+    def run(**more):
+        trainer = make_trainer(
+            tmp_path,
+            max_steps=3,
+            save_strategy="steps",
+            save_steps=1,
+            num_draft_tokens="auto",
+            accept_top_k=200,
+            **more,
+        )
+        trainer._draft_length.num_measured_rounds = 4
+        return trainer
+
+    def third_step(trainer):
+        logs = next(entry for entry in trainer.state.log_history if entry.get("step") == 3 and "loss" in entry)
+        return {name: logs[name] for name in ("loss", "grad_norm", "draft_length", "tokens_per_round")}
+
+    monkeypatch.setattr("skd_trl.sampler.Stopwatch", StoppedWatch)
+    monkeypatch.setattr(StoppedWatch, "reading", [1.0, 100.0])  # a costly teacher: long drafts
+    whole = run()
+    whole.train()
+    assert third_step(whole)["draft_length"] > 3
+    monkeypatch.setattr(StoppedWatch, "reading", [100.0, 1.0])
+    resumed = run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert third_step(resumed) == third_step(whole)
+    fresh = run(output_dir=str(tmp_path / "fresh"))
+    fresh.train()
+    assert third_step(fresh)["draft_length"] < 2  # so that the state it was saved with told
 
 
 def test_the_model_card_names_the_method_and_its_paper(tmp_path):
