@@ -66,6 +66,10 @@ def load_prompts(args: argparse.Namespace, count: int, shortest: int = 100, long
             ids.append(prompt)
         if len(ids) == count:
             break
+    if len(ids) < count:
+        raise SystemExit(
+            f"The test texts have {len(ids)} prompts of {shortest} to {longest} tokens, not {count}: ask for fewer."
+        )
     width = max(map(len, ids))
     padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in ids])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids])
@@ -151,7 +155,7 @@ class Report:
         return [
             f"- {date.today()}, commit {_commit()}, command `{command}`",
             f"- {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), fp32, {clock}, "
-            f"medians of {self.args.repeats} repeats in turns",
+            f"medians of {self.args.repeats}",
             f"- torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
             f"python {platform.python_version()}; student {self.args.student}, teacher {self.args.teacher}",
         ]

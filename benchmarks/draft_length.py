@@ -24,7 +24,7 @@ def main() -> None:
     args.num_draft_tokens = None
     report = Report("draft_length", "Draft length", args)
     student, teacher = load_model(args, "student"), load_model(args, "teacher")
-    ids, mask = load_prompts(args, args.batch_size, 30, 90)
+    ids, mask = load_prompts(args, args.batch_size, 70, 90)
     rows, header = [], ["acceptance", *(f"G = {length}" for length in args.lengths)]
     for acceptance in args.acceptance:
         rule = TopK(args.accept_top_k) if acceptance == "real" else Bernoulli(float(acceptance))
@@ -54,7 +54,7 @@ def main() -> None:
         f"Milliseconds per token, {args.batch_size} prompts, {args.num_tokens} tokens each",
         [*header, "auto", "auto / best fixed", "auto's mean G", "a it saw", "c", "rho"],
         rows,
-        "Prompts of 30 to 90 tokens; their prefill is included. Real: the top_k rule with K = "
+        "Prompts of 70 to 90 tokens; their prefill is included. Real: the top_k rule with K = "
         f"{args.accept_top_k} and SKDConfig's sampling.",
     )
 

@@ -1,8 +1,10 @@
 """Whole optimizer steps: SKDTrainer against GKDTrainer's on-policy step, same pair, same rows, fp32.
 
 Both run at their defaults, and at their best settings for this machine: without gradient checkpointing (in GKDTrainer it
-also switches off the cache of `generate`), SKDTrainer with the automatic draft length. A step is everything from one update
-to the next.
+also switches off the cache of `generate`). SKDTrainer also with the paper's draft length instead of the automatic one. A step
+is everything from one update to the next.
+
+    python benchmarks/step.py
 """
 
 import tempfile
@@ -17,7 +19,8 @@ from skd_trl import SKDConfig, SKDTrainer
 ON_POLICY = {"lmbda": 1.0}
 ARMS = {
     "SKDTrainer": (SKDTrainer, SKDConfig, {}),
-    "SKDTrainer, best": (SKDTrainer, SKDConfig, {"gradient_checkpointing": False, "num_draft_tokens": "auto"}),
+    "SKDTrainer, G = 5": (SKDTrainer, SKDConfig, {"num_draft_tokens": 5}),
+    "SKDTrainer, best": (SKDTrainer, SKDConfig, {"gradient_checkpointing": False}),
     "GKDTrainer, best": (GKDTrainer, GKDConfig, {"gradient_checkpointing": False, **ON_POLICY}),
     "GKDTrainer": (GKDTrainer, GKDConfig, ON_POLICY),
 }
