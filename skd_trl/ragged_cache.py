@@ -40,7 +40,7 @@ class RaggedDecoder:
     def __init__(self, model: nn.Module, num_rows: int, num_slots: int):
         check_decoder(model)
         self.model = model
-        self.num_slots = num_slots
+        self.num_rows, self.num_slots = num_rows, num_slots
         self.window = _Window()
         config = model.config.get_text_config()
         self.layers = [RaggedLayer(num_rows, num_slots, self.window) for _ in range(config.num_hidden_layers)]
@@ -67,12 +67,6 @@ class RaggedDecoder:
         """
         num_slots_in_use = min(num_slots_in_use or self.num_slots, self.num_slots)
         self.window.set(first_row, positions, num_slots_in_use)
-        slots = torch.arange(num_slots_in_use, device=positions.device)
-        distance = positions[:, None, :, None] - slots  # (N, 1, Q, L)
-        masks = {
-            kind: self._mask((distance >= 0) if span is None else (distance >= 0) & (distance < span))
-            for kind, span in self.spans.items()
-        }
         with (
             attention_implementation(self.model, self.attn_implementation),
             _grouped_queries(is_wanted=tokens.device.type == "cpu" and tokens.shape[1] > 1),
@@ -80,13 +74,22 @@ class RaggedDecoder:
         ):
             logits = self.model(
                 input_ids=tokens,
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                attention_mask=self.masks(positions, num_slots_in_use),
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
                 **({"logits_to_keep": 1} if last_logits_only else {}),
             ).logits
         return head_input.value, logits
+
+    def masks(self, positions: torch.Tensor, num_slots: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several."""
+        distance = positions[:, None, :, None] - torch.arange(num_slots, device=positions.device)
+        masks = {
+            kind: self._mask((distance >= 0) if span is None else (distance >= 0) & (distance < span))
+            for kind, span in self.spans.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def move_row(self, source: int, target: int) -> None:
         """Copies row `source` of the cache over row `target`: how a finished row's place is given to a live one."""
@@ -125,6 +128,8 @@ class RaggedLayer(CacheLayerMixin):
             states.new_zeros(self.num_rows, states.shape[1], self.num_slots, states.shape[3])
             for states in (key_states, value_states)
         )
+        for states in (self.keys, self.values):
+            torch._dynamo.mark_static_address(states)  # CUDA graphs may then write into them
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .acceptance import AcceptanceRule, Draft
+from .compiled_step import compiled_step, whole_slots
 from .draft_length import DraftLength, Round, Stopwatch
 from .ragged_cache import RaggedDecoder
 from .rollout import Rollout, Rows
@@ -42,6 +43,7 @@ def interleaved_sample(
     max_rows: int | None = None,
     vocab_size: int | None = None,
     agree: Callable[[int, int], tuple[int, int]] | None = None,
+    compile_student: bool = False,
 ) -> Rollout:
     """Samples one response for each prompt, interleaving the two models.
 
@@ -71,6 +73,8 @@ def interleaved_sample(
         vocab_size (`int`): how many ids both models share, if their heads are padded to different widths.
         agree: for models whose forward is collective. Called at every round with (prompts to admit, draft length); has to
             return the maximum over all ranks, which then run the same forwards: idle ones where they have nothing to do.
+        compile_student (`bool`): whether the student drafts in static shapes through `torch.compile` (see
+            `compiled_step.py`): for small students on GPUs.
 
     Raises:
         `ValueError`: for models, prompts or numbers that cannot work; the message names the row or the argument.
@@ -85,9 +89,13 @@ def interleaved_sample(
     num_places = min(max_rows or len(prompt_ids), len(prompt_ids))
     with ExitStack() as stack:
         decoders = []
-        for model, takes_part in ((student, accept.drafts), (teacher, accept.judges)):
+        for model, takes_part, is_compiled in (
+            (student, accept.drafts, compile_student),
+            (teacher, accept.judges, False),
+        ):
             stack.enter_context(eval_mode(model))
-            decoders.append(_Participant(model, num_places, rows.num_slots, vocab_size) if takes_part else None)
+            decoder = _Participant(model, num_places, rows.num_slots, vocab_size, is_compiled) if takes_part else None
+            decoders.append(decoder)
         student_decoder, teacher_decoder = decoders
         if agree is None and len(prompt_ids) > 1:  # ranks would have to agree on one more forward
             _share_beginning(decoders, rows)
@@ -173,8 +181,7 @@ def _draft(
         return rows.last[rows.ids][:, None], None
     tokens, logits = [rows.last[rows.ids]], []
     for g in range(num_draft):
-        positions = rows.positions(g, 1)
-        _, row = decoder(tokens[-1][:, None], positions, num_slots_in_use=rows.longest + g)
+        row = decoder.step(tokens[-1][:, None], rows.positions(g, 1), rows.longest + g)
         tokens.append(draw(row[:, 0], sampling, noise[:, g, STUDENT_DRAW]))
         logits.append(row)
     return torch.stack(tokens[1:], dim=1), torch.cat(logits, dim=1) if accept.needs_student else None
@@ -210,13 +217,19 @@ def _replace(accept: AcceptanceRule, draft: Draft, num_leading: torch.Tensor, no
 class _Participant(RaggedDecoder):
     """A decoder that answers with the shared part of the vocabulary and knows how to do nothing."""
 
-    def __init__(self, model: nn.Module, num_rows: int, num_slots: int, vocab_size: int):
-        super().__init__(model, num_rows, num_slots)
-        self.vocab_size = vocab_size
+    def __init__(self, model: nn.Module, num_rows: int, num_slots: int, vocab_size: int, is_compiled: bool):
+        super().__init__(model, num_rows, whole_slots(num_slots) if is_compiled else num_slots)
+        self.vocab_size, self.is_compiled = vocab_size, is_compiled
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, logits = super().__call__(tokens, positions, **kwargs)
         return hidden, logits[..., : self.vocab_size]
+
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, num_slots_in_use: int) -> torch.Tensor:
+        """Logits (N, 1, V) after one more token (N, 1) of each row."""
+        if self.is_compiled:
+            return compiled_step(self, tokens, positions)[..., : self.vocab_size]
+        return self(tokens, positions, num_slots_in_use=num_slots_in_use)[1]
 
     def idle(self) -> None:
         device = next(self.model.parameters()).device

@@ -57,6 +57,9 @@ class SKDConfig(GKDConfig):
             Positions whose logits are in memory at once. By default chosen so that they take about 64 MiB.
         rollout_batch_size (`int`, *optional*):
             Responses written at once on each device; freed places are refilled. By default all of an optimizer step.
+        compile_student (`bool`, *optional*, defaults to `False`):
+            Whether the student drafts in static shapes through `torch.compile`, on CUDA with CUDA graphs. For small
+            students on GPUs; the first steps compile. (The inherited `torch_compile` is about the training step.)
         max_prompt_length (`int`, *optional*):
             Rows with a longer prompt are left out. By default `max_length - max_new_tokens`.
         max_response_length (`int`, *optional*):
@@ -158,6 +161,13 @@ class SKDConfig(GKDConfig):
             "step."
         },
     )
+    compile_student: bool = field(
+        default=False,
+        metadata={
+            "help": "Draft in static shapes through torch.compile, on CUDA with CUDA graphs: for small students on GPUs. "
+            "The first steps compile."
+        },
+    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={"help": "Rows with a longer prompt are left out. Default: max_length - max_new_tokens."},
@@ -220,6 +230,11 @@ class SKDConfig(GKDConfig):
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}. "
                 "Raise max_length, lower max_new_tokens, or set max_prompt_length."
+            )
+        if self.compile_student and not self.ds3_gather_for_generation:
+            raise ValueError(
+                "compile_student=True needs the whole student while it samples, which ds3_gather_for_generation=False "
+                "leaves sharded; drop one of them."
             )
         # What these factories refuse is reported with the field it came from.
         for fields, make in (

@@ -273,6 +273,7 @@ class SKDTrainer(GKDTrainer):
                 max_rows=self.args.rollout_batch_size,
                 vocab_size=self.vocab_size,
                 agree=agree_on_maximum(self.accelerator) if collective else None,
+                compile_student=self.args.compile_student,
             )
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled)

@@ -15,7 +15,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 LAYERS = [
     {"sampling_params", "divergences"},  # torch alone
     {"acceptance", "gates", "lm_head", "ragged_cache", "boundary", "collator", "vocabulary", "draft_length"},
-    {"head_gradients", "losses", "rollout", "sampler", "hidden_states", "response_tokens"},
+    {"compiled_step", "head_gradients", "losses", "rollout", "sampler", "hidden_states", "response_tokens"},
     {"_compat"},
     {"tokenization", "data", "distributed", "completions", "metrics"},
     {"skd_config", "speckd_config"},
