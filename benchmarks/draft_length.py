@@ -1,12 +1,12 @@
 """Cost of sampling by draft length, at forced and at real acceptance: fixed lengths against `num_draft_tokens="auto"`.
 
 Forced: a proposal is accepted with a given probability, whatever it is (no end of sequence). Each arm samples the same
-prompts in turns; "auto" keeps its policy between turns, as a trainer does, and its first turn is the warm-up.
+prompts in turns; "auto" has measured both models before, as after a trainer's first steps.
 """
 
 from baselines import Bernoulli
 from common import Report, load_model, load_prompts, median, parser, prepare, take_turns
-from sampler import sample
+from sampler import measured_policy, sample
 
 from skd_trl.acceptance import TopK
 from skd_trl.draft_length import AutoDraftLength
@@ -28,7 +28,7 @@ def main() -> None:
     rows, header = [], ["acceptance", *(f"G = {length}" for length in args.lengths)]
     for acceptance in args.acceptance:
         rule = TopK(args.accept_top_k) if acceptance == "real" else Bernoulli(float(acceptance))
-        policy = AutoDraftLength()
+        policy = measured_policy(args, student, teacher, ids, mask, rule)
         drafts: list[tuple[int, int]] = []
 
         def arm(length, rule=rule, drafts=drafts):

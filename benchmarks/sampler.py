@@ -60,8 +60,9 @@ def throughput(args, report, clock, student, teacher, ids, mask) -> None:
     )
     for size in args.batch_sizes:
         batch = ids[:size], mask[:size]
-        # As in a trainer, what "auto" has measured is kept; the first turn, which is not counted, is where it measures.
-        arms[f"interleaved_sample, G automatic, batch {size}"] = interleaved(batch, AutoDraftLength())
+        arms[f"interleaved_sample, G automatic, batch {size}"] = interleaved(
+            batch, measured_policy(args, student, teacher, *batch, rule)
+        )
         if size == args.model_batch:
             arms[f"interleaved_sample, G = {args.num_draft_tokens}, batch {size}"] = interleaved(
                 batch, args.num_draft_tokens
@@ -140,6 +141,14 @@ def cost_model(args, report, clock, student, teacher, ids, mask) -> None:
         "Cost of a token in steps of its row, without the prompts' prefill: the time for all tokens less the time for one "
         "token each. The model knows neither the last rows' smaller batches nor a growing context.",
     )
+
+
+def measured_policy(args, student, teacher, ids, mask, rule) -> AutoDraftLength:
+    """An automatic draft length that has measured both models, as after a trainer's first steps."""
+    policy = AutoDraftLength()
+    while policy.is_measuring:
+        sample(args, student, teacher, ids, mask, rule, num_draft_tokens=policy)
+    return policy
 
 
 def sample(args, student, teacher, ids, mask, rule, **kwargs):

@@ -7,6 +7,8 @@ every round. Here all rows of the cache take part and all slots are read, which 
 Shapes: B rows of the cache, N live ones, L slots, V vocabulary.
 """
 
+from functools import cache
+
 import torch
 from torch import nn
 from transformers import Cache
@@ -14,32 +16,61 @@ from transformers import Cache
 from .ragged_cache import RaggedDecoder, attention_implementation
 
 
-def compiled_step(decoder: RaggedDecoder, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The logits (N, 1, V) after one more token (N, 1) of the first N rows, at `positions` (N, 1): what
-    `decoder(tokens, positions)` gives, up to rounding.
-
-    Compiled at the first call, and again for another model, another B or another L: give decoders a number of slots from
-    [`whole_slots`], and the windows of a training share one graph.
+class CompiledStudent:
+    """A student's compiled step, with the cache that it runs on. Give the same object to every call of
+    [`~skd_trl.interleaved_sample`] with the same student: a graph belongs to the sizes it was made for, and a recorded CUDA
+    graph to the very memory, so the cache is kept between calls, and replaced only when one needs more rows or slots.
     """
-    if not decoder.layers[0].is_initialized:  # buffers have to be there before anything is traced
-        return decoder(tokens, positions)[1]
-    num_live, device = len(tokens), tokens.device
-    all_tokens, all_positions = (
-        torch.full((decoder.num_rows, 1), fill, dtype=torch.long, device=device)
-        # A place that holds no row writes into its last slot: the first ones may hold a beginning that all prompts share.
-        for fill in (0, decoder.num_slots - 1)
-    )
-    all_tokens[:num_live], all_positions[:num_live] = tokens, positions
-    decoder.window.set(0, all_positions, decoder.num_slots)
-    masks = decoder.masks(all_positions, decoder.num_slots)
-    with attention_implementation(decoder.model, decoder.attn_implementation):
-        if device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-        logits = _COMPILED[device.type == "cuda"](decoder.model, decoder.cache, all_tokens, masks, all_positions)
-    return logits[:num_live].clone()  # the next replay of a graph writes over its output
+
+    def __init__(self):
+        self._decoder: RaggedDecoder | None = None
+        self._is_marked = False
+
+    @staticmethod
+    def of(compile_student: "bool | CompiledStudent") -> "CompiledStudent | None":
+        """What `interleaved_sample` runs for `False`, `True` (compiled for one call) or a kept object."""
+        return CompiledStudent() if compile_student is True else compile_student or None
+
+    def decoder(self, model: nn.Module, num_rows: int, num_slots: int) -> RaggedDecoder:
+        """A decoder of at least so many rows and slots: the last one if it will do."""
+        last = self._decoder if self._decoder is not None and self._decoder.model is model else None
+        if last is None or last.num_rows < num_rows or last.num_slots < num_slots:
+            num_rows, num_slots = (
+                max(num_rows, last.num_rows if last else 0),
+                max(num_slots, last.num_slots if last else 0),
+            )
+            self._decoder, self._is_marked = RaggedDecoder(model, num_rows, _whole_slots(num_slots)), False
+        assert self._decoder is not None
+        return self._decoder
+
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The logits (N, 1, V) after one more token (N, 1) of the decoder's first N rows, at `positions` (N, 1): what
+        `decoder(tokens, positions)` gives, up to rounding."""
+        decoder = self._decoder
+        assert decoder is not None
+        if not decoder.layers[0].is_initialized:  # the buffers have to be there before anything is traced
+            return decoder(tokens, positions)[1]
+        if not self._is_marked:
+            for layer in decoder.layers:
+                for states in (layer.keys, layer.values):
+                    torch._dynamo.mark_static_address(states)  # CUDA graphs may then write into them
+            self._is_marked = True
+        # A place without a row repeats the first one's input in a slot of its own, which whoever comes there overwrites.
+        all_tokens, all_positions = (
+            torch.cat([values, values[:1].expand(decoder.num_rows - len(values), 1)]) for values in (tokens, positions)
+        )
+        decoder.window.set(0, all_positions, decoder.num_slots)
+        masks = decoder.masks(all_positions, decoder.num_slots)
+        on_cuda = tokens.device.type == "cuda"
+        with attention_implementation(decoder.model, decoder.attn_implementation):
+            if on_cuda:
+                torch.compiler.cudagraph_mark_step_begin()
+            forward = _compiled("reduce-overhead" if on_cuda else "default")  # the former records CUDA graphs
+            logits = forward(decoder.model, decoder.cache, all_tokens, masks, all_positions)
+        return logits[: len(tokens)].clone()  # the next replay of a graph writes over its output
 
 
-def whole_slots(num_slots: int, multiple: int = 128) -> int:
+def _whole_slots(num_slots: int, multiple: int = 128) -> int:
     """At least `num_slots`, and few enough different numbers."""
     return -(-num_slots // multiple) * multiple
 
@@ -50,8 +81,6 @@ def _forward(model: nn.Module, cache: Cache, tokens, masks, positions) -> torch.
     ).logits
 
 
-# On CUDA "reduce-overhead" records CUDA graphs.
-_COMPILED = {
-    is_cuda: torch.compile(_forward, dynamic=False, mode="reduce-overhead" if is_cuda else "default")
-    for is_cuda in (False, True)
-}
+@cache
+def _compiled(mode: str):
+    return torch.compile(_forward, dynamic=False, mode=mode)

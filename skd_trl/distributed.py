@@ -201,15 +201,19 @@ def _prepare_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Mod
     return teacher
 
 
+def shards_the_student(accelerator: Accelerator) -> bool:
+    """Whether the student's parameters will be spread over ranks: known before anything is."""
+    kind = accelerator.distributed_type
+    return kind == "FSDP" or (kind == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3)
+
+
 def check_head(head: LMHead, name: str, accelerator: Accelerator) -> None:
     """Refuses a trained head that is more than a weight and a bias where its parts are gathered one by one.
 
     Raises:
         `ValueError`: for a head under LoRA, under ZeRO-3 or FSDP.
     """
-    kind = accelerator.distributed_type
-    shards = kind == "FSDP" or (kind == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3)
-    if shards and head.module is not None:
+    if shards_the_student(accelerator) and head.module is not None:
         raise ValueError(
             f"The {name}'s head is a {type(head.module).__name__}, whose parts ZeRO-3 and FSDP gather and release one by "
             "one, while the loss needs it whole for a pass over all positions. Leave the head out of the adapter's "

@@ -2,9 +2,9 @@
 
 A round of N rows and draft length G costs G student forwards of N tokens and one teacher forward of N G tokens. A row that
 needs at most R more tokens gets 1 + a + ... + a^(min(G, R) - 1) of them, with a the share of proposals accepted. The best G
-has the lowest cost per token. The choice changes the cost, not the text, so that it may follow a stopwatch; ranks that
-disagree take the longest wish. (Blocks of another shape round differently in the last bit, though, so that a policy has a
-state to be saved with a run that is to repeat itself exactly.)
+has the lowest cost per token. The choice changes the cost, not the distribution of the texts, so that it may follow a
+stopwatch; ranks that disagree take the longest wish. Blocks of another shape do round differently, so that a policy has a
+state, to be saved with a run that is to repeat itself.
 
 A forward's time is taken to be a line in its number of tokens, fitted to what the first rounds measured: a fixed part
 (reading the weights) and a marginal one. From these follow c, the teacher's step in units of the student's, and rho, the marginal cost of
@@ -27,6 +27,7 @@ class DraftLength:
 
     def __init__(self, num_draft_tokens: int):
         self.longest = num_draft_tokens  # what buffers have to hold
+        self.unjudged = num_draft_tokens  # where every proposal stands
 
     def choose(self, remaining: list[int]) -> int:
         """G for the next round, of rows that need at most `remaining` tokens each (not empty)."""
@@ -92,6 +93,8 @@ class AutoDraftLength(DraftLength):
 
     def __init__(self, longest: int = 16, memory: float = 0.97, num_measured_rounds: int = 64):
         super().__init__(longest)
+        # Nothing is rejected, so nothing to learn: a block saves the host a look at the rows' ends, and may run past them.
+        self.unjudged = min(4, longest)
         self.memory, self.num_measured_rounds = memory, num_measured_rounds
         self.student, self.teacher = ForwardCost(), ForwardCost()
         self.num_rounds = 0
@@ -129,6 +132,8 @@ class AutoDraftLength(DraftLength):
         self.num_accepted = self.memory * self.num_accepted + round_.num_accepted
 
     def state_dict(self) -> dict:
+        if self.num_rounds == 0:
+            return {}
         counts = {"num_rounds": self.num_rounds, "num_judged": self.num_judged, "num_accepted": self.num_accepted}
         return {**counts, "student": self.student.state_dict(), "teacher": self.teacher.state_dict()}
 

@@ -25,25 +25,26 @@ class HeadGradients:
         }
 
     def add(
-        self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor, silent: Tensor | None = None
+        self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor, weight: Tensor | None = None
     ) -> None:
-        """Takes raw logits (with their graph where the head is a module) and the loss's gradient to them. Positions that
-        are `silent`, of weight 0, have none: the products leave them out."""
+        """Takes raw logits (with their graph where the head is a module) and the loss's gradient to them. Positions of
+        `weight` 0 have none: where they are many enough to pay for a copy of the others, the products leave them out."""
         if self.head.module is not None:
             self._add_through_module(rows, hidden, raw, raw_gradient)
             return
-        weight, bias = self.prepared.weight, self.head.bias
-        assert weight is not None
+        matrix, bias = self.prepared.weight, self.head.bias
+        assert matrix is not None
         where: slice | Tensor = rows
-        if silent is not None:
-            heard = (~silent).nonzero().squeeze(-1)
-            where, hidden, raw_gradient = rows.start + heard, hidden[heard], raw_gradient[heard]
+        if weight is not None:
+            heard = weight.nonzero().squeeze(-1)
+            if 4 * len(heard) <= 3 * len(weight):
+                where, hidden, raw_gradient = rows.start + heard, hidden[heard], raw_gradient[heard]
         if self.hidden is not None:
-            self.hidden[where] = raw_gradient @ weight
+            self.hidden[where] = raw_gradient @ matrix
         if (sum_ := self.parameters.get(id(self.head.weight))) is not None:
-            _add_product(sum_[: len(weight)], raw_gradient.T, hidden.to(raw_gradient.dtype))
+            _add_product(sum_[: len(matrix)], raw_gradient.T, hidden.to(raw_gradient.dtype))
         if bias is not None and (sum_ := self.parameters.get(id(bias))) is not None:
-            sum_[: len(weight)] += raw_gradient.sum(0, dtype=sum_.dtype)
+            sum_[: len(matrix)] += raw_gradient.sum(0, dtype=sum_.dtype)
 
     def _add_through_module(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
         parameters = self.head.trainable_parameters()

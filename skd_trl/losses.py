@@ -138,10 +138,13 @@ def distillation_loss(
     trainable = _trainable(student_hidden, student_head)
     gradients = HeadGradients(student_hidden, student_head, heads.student) if trainable else None
 
+    # Whether weights of 0 are worth looking for, which makes the host wait for the device.
+    may_be_silent = gate.floor == 0 if gate is not None else weights is not None and bool((weights.weight == 0).any())
+
     total = torch.zeros((), device=student_hidden.device)
     columns = []
     for rows in _chunks(len(student_hidden), vocab_size, chunk_size):
-        column = _chunk(positions.rows(rows), rows, heads, divergence, gate, statistics, gradients)
+        column = _chunk(positions.rows(rows), rows, heads, divergence, gate, statistics, gradients, may_be_silent)
         total = total + (column["weight"] * column["divergence"]).sum()
         columns.append(column)
     if gradients is not None:
@@ -252,6 +255,7 @@ def _chunk(
     gate: Gate | None,
     statistics: bool,
     gradients: HeadGradients | None,
+    may_be_silent: bool,
 ) -> dict[str, Tensor]:
     """Everything about one chunk; its tensors of vocabulary width die with this function."""
     learning = gradients is not None
@@ -271,7 +275,7 @@ def _chunk(
         if learning:
             (raw_gradient,) = torch.autograd.grad(values, raw_leaf, weights.weight.to(values.dtype))
     if learning:
-        gradients.add(rows, hidden, raw, raw_gradient, _silent(chunk, gate, weights))
+        gradients.add(rows, hidden, raw, raw_gradient, weights.weight if may_be_silent else None)
     column = {"divergence": values.detach(), "weight": weights.weight, "accepted": weights.accepted}
     if statistics:
         column |= _statistics(distributions, chunk.labels)
@@ -299,13 +303,6 @@ def _weights_of_chunk(chunk: _Positions, distributions: TokenDistributions, gate
     with torch.no_grad():
         scores = gate.scores(distributions, chunk.labels, chunk.uniforms)
         return _gated(gate, gate.acceptance(scores), chunk.keep)
-
-
-def _silent(chunk: _Positions, gate: Gate | None, weights: GateWeights) -> Tensor | None:
-    """Which positions of a chunk have no weight `(N,)`; `None` where none or few can be, to spare the device the question."""
-    may_be = chunk.weight is not None or (gate is not None and gate.floor == 0)
-    silent = weights.weight == 0
-    return silent if may_be and bool(silent.any()) else None
 
 
 def _gated(gate: Gate, acceptance: Tensor, keep: Tensor | None) -> GateWeights:

@@ -128,8 +128,6 @@ class RaggedLayer(CacheLayerMixin):
             states.new_zeros(self.num_rows, states.shape[1], self.num_slots, states.shape[3])
             for states in (key_states, value_states)
         )
-        for states in (self.keys, self.values):
-            torch._dynamo.mark_static_address(states)  # CUDA graphs may then write into them
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

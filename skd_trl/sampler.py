@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .acceptance import AcceptanceRule, Draft
-from .compiled_step import compiled_step, whole_slots
+from .compiled_step import CompiledStudent
 from .draft_length import DraftLength, Round, Stopwatch
 from .ragged_cache import RaggedDecoder
 from .rollout import Rollout, Rows
@@ -43,7 +43,7 @@ def interleaved_sample(
     max_rows: int | None = None,
     vocab_size: int | None = None,
     agree: Callable[[int, int], tuple[int, int]] | None = None,
-    compile_student: bool = False,
+    compile_student: bool | CompiledStudent = False,
 ) -> Rollout:
     """Samples one response for each prompt, interleaving the two models.
 
@@ -73,8 +73,8 @@ def interleaved_sample(
         vocab_size (`int`): how many ids both models share, if their heads are padded to different widths.
         agree: for models whose forward is collective. Called at every round with (prompts to admit, draft length); has to
             return the maximum over all ranks, which then run the same forwards: idle ones where they have nothing to do.
-        compile_student (`bool`): whether the student drafts in static shapes through `torch.compile` (see
-            `compiled_step.py`): for small students on GPUs.
+        compile_student (`bool` or [`~skd_trl.compiled_step.CompiledStudent`]): whether the student drafts in static shapes
+            through `torch.compile`, for small students on GPUs; an object that is kept between calls compiles once.
 
     Raises:
         `ValueError`: for models, prompts or numbers that cannot work; the message names the row or the argument.
@@ -89,12 +89,12 @@ def interleaved_sample(
     num_places = min(max_rows or len(prompt_ids), len(prompt_ids))
     with ExitStack() as stack:
         decoders = []
-        for model, takes_part, is_compiled in (
-            (student, accept.drafts, compile_student),
-            (teacher, accept.judges, False),
+        for model, takes_part, compiled in (
+            (student, accept.drafts, CompiledStudent.of(compile_student)),
+            (teacher, accept.judges, None),
         ):
             stack.enter_context(eval_mode(model))
-            decoder = _Participant(model, num_places, rows.num_slots, vocab_size, is_compiled) if takes_part else None
+            decoder = _Participant(model, num_places, rows.num_slots, vocab_size, compiled) if takes_part else None
             decoders.append(decoder)
         student_decoder, teacher_decoder = decoders
         if agree is None and len(prompt_ids) > 1:  # ranks would have to agree on one more forward
@@ -137,7 +137,9 @@ def _wish(draft_length: DraftLength, rows: Rows, num_places: int, accept: Accept
     remaining = rows.remaining(num_places)
     if not remaining:
         return 0
-    return draft_length.choose(remaining) if accept.drafts else 1
+    if not accept.drafts:
+        return 1
+    return draft_length.choose(remaining) if accept.judges else min(draft_length.unjudged, max(remaining))
 
 
 def _share_beginning(decoders: "list[_Participant | None]", rows: Rows, worthwhile: int = 16) -> None:
@@ -149,7 +151,7 @@ def _share_beginning(decoders: "list[_Participant | None]", rows: Rows, worthwhi
     positions = torch.arange(rows.num_shared, device=tokens.device)[None]
     for decoder in filter(None, decoders):
         decoder(tokens, positions, num_slots_in_use=rows.num_shared, last_logits_only=True)
-        decoder.spread_first_row(rows.num_shared)
+        decoder.decoder.spread_first_row(rows.num_shared)
 
 
 def _admit(decoders: "list[_Participant | None]", rows: Rows, num_places: int, is_collective: bool) -> None:
@@ -214,21 +216,24 @@ def _replace(accept: AcceptanceRule, draft: Draft, num_leading: torch.Tensor, no
     return torch.where(is_rejected, drawn[:, None], draft.tokens)
 
 
-class _Participant(RaggedDecoder):
-    """A decoder that answers with the shared part of the vocabulary and knows how to do nothing."""
+class _Participant:
+    """A model with its cache, which answers with the shared part of the vocabulary and knows how to do nothing."""
 
-    def __init__(self, model: nn.Module, num_rows: int, num_slots: int, vocab_size: int, is_compiled: bool):
-        super().__init__(model, num_rows, whole_slots(num_slots) if is_compiled else num_slots)
-        self.vocab_size, self.is_compiled = vocab_size, is_compiled
+    def __init__(
+        self, model: nn.Module, num_rows: int, num_slots: int, vocab_size: int, compiled: CompiledStudent | None
+    ):
+        self.model, self.vocab_size, self.compiled = model, vocab_size, compiled
+        self.decoder = (RaggedDecoder if compiled is None else compiled.decoder)(model, num_rows, num_slots)
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, logits = super().__call__(tokens, positions, **kwargs)
+        """Last hidden states (N, Q, H) and logits (N, Q, V): see [`RaggedDecoder`]."""
+        hidden, logits = self.decoder(tokens, positions, **kwargs)
         return hidden, logits[..., : self.vocab_size]
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, num_slots_in_use: int) -> torch.Tensor:
         """Logits (N, 1, V) after one more token (N, 1) of each row."""
-        if self.is_compiled:
-            return compiled_step(self, tokens, positions)[..., : self.vocab_size]
+        if self.compiled is not None:
+            return self.compiled.step(tokens, positions)[..., : self.vocab_size]
         return self(tokens, positions, num_slots_in_use=num_slots_in_use)[1]
 
     def idle(self) -> None:
@@ -237,7 +242,7 @@ class _Participant(RaggedDecoder):
 
     def close_gaps(self, moves: list[tuple[int, int]]) -> None:
         for source, target in moves:
-            self.move_row(source, target)
+            self.decoder.move_row(source, target)
 
 
 @contextmanager

@@ -37,11 +37,11 @@ class SKDConfig(GKDConfig):
         accept_kwargs (`dict`, *optional*):
             Parameters of the other rules, such as `{"alpha": 0.25}` for `min_prob`.
         num_draft_tokens (`int` or `str`, *optional*):
-            Tokens the student drafts before the teacher verifies them (the paper: 5). Changes the cost, not the responses.
-            `"auto"` measures both models in the first rounds, follows the acceptance, and takes the length with the lowest
-            cost per token. As its measurements differ from run to run and blocks of another shape round differently, only a
-            number repeats a run to the last bit (once measured, a resumed run repeats itself either way). By default `"auto"`, and 5 with
-            `full_determinism=True`.
+            Tokens the student drafts before the teacher verifies them (the paper: 5). Changes the cost, not the
+            distribution of the responses. `"auto"` measures both models in the first rounds, follows the acceptance, and
+            takes the length with the lowest cost per token. Its measurements differ from run to run, and blocks of another
+            shape round differently: only a number repeats a run exactly (a resumed run, once measured, repeats itself
+            either way). By default `"auto"`, and 5 with `full_determinism=True`.
         temperature (`float`, *optional*, defaults to `0.5`), student_top_p (`float`, *optional*, defaults to `0.5`):
             Temperature (0: greedy) and nucleus of the student's draws.
         teacher_temperature (`float`, *optional*, defaults to `0.2`), teacher_top_p (`float`, *optional*, defaults to `0.5`):
@@ -58,8 +58,9 @@ class SKDConfig(GKDConfig):
         rollout_batch_size (`int`, *optional*):
             Responses written at once on each device; freed places are refilled. By default all of an optimizer step.
         compile_student (`bool`, *optional*, defaults to `False`):
-            Whether the student drafts in static shapes through `torch.compile`, on CUDA with CUDA graphs. For small
-            students on GPUs; the first steps compile. (The inherited `torch_compile` is about the training step.)
+            Whether the student drafts in static shapes through `torch.compile`, on CUDA with CUDA graphs: for small
+            students on GPUs. The first steps compile, and the student's cache stays in memory. Not for a student that
+            ZeRO-3 or FSDP2 shards. (The inherited `torch_compile` is about the training step.)
         max_prompt_length (`int`, *optional*):
             Rows with a longer prompt are left out. By default `max_length - max_new_tokens`.
         max_response_length (`int`, *optional*):
@@ -116,8 +117,8 @@ class SKDConfig(GKDConfig):
         default=None,
         metadata={
             "help": "Tokens the student drafts before the teacher verifies them (paper: 5). Changes the cost, not the "
-            "responses. 'auto' measures both models and the acceptance, and takes the cheapest length. Default: 'auto', "
-            "and 5 with full_determinism, as only a number repeats a run to the last bit."
+            "distribution of the responses. 'auto' measures both models and the acceptance, and takes the cheapest length. "
+            "Default: 'auto', and 5 with full_determinism, as only a number repeats a run exactly."
         },
     )
     temperature: float = field(
@@ -212,16 +213,14 @@ class SKDConfig(GKDConfig):
         check_choice("accept", self.accept, ACCEPTANCE_RULES)
         check_choice("divergence", self.divergence, DIVERGENCES)
         check_choice("replaced_loss", self.replaced_loss, REPLACED_LOSSES)
-        if self.num_draft_tokens is None:
-            self.num_draft_tokens = 5 if self.full_determinism else AUTO
-        elif isinstance(self.num_draft_tokens, str) and self.num_draft_tokens.isdecimal():
+        if isinstance(self.num_draft_tokens, str) and self.num_draft_tokens.isdecimal():
             self.num_draft_tokens = int(self.num_draft_tokens)
-        elif self.num_draft_tokens == AUTO and self.full_determinism:
+        if self.num_draft_tokens == AUTO and self.full_determinism:
             raise ValueError(
                 "num_draft_tokens='auto' follows measured times, which differ from run to run; with full_determinism=True "
                 "give a number (the paper's is 5)."
             )
-        DraftLength.of(self.num_draft_tokens)
+        self.draft_length()
         for name in ("max_new_tokens", "log_completions_steps", "num_completions_to_print"):
             check_positive(name, getattr(self, name))
         for name in ("loss_chunk_size", "rollout_batch_size", "max_prompt_length", "max_response_length"):
@@ -230,11 +229,6 @@ class SKDConfig(GKDConfig):
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}. "
                 "Raise max_length, lower max_new_tokens, or set max_prompt_length."
-            )
-        if self.compile_student and not self.ds3_gather_for_generation:
-            raise ValueError(
-                "compile_student=True needs the whole student while it samples, which ds3_gather_for_generation=False "
-                "leaves sharded; drop one of them."
             )
         # What these factories refuse is reported with the field it came from.
         for fields, make in (
@@ -259,6 +253,11 @@ class SKDConfig(GKDConfig):
         name = {"student": "always", "teacher": "never"}.get(rollout, self.accept)
         kwargs = {"k": self.accept_top_k} if name == "top_k" else {}
         return ACCEPTANCE_RULES[name](**kwargs, **((self.accept_kwargs or {}) if name == self.accept else {}))
+
+    def draft_length(self) -> DraftLength:
+        if self.num_draft_tokens is None:
+            return DraftLength.of(5 if self.full_determinism else AUTO)
+        return DraftLength.of(self.num_draft_tokens)
 
     def make_divergence(self):
         kwargs = {"beta": self.beta} if self.divergence == "jsd" else {}

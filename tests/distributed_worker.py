@@ -75,7 +75,10 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-own_engine-sampled"] = {**SAMPLED, "uneven": True, "shard_teacher": True}
     for mode in ("zero3", "fsdp2"):
         cases[f"{mode}-left_sharded-sampled"] = {**SAMPLED, "uneven": True, "ds3_gather_for_generation": False}
-        cases[f"{mode}-auto-sampled"] = {**SAMPLED, "uneven": True, "num_draft_tokens": "auto"}  # ranks measure apart
+        # Each rank measures for itself, and keeps what it has measured.
+        saves = {"num_draft_tokens": "auto", "save_strategy": "steps", "save_steps": 2}
+        cases[f"{mode}-auto-sampled"] = {**SAMPLED, "uneven": True, **saves}
+        cases[f"{mode}-refused_compiling"] = {**DATASET, "compile_student": True, "refused": "compile_student=True"}
         for writer in ("student", "teacher"):
             cases[f"{mode}-{writer}-sampled"] = {**SAMPLED, "uneven": True, "rollout": writer}
         cases[f"{mode}-saved_head-dataset"] = {

@@ -9,8 +9,9 @@ from test_sampler import left_padded
 from test_skd_trainer import losses, make_trainer
 from tiny import tiny_model
 
-from skd_trl import SKDConfig, compiled_step
+from skd_trl import compiled_step
 from skd_trl.acceptance import ACCEPTANCE_RULES
+from skd_trl.compiled_step import CompiledStudent
 from skd_trl.sampler import interleaved_sample
 
 
@@ -21,16 +22,16 @@ PROMPTS = [[*BEGINNING, 5, 9, 200], [*BEGINNING, 7], [*BEGINNING, *range(1, 12)]
 def texts(student, teacher, prompts=PROMPTS, rule="top_k", **settings):
     arguments = {"k": 60} if rule == "top_k" else {}
     ids, mask = left_padded(prompts)
+    uniforms = torch.rand((len(prompts), 16, 3), generator=torch.Generator().manual_seed(0))
     return interleaved_sample(
         student, teacher, ids, mask, accept=ACCEPTANCE_RULES[rule](**arguments), max_new_tokens=16, pad_token_id=256,
-        eos_token_ids=range(0, 259, 9), max_rows=2, uniforms=torch.rand((len(prompts), 16, 3), generator=torch.Generator().manual_seed(0)),
-        **settings,
+        eos_token_ids=range(0, 259, 9), uniforms=uniforms, **{"max_rows": 2, **settings},
     ).labels  # fmt: skip
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Compiles for nothing but tracing, and counts."""
+    """The graphs that are traced; they run as they are, so that compiling costs no minute."""
     torch._dynamo.reset()
     traced = []
 
@@ -39,7 +40,7 @@ def graphs(monkeypatch):
         return graph.forward
 
     compiled = torch.compile(compiled_step._forward, dynamic=False, fullgraph=True, backend=backend)
-    monkeypatch.setitem(compiled_step._COMPILED, False, compiled)
+    monkeypatch.setattr(compiled_step, "_compiled", lambda mode: compiled)
     yield traced
     torch._dynamo.reset()
 
@@ -59,52 +60,63 @@ def test_an_adapter_is_compiled_with_its_model(graphs):
     teacher = tiny_model(seed=2)
     plain = texts(student, teacher)
     assert torch.equal(texts(student, teacher, compile_student=True), plain)
-    assert not torch.equal(texts(tiny_model(seed=1), teacher), plain)
+    assert graphs and not torch.equal(texts(tiny_model(seed=1), teacher), plain)
 
 
-def test_all_rounds_and_windows_run_the_same_graph_whatever_the_lengths(graphs):
-    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
-    texts(student, teacher, compile_student=True)
-    num_graphs = len(graphs)
+def test_slots_beyond_a_models_positions_are_never_used(graphs):
+    student, teacher = (tiny_model("gpt2", seed=seed, max_position_embeddings=50) for seed in (1, 2))
+    plain = texts(student, teacher)
+    kept = CompiledStudent()
+    assert torch.equal(texts(student, teacher, compile_student=kept), plain)
+    assert graphs and kept._decoder.num_slots > 50
+
+
+def test_rounds_and_windows_run_the_same_graph_until_one_needs_more_room(graphs):
+    student, teacher, kept = tiny_model(seed=1), tiny_model(seed=2), CompiledStudent()
+
+    def compiled_is_plain(prompts, **settings):
+        plain = texts(student, teacher, prompts, **settings)
+        assert torch.equal(texts(student, teacher, prompts, compile_student=kept, **settings), plain)
+        return len(graphs)
+
+    first = compiled_is_plain(PROMPTS, max_rows=3)
+    assert 1 <= first <= 2  # the second with a cache that has been run on
     for prompts in (PROMPTS[:2], [prompt + [3] * 40 for prompt in PROMPTS], [[1], [2, 3], [4]], [[1], [2], [3]]):
         for num_draft_tokens in (1, 4, "auto"):
-            texts(student, teacher, prompts, compile_student=True, num_draft_tokens=num_draft_tokens)
+            assert compiled_is_plain(prompts, num_draft_tokens=num_draft_tokens) == first
     with torch.no_grad():
         for parameter in student.parameters():  # an optimizer's step
             parameter.mul_(1.01)
-    texts(student, teacher, compile_student=True)
-    assert len(graphs) == num_graphs <= 2
+    assert compiled_is_plain(PROMPTS, max_rows=1) == first
+    buffers = kept._decoder.layers[0].keys.data_ptr()
+    grown = compiled_is_plain([prompt + [3] * 120 for prompt in PROMPTS])
+    assert grown > first and kept._decoder.layers[0].keys.data_ptr() != buffers
+    assert (kept._decoder.num_rows, kept._decoder.num_slots) == (3, 256)
+    assert compiled_is_plain(PROMPTS, max_rows=3) == grown
 
 
-def test_a_trainer_compiles_what_it_samples_with_and_not_what_it_trains(graphs, tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_trainer_compiles_once_and_trains_as_without(graphs, tmp_path, bf16):
     settings = {
-        "max_steps": 3,
-        "gradient_checkpointing": True,
+        "max_steps": 3, "gradient_checkpointing": True, "bf16": bf16,
         "peft_config": LoraConfig(r=4, target_modules=["q_proj"]),
-    }
+    }  # fmt: skip
     plain, compiled = (
         make_trainer(tmp_path, compile_student=compile_student, **settings) for compile_student in (False, True)
     )
     for trainer in (plain, compiled):
         trainer.train()
-    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    if bf16:  # texts may part where two logits are one bit apart
+        assert losses(compiled)[0] == pytest.approx(losses(plain)[0], rel=0.2)
+    else:
+        assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
     assert 1 <= len(graphs) <= 2
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_the_code_that_torch_compile_makes_writes_the_same_texts():
     torch._dynamo.reset()
     student, teacher = tiny_model(seed=1), tiny_model(seed=2)
     assert torch.equal(texts(student, teacher, compile_student=True), texts(student, teacher))
     torch._dynamo.reset()
-
-
-def test_a_student_that_stays_sharded_cannot_be_compiled():
-    with pytest.raises(ValueError, match="ds3_gather_for_generation"):
-        SKDConfig("out", bf16=False, compile_student=True, ds3_gather_for_generation=False)
-
-
-@pytest.mark.parametrize("num_slots, rounded", [(1, 128), (128, 128), (129, 256)])
-def test_numbers_of_slots_are_rounded_up(num_slots, rounded):
-    assert compiled_step.whole_slots(num_slots) == rounded

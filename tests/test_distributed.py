@@ -86,6 +86,14 @@ def test_sampled_runs_do_not_depend_on_the_engine(directory, name):
         assert result["losses"] == pytest.approx(expected["losses"], abs=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
+def test_each_rank_saves_what_its_own_draft_length_has_learned(directory, mode):
+    checkpoint = directory / "runs" / f"{mode}-auto-sampled" / "checkpoint-2"
+    states = [json.loads((checkpoint / f"draft_length_{rank}.json").read_text())["state"] for rank in (0, 1)]
+    assert all(state["num_rounds"] > 0 for state in states)
+    assert states[0]["num_judged"] != states[1]["num_judged"]  # one rank's responses end at once
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_bf16_samples_and_trains_close_to_fp32(directory, mode):
     (single,) = results(directory, "single-full-dataset")

@@ -1,6 +1,7 @@
 """The draft length follows the cost model, is near the best fixed one, and never changes a text."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,9 +175,10 @@ def test_once_it_has_measured_the_same_tokens_make_the_same_choices():
 
 
 def test_by_default_a_run_drafts_automatically_unless_it_has_to_repeat_to_the_last_bit():
-    assert SKDConfig("out", bf16=False).num_draft_tokens == "auto"
-    assert SKDConfig("out", bf16=False, full_determinism=True).num_draft_tokens == 5
-    assert SKDConfig("out", bf16=False, full_determinism=True, num_draft_tokens=3).num_draft_tokens == 3
+    default = SKDConfig("out", bf16=False)
+    assert isinstance(default.draft_length(), AutoDraftLength)
+    assert replace(default, full_determinism=True).draft_length().choose([100]) == 5
+    assert SKDConfig("out", bf16=False, full_determinism=True, num_draft_tokens=3).draft_length().choose([100]) == 3
     with pytest.raises(ValueError, match="num_draft_tokens='auto'.*full_determinism"):
         SKDConfig("out", bf16=False, full_determinism=True, num_draft_tokens="auto")
 
