@@ -243,6 +243,7 @@ def plot_acceptance(results: dict, options: argparse.Namespace, path: Path) -> N
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for arm in ARMS:
@@ -251,7 +252,8 @@ def plot_acceptance(results: dict, options: argparse.Namespace, path: Path) -> N
         mean = np.mean([rate[:shortest] for rate in rates], axis=0)
         smooth = np.convolve(np.pad(mean, 2, mode="edge"), np.ones(5) / 5, mode="valid")
         axes.plot(np.arange(1, shortest + 1), smooth, label=arm)
-    axes.set(xlabel="optimizer step", ylabel="token acceptance rate (greedy top 5)", ylim=(None, 1.0))
+    axes.set(xlabel="optimizer step", ylabel="token acceptance rate (greedy top 5)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"The student's favourite among the teacher's five, mean of {options.seeds} seeds, over 5 steps")
     axes.grid(alpha=0.3)
     axes.legend()
