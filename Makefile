@@ -35,9 +35,13 @@ test: install  ## lint, types and the whole test suite
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-bench: assets  ## the tables of benchmarks/
+bench: assets  ## the tables of benchmarks/, in about an hour and a half
 	$(BIN)/python benchmarks/sampler.py
+	$(BIN)/python benchmarks/cost_model.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/draft_length.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scaling.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
