@@ -26,7 +26,7 @@ install: $(VENV)/.installed  ## virtual environment with the package and everyth
 assets: install  ## a real teacher, students and texts that need no model hub
 	$(BIN)/python examples/offline_assets.py --output_dir examples/assets
 
-demo: assets  ## distil a 135M teacher into a 99M student on a CPU, in about a quarter of an hour
+demo: assets  ## distil a 135M teacher into a 99M student on a CPU, in about ten minutes
 	$(BIN)/python examples/train_summarization.py --config examples/configs/demo.yaml
 
 test: install  ## lint, types and the whole test suite

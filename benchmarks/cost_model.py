@@ -24,7 +24,6 @@ def main() -> None:
     own.add_argument("--accept_top_k", type=int, default=25)
     args = own.parse_args()
     clock = prepare(args)
-    args.num_draft_tokens = None
     student, teacher = load_model(args, "student"), load_model(args, "teacher")
     ids, mask = load_prompts(args, args.num_prompts)
     report = Report("cost_model", "Cost of a token against the cost model", args)

@@ -21,7 +21,6 @@ def main() -> None:
     own.add_argument("--accept_top_k", type=int, default=25, help="K where the acceptance is real")
     args = own.parse_args()
     clock = prepare(args)
-    args.num_draft_tokens = None
     report = Report("draft_length", "Draft length", args)
     student, teacher = load_model(args, "student"), load_model(args, "teacher")
     ids, mask = load_prompts(args, args.batch_size, 70, 90)

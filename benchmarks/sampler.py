@@ -92,7 +92,7 @@ def measured_policy(args, student, teacher, ids, mask, rule) -> AutoDraftLength:
 
 
 def sample(args, student, teacher, ids, mask, rule, **kwargs):
-    settings = {"num_draft_tokens": args.num_draft_tokens, "max_new_tokens": args.num_tokens, **kwargs}
+    settings = {"max_new_tokens": args.num_tokens, **kwargs}
     return interleaved_sample(
         student,
         teacher,

@@ -33,7 +33,9 @@ def main() -> None:
     rule = Bernoulli(args.acceptance)
 
     def arm(batch_size, **kwargs):
-        return lambda: sample(args, student, teacher, ids[:batch_size], mask[:batch_size], rule, **kwargs).num_tokens
+        settings = {"num_draft_tokens": args.num_draft_tokens, **kwargs}
+        batch = ids[:batch_size], mask[:batch_size]
+        return lambda: sample(args, student, teacher, batch[0], batch[1], rule, **settings).num_tokens
 
     report = Report("scaling", "Cost of a sampled token by length and batch", args)
     arm(args.length_batch, max_new_tokens=8)()

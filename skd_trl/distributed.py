@@ -129,11 +129,7 @@ def _is_fsdp2(module: nn.Module) -> bool:
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, shard: bool = False) -> nn.Module:
     """Puts the teacher on the device, in eval mode and without an optimizer: sharded where the student is (ZeRO-3, FSDP2),
     whole elsewhere, or with `shard` in a ZeRO-3 engine of its own beside a student under ZeRO-1 or 2.
-
-    Raises:
-        `ValueError`: `shard` where nothing can act on it, or FSDP1.
-    """
-    check_engine(accelerator, shard)
+    See [`check_engine`] for what cannot be."""
     if accelerator.distributed_type == "DEEPSPEED":
         prepared = _prepare_deepspeed(teacher, accelerator, shard)
     elif accelerator.distributed_type == "FSDP":
@@ -144,8 +140,12 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, shard: b
     return prepared
 
 
-def check_engine(accelerator: Accelerator, shard_teacher: bool) -> None:
-    """Refuses what cannot train, before training."""
+def check_engine(accelerator: Accelerator, shard_teacher: bool, compile_student: bool) -> None:
+    """Refuses what cannot train, before training.
+
+    Raises:
+        `ValueError`: for FSDP1, `shard_teacher` where nothing can act on it, `compile_student` where the student is sharded.
+    """
     kind = accelerator.distributed_type
     if kind == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise ValueError(
@@ -157,6 +157,11 @@ def check_engine(accelerator: Accelerator, shard_teacher: bool) -> None:
             f"shard_teacher=True, but {accelerator.num_processes} process(es) of kind {getattr(kind, 'value', kind)} have "
             "no engine that shards. Launch with DeepSpeed or FSDP2 (examples/accelerate/zero2.yaml, zero3.yaml, "
             "fsdp2.yaml), or leave shard_teacher False."
+        )
+    if compile_student and _shards_the_student(accelerator):
+        raise ValueError(
+            "compile_student=True cannot take a student that ZeRO-3 or FSDP2 shards: its parameters come and go. Train it "
+            "under DDP, ZeRO-1 or ZeRO-2 (with shard_teacher=True for a large teacher), or leave it False."
         )
 
 
@@ -201,7 +206,7 @@ def _prepare_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Mod
     return teacher
 
 
-def shards_the_student(accelerator: Accelerator) -> bool:
+def _shards_the_student(accelerator: Accelerator) -> bool:
     """Whether the student's parameters will be spread over ranks: known before anything is."""
     kind = accelerator.distributed_type
     return kind == "FSDP" or (kind == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3)
@@ -213,7 +218,7 @@ def check_head(head: LMHead, name: str, accelerator: Accelerator) -> None:
     Raises:
         `ValueError`: for a head under LoRA, under ZeRO-3 or FSDP.
     """
-    if shards_the_student(accelerator) and head.module is not None:
+    if _shards_the_student(accelerator) and head.module is not None:
         raise ValueError(
             f"The {name}'s head is a {type(head.module).__name__}, whose parts ZeRO-3 and FSDP gather and release one by "
             "one, while the loss needs it whole for a pass over all positions. Leave the head out of the adapter's "

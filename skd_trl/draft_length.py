@@ -7,8 +7,8 @@ stopwatch; ranks that disagree take the longest wish. Blocks of another shape do
 state, to be saved with a run that is to repeat itself.
 
 A forward's time is taken to be a line in its number of tokens, fitted to what the first rounds measured: a fixed part
-(reading the weights) and a marginal one. From these follow c, the teacher's step in units of the student's, and rho, the marginal cost of
-one more token of a block in units of a teacher's step.
+(reading the weights) and a marginal one. From these follow c, the teacher's step in units of the student's, and rho, the
+marginal cost of one more token of a block in units of a teacher's step.
 """
 
 import time

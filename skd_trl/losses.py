@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .divergences import log_probs
-from .gates import Gate, TokenDistributions
+from .gates import Gate
 from .head_gradients import AttachGradients, HeadGradients
 from .lm_head import LMHead
+from .token_distributions import TokenDistributions
 
 
 @dataclass(frozen=True)

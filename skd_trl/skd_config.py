@@ -255,6 +255,7 @@ class SKDConfig(GKDConfig):
         return ACCEPTANCE_RULES[name](**kwargs, **((self.accept_kwargs or {}) if name == self.accept else {}))
 
     def draft_length(self) -> DraftLength:
+        """A new policy, which has measured nothing yet."""
         if self.num_draft_tokens is None:
             return DraftLength.of(5 if self.full_determinism else AUTO)
         return DraftLength.of(self.num_draft_tokens)

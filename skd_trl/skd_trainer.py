@@ -4,14 +4,11 @@ Glue: who writes the responses is `sampler.py`, what they cost is `losses.py`, r
 `distributed.py`. Shapes: B rows of a micro-batch, P prompt, T response, N response tokens of a micro-batch, H hidden.
 """
 
-import json
-import os
 import textwrap
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,14 +27,15 @@ from .data import prepare_dataset
 from .distributed import (
     agree_on_maximum,
     bound_waits,
+    check_engine,
     check_head,
     is_sharded,
     keyed_generator,
     prepare_teacher,
-    shards_the_student,
     student_for_sampling,
     whole_head,
 )
+from .draft_length_state import load_draft_length, save_draft_length
 from .hidden_states import add_loss_forward, last_hidden_states, model_inputs
 from .lm_head import LMHead
 from .losses import DistillationLoss, distillation_loss
@@ -203,18 +201,14 @@ class SKDTrainer(GKDTrainer):
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.divergence = args.make_divergence()
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
-        self._compiled_student = CompiledStudent.of(args.compile_student) or False
+        self._compiled_student = args.compile_student and CompiledStudent()
+        check_engine(self.accelerator, args.shard_teacher, args.compile_student)
         add_loss_forward(self._inner_student())
         verify_heads(self._inner_student(), teacher)
         check_head(LMHead.of(self._inner_student()), "student", self.accelerator)
         check_head(LMHead.of(teacher), "teacher", self.accelerator)
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
-        if args.compile_student and shards_the_student(self.accelerator):
-            raise ValueError(
-                "compile_student=True cannot take a student that ZeRO-3 or FSDP2 shards: its parameters come and go. Train "
-                "it under DDP, ZeRO-1 or ZeRO-2 (with shard_teacher=True for a large teacher), or leave it False."
-            )
         bound_waits(args.ddp_timeout)
         self._ratios = {mode: RatioMetrics(self._metric_names, totals=("skipped_rows",)) for mode in ("train", "eval")}
 
@@ -298,37 +292,14 @@ class SKDTrainer(GKDTrainer):
         metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
         return loss
 
-    # What the draft length has learned belongs to a run's state: a resumed run then chooses as it would have. Where it
-    # goes on elsewhere or otherwise, so that forwards take other times, it learns anew.
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = self._draft_length.state_dict()
-        if state:
-            os.makedirs(output_dir, exist_ok=True)  # this process may be here before the first
-            content = {"measured_on": self._circumstances(), "state": state}
-            self._draft_length_file(output_dir).write_text(json.dumps(content))
+        save_draft_length(self._draft_length, output_dir, self.accelerator, self.args)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._draft_length_file(checkpoint).exists():
-            content = json.loads(self._draft_length_file(checkpoint).read_text())
-            if content["measured_on"] == self._circumstances():
-                self._draft_length.load_state_dict(content["state"])
-
-    def _draft_length_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"draft_length_{self.accelerator.process_index}.json"
-
-    def _circumstances(self) -> dict:
-        device, args = self.accelerator.device, self.args
-        return {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "num_processes": self.accelerator.num_processes,
-            "engine": self.accelerator.distributed_type.value,
-            "precision": self.accelerator.mixed_precision,
-            "gathered": args.ds3_gather_for_generation,
-            "compiled": args.compile_student,
-        }
+        if checkpoint is not None:
+            load_draft_length(self._draft_length, checkpoint, self.accelerator, self.args)
 
     # The loss
 

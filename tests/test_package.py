@@ -13,13 +13,13 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # Each layer may import from itself and from those above it.
 LAYERS = [
-    {"sampling_params", "divergences"},  # torch alone
+    {"sampling_params", "divergences", "token_distributions"},  # torch alone
     {"acceptance", "gates", "lm_head", "ragged_cache", "boundary", "collator", "vocabulary", "draft_length"},
     {"compiled_step", "head_gradients", "losses", "rollout", "sampler", "hidden_states", "response_tokens"},
     {"_compat"},
     {"tokenization", "data", "distributed", "completions", "metrics"},
     {"skd_config", "speckd_config"},
-    {"models", "preparation"},
+    {"models", "preparation", "draft_length_state"},
     {"skd_trainer", "speckd_trainer"},
 ]
 
