@@ -19,10 +19,8 @@ class HeadGradients:
     def __init__(self, hidden: Tensor, head: LMHead, prepared: LMHead):
         self.head, self.prepared = head, prepared
         self.hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
-        self.parameters = {
-            id(parameter): torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-            for parameter in head.trainable_parameters()
-        }
+        self.parameters = {id(parameter): parameter for parameter in head.trainable_parameters()}
+        self.sums: dict[int, Tensor] = {}  # by the same ids; the first product makes them
 
     def add(
         self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor, weight: Tensor | None = None
@@ -33,7 +31,7 @@ class HeadGradients:
             self._add_through_module(rows, hidden, raw, raw_gradient)
             return
         matrix, bias = self.prepared.weight, self.head.bias
-        assert matrix is not None
+        assert matrix is not None and self.head.weight is not None
         where: slice | Tensor = rows
         if weight is not None:
             heard = weight.nonzero().squeeze(-1)
@@ -41,9 +39,10 @@ class HeadGradients:
                 where, hidden, raw_gradient = rows.start + heard, hidden[heard], raw_gradient[heard]
         if self.hidden is not None:
             self.hidden[where] = raw_gradient @ matrix
-        if (sum_ := self.parameters.get(id(self.head.weight))) is not None:
-            _add_product(sum_[: len(matrix)], raw_gradient.T, hidden.to(raw_gradient.dtype))
-        if bias is not None and (sum_ := self.parameters.get(id(bias))) is not None:
+        if id(self.head.weight) in self.parameters:
+            self._add_product(self.head.weight, raw_gradient.T, hidden.to(raw_gradient.dtype))
+        if bias is not None and id(bias) in self.parameters:
+            sum_ = self._sum_of(bias)
             sum_[: len(matrix)] += raw_gradient.sum(0, dtype=sum_.dtype)
 
     def _add_through_module(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
@@ -53,31 +52,51 @@ class HeadGradients:
             self.hidden[rows] = hidden_gradient
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
-                self.parameters[id(parameter)] += gradient
+                self._sum_of(parameter).add_(gradient)
+
+    def _add_product(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds left @ right (V, H) to the gradient of `parameter`, whose rows beyond V have none. A head is the largest
+        tensor there is, so that each pass over it that can be saved is saved."""
+        is_whole, sum_ = len(left) == len(parameter), self.sums.get(id(parameter))
+        if sum_ is None and is_whole:
+            self.sums[id(parameter)] = (left @ right).to(_sum_type(parameter))
+        elif left.dtype == _sum_type(parameter):
+            self._sum_of(parameter)[: len(left)].addmm_(left, right)
+        else:
+            # Each product in the model's type, at its speed; only the sum over chunks needs more digits.
+            self._sum_of(parameter)[: len(left)] += left @ right
+
+    def _sum_of(self, parameter: Tensor) -> Tensor:
+        if id(parameter) not in self.sums:
+            self.sums[id(parameter)] = torch.zeros_like(parameter, dtype=_sum_type(parameter))
+        return self.sums[id(parameter)]
 
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
         """The sums, in the order and types of `tensors` (the hidden states and parameters they belong to)."""
-        sums = [self.parameters.get(id(tensor), self.hidden) for tensor in tensors]
+        sums = [self._sum_of(tensor) if id(tensor) in self.parameters else self.hidden for tensor in tensors]
         return [sum_.to(tensor.dtype) for sum_, tensor in zip(sums, tensors, strict=True)]
 
 
 class AttachGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were computed along with it."""
+    """Gives a loss the gradients that were computed along with it. They are scaled where they lie, so that `backward` works
+    once, like that of any graph that is not retained."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, loss_gradient: Tensor):
-        return None, None, *(gradient * loss_gradient for gradient in ctx.saved_tensors)
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The gradients of this loss were handed out by an earlier backward, and are not kept: call backward once, "
+                "on a sum of losses if need be, or compute the loss anew."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(gradient.mul_(loss_gradient) for gradient in gradients)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        # Each product in the model's type, at its speed; only the sum over chunks needs more digits.
-        total += left @ right
+def _sum_type(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)

@@ -8,7 +8,8 @@ have no business here) and divides by their number over the whole optimizer step
 Shapes: N positions, V vocabulary, H hidden (each model its own), U uniforms per position.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -19,6 +20,7 @@ from .gates import Gate
 from .head_gradients import AttachGradients, HeadGradients
 from .lm_head import LMHead
 from .token_distributions import TokenDistributions
+from .token_statistics import check_statistics, statistics_of
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,6 @@ class GateWeights:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """
-    Per-position `(N,)`, detached: entropies in nats, the total variation between the models, and, if labels were
-    given, their negative log-likelihoods in nats and whether they are the student's argmax.
-    """
-
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    tv: Tensor
-    student_nll: Tensor | None = None
-    teacher_nll: Tensor | None = None
-    correct: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class DistillationLoss:
     """
     Attributes:
@@ -60,15 +47,15 @@ class DistillationLoss:
             What was weighted: nats, or the negative log-likelihood at `nll_positions`.
         weight (`Tensor` `(N,)`), accepted (`Tensor` `(N,)`, bool):
             Ones and `True` without a gate.
-        statistics (`Statistics` or `None`):
-            `None` where they were not asked for.
+        statistics (`dict` of `Tensor` `(N,)`):
+            What was asked for, by name.
     """
 
     loss: Tensor
     divergence: Tensor
     weight: Tensor
     accepted: Tensor
-    statistics: Statistics | None
+    statistics: dict[str, Tensor]
 
 
 def distillation_loss(
@@ -86,7 +73,7 @@ def distillation_loss(
     keep: Tensor | None = None,
     vocab_size: int,
     chunk_size: int | None = None,
-    statistics: bool = True,
+    statistics: Collection[str] = (),
 ) -> DistillationLoss:
     """
     Weighted divergence between two models at N positions.
@@ -120,16 +107,18 @@ def distillation_loss(
             Tokens that both models share; logits beyond are cut before anything is computed.
         chunk_size (`int`, *optional*):
             Positions per chunk; default `default_chunk_size`.
-        statistics (`bool`, *optional*, defaults to `True`):
-            Whether to compute `Statistics`.
+        statistics (names, *optional*):
+            Which of `STATISTICS` to compute along with it.
 
     Raises:
-        `ValueError`: tensors of different lengths, both gate and weights, labels missing, logits of different widths.
+        `ValueError`: tensors of different lengths, both gate and weights, labels missing, logits of different widths, an
+            unknown statistic.
     """
     if gate is not None and weights is not None:
         raise ValueError("Both gate and weights were given, and either alone sets the weights; drop one of them.")
     if nll_positions is not None and labels is None:
         raise ValueError("nll_positions was given without labels, whose likelihood it asks for; pass labels.")
+    check_statistics(statistics, has_labels=labels is not None)
     heads = _Heads.whole(student_head, teacher_head, vocab_size)
     positions = _Positions(student_hidden, teacher_hidden, labels, uniforms, nll_positions, keep)
     if gate is not None and gate.select is not None:
@@ -144,7 +133,7 @@ def distillation_loss(
 
     total = torch.zeros((), device=student_hidden.device)
     columns = []
-    for rows in _chunks(len(student_hidden), vocab_size, chunk_size):
+    for rows in _chunks(student_hidden, vocab_size, chunk_size):
         column = _chunk(positions.rows(rows), rows, heads, divergence, gate, statistics, gradients, may_be_silent)
         total = total + (column["weight"] * column["divergence"]).sum()
         columns.append(column)
@@ -179,9 +168,11 @@ def gate_weights(
     return _gate_weights(positions, heads, gate, chunk_size, population)
 
 
-def default_chunk_size(vocab_size: int) -> int:
-    """Positions whose fp32 logits take about 64 MiB: large enough for a head's matrix product to run at full speed."""
-    return max(1, 64 * 2**20 // (4 * vocab_size))
+def default_chunk_size(vocab_size: int, device: torch.device) -> int:
+    """Positions whose fp32 logits take about 64 MiB, so that a head's matrix product runs at full speed; 24 MiB on CPU,
+    where glibc takes larger tensors afresh from the system and every page of them costs a fault."""
+    mebibytes = 24 if device.type == "cpu" else 64
+    return max(1, mebibytes * 2**20 // (4 * vocab_size))
 
 
 @dataclass(frozen=True)
@@ -239,13 +230,16 @@ def _trainable(student_hidden: Tensor, student_head: LMHead) -> list[Tensor]:
     return hidden + student_head.trainable_parameters()
 
 
-def _chunks(num_positions: int, vocab_size: int, chunk_size: int | None) -> Iterator[slice]:
-    size = default_chunk_size(vocab_size) if chunk_size is None else chunk_size
-    if size < 1:
-        raise ValueError(f"chunk_size={size} holds no position, so the loss would never end; use 1 or more.")
+def _chunks(hidden: Tensor, vocab_size: int, chunk_size: int | None) -> Iterator[slice]:
+    num_positions = len(hidden)
+    if chunk_size is None:
+        longest = default_chunk_size(vocab_size, hidden.device)
+        chunk_size = math.ceil(num_positions / max(1, math.ceil(num_positions / longest))) or 1  # of one size
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} holds no position, so the loss would never end; use 1 or more.")
     # At least one chunk, empty if need be: a batch without a position then gives zeros of the right types and shapes.
-    for start in range(0, max(num_positions, 1), size):
-        yield slice(start, start + size)
+    for start in range(0, max(num_positions, 1), chunk_size):
+        yield slice(start, start + chunk_size)
 
 
 def _chunk(
@@ -254,7 +248,7 @@ def _chunk(
     heads: _Heads,
     divergence: Callable[[Tensor, Tensor], Tensor],
     gate: Gate | None,
-    statistics: bool,
+    statistics: Collection[str],
     gradients: HeadGradients | None,
     may_be_silent: bool,
 ) -> dict[str, Tensor]:
@@ -278,9 +272,7 @@ def _chunk(
     if learning:
         gradients.add(rows, hidden, raw, raw_gradient, weights.weight if may_be_silent else None)
     column = {"divergence": values.detach(), "weight": weights.weight, "accepted": weights.accepted}
-    if statistics:
-        column |= _statistics(distributions, chunk.labels)
-    return column
+    return column | statistics_of(distributions, chunk.labels, statistics)
 
 
 @torch.no_grad()
@@ -324,27 +316,10 @@ def _per_position_loss(
     return torch.where(chunk.nll_positions, -_at(student_log_probs, chunk.labels), values)
 
 
-@torch.no_grad()
-def _statistics(distributions: TokenDistributions, labels: Tensor | None) -> dict[str, Tensor]:
-    column = {
-        "student_entropy": distributions.student_entropy,
-        "teacher_entropy": distributions.teacher_entropy,
-        "tv": distributions.total_variation,
-    }
-    if labels is None:
-        return column
-    return column | {
-        "student_nll": -_at(distributions.student_log_probs, labels),
-        "teacher_nll": -_at(distributions.teacher_log_probs, labels),
-        "correct": distributions.student_argmax == labels,
-    }
-
-
 def _assembled(total: Tensor, columns: list[dict[str, Tensor]]) -> DistillationLoss:
     table = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
     own = {name: table.pop(name) for name in ("divergence", "weight", "accepted")}
-    statistics = Statistics(**table) if table else None
-    return DistillationLoss(loss=total, **own, statistics=statistics)
+    return DistillationLoss(loss=total, **own, statistics=table)
 
 
 def _gate_weights(
@@ -352,7 +327,7 @@ def _gate_weights(
 ) -> GateWeights:
     scores = []
     with torch.no_grad():
-        for rows in _chunks(len(positions.student_hidden), heads.vocab_size, chunk_size):
+        for rows in _chunks(positions.student_hidden, heads.vocab_size, chunk_size):
             chunk = positions.rows(rows)
             raw = heads.student.project(chunk.student_hidden, heads.vocab_size)
             raw_teacher = _raw_teacher_logits(chunk, heads)

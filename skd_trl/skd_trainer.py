@@ -132,6 +132,7 @@ class SKDTrainer(GKDTrainer):
     model: nn.Module  # type: ignore[assignment]
     processing_class: PreTrainedTokenizerBase  # type: ignore[assignment]
     _metric_names: tuple[str, ...] = METRICS
+    _statistics: tuple[str, ...] = ("student_entropy", "teacher_entropy")  # what the loss computes along, by name
     # `compute_loss` divides by the tokens of the whole optimizer step.
     loss_is_scaled_for_ga = True
 
@@ -342,6 +343,7 @@ class SKDTrainer(GKDTrainer):
                 nll_positions=tokens.pick(inputs["replaced"]) if use_nll else None,
                 vocab_size=self.vocab_size,
                 chunk_size=self.args.loss_chunk_size,
+                statistics=self._statistics,
                 **self._token_weights(inputs, tokens),
             )
 
@@ -373,8 +375,8 @@ class SKDTrainer(GKDTrainer):
 
     def _add_loss_metrics(self, mode: str, outcome: DistillationLoss, inputs: dict, tokens: ResponseTokens) -> None:
         metrics = self._ratios[mode]
-        metrics.add_mean("student_entropy", outcome.statistics.student_entropy)
-        metrics.add_mean("teacher_entropy", outcome.statistics.teacher_entropy)
+        for name in ("student_entropy", "teacher_entropy"):
+            metrics.add_mean(name, outcome.statistics[name])
 
     def _keep_completions(self, rollout: Rollout) -> None:
         step = self.state.global_step + 1  # the step that these responses train

@@ -71,6 +71,7 @@ class SpecKDTrainer(SKDTrainer):
         "divergence_rejected",
         "gate_overlap",
     )
+    _statistics = (*SKDTrainer._statistics, "tv")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -222,7 +223,7 @@ class SpecKDTrainer(SKDTrainer):
             metrics.add_mean(name, accepted[inside])
         metrics.add_mean("token_acceptance_rate_eos", accepted[self._is_eos(tokens.labels)])
         for name, of in (("accepted", accepted), ("rejected", ~accepted)):
-            metrics.add_mean(f"tv_{name}", outcome.statistics.tv[of])
+            metrics.add_mean(f"tv_{name}", outcome.statistics["tv"][of])
             metrics.add_mean(f"divergence_{name}", outcome.divergence[of])
         num_accepted = torch.zeros(len(tokens.mask), device=accepted.device).index_add(
             0, tokens.rows, accepted.float()

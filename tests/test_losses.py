@@ -10,10 +10,12 @@ from tiny import tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from skd_trl import losses
 from skd_trl.divergences import DIVERGENCES
 from skd_trl.gates import GATES
 from skd_trl.lm_head import LMHead, backbone
 from skd_trl.losses import GateWeights, default_chunk_size, distillation_loss, gate_weights
+from skd_trl.token_statistics import STATISTICS
 
 
 with warnings.catch_warnings():
@@ -101,14 +103,15 @@ def test_a_positions_values_do_not_depend_on_the_chunk_it_falls_into(gate_name):
     hidden, teacher_hidden, labels = _hidden()
     gate = GATES[gate_name](**GATE_PARAMETERS.get(gate_name, {})) if gate_name else None
     uniforms = torch.rand(17, gate.num_uniforms) if gate else None
-    options = {"gate": gate, "labels": labels, "uniforms": uniforms}
+    options = {"gate": gate, "labels": labels, "uniforms": uniforms, "statistics": STATISTICS}
     whole = _ours(hidden, student, teacher_hidden, teacher, **options, chunk_size=17)
     for chunk_size in (1, 4, None):
         cut = _ours(hidden, student, teacher_hidden, teacher, **options, chunk_size=chunk_size)
         for name in ("divergence", "weight", "accepted", "loss"):
             torch.testing.assert_close(getattr(cut, name), getattr(whole, name), **CLOSE)
-        for name, value in vars(cut.statistics).items():
-            torch.testing.assert_close(value, getattr(whole.statistics, name), **CLOSE)
+        assert set(cut.statistics) == set(STATISTICS)
+        for name, value in cut.statistics.items():
+            torch.testing.assert_close(value, whole.statistics[name], **CLOSE)
 
 
 @pytest.mark.parametrize("gate", [GATES["greedy_top_k"](k=50, floor=0.0), GATES["spec_k"](floor=1.0, exact=True)])
@@ -135,14 +138,13 @@ def test_a_closed_gate_gives_exactly_no_gradient_at_its_positions():
 
 
 def test_positions_without_weight_cost_no_gradient():
-    """2 x 50 x 8 operations a position for the hidden states' gradient (the head's is summed in place, which PyTorch's
-    counter does not see); the logits are for all."""
+    """2 x 50 x 8 operations a position for the hidden states' gradient and as many for the head's; the logits are for all."""
     student, teacher = _heads()
     hidden, teacher_hidden, _ = _hidden()
 
     def operations(gate):
         with FlopCounterMode(display=False) as counter:
-            out = _ours(hidden, student, teacher_hidden, teacher, gate=gate)
+            out = _ours(hidden, student, teacher_hidden, teacher, gate=gate, chunk_size=17)
         return counter.get_total_flops(), out
 
     ungated, _ = operations(None)
@@ -150,7 +152,7 @@ def test_positions_without_weight_cost_no_gradient():
     gated, out = operations(GATES["greedy_top_k"](k=3, floor=0.0))
     num_rejected = int((~out.accepted).sum())
     assert num_rejected > 0
-    assert floored == ungated and ungated - gated == num_rejected * 2 * 50 * 8
+    assert floored == ungated and ungated - gated == num_rejected * 2 * (2 * 50 * 8)
 
 
 def test_a_gate_that_closes_everything_gives_zero_and_not_nan():
@@ -207,7 +209,7 @@ def test_statistics_are_what_their_names_say():
     student, teacher = _heads()
     hidden, teacher_hidden, labels = _hidden()
     labels[:5] = student.logits(hidden)[:5].argmax(-1)
-    statistics = _ours(hidden, student, teacher_hidden, teacher, labels=labels).statistics
+    statistics = _ours(hidden, student, teacher_hidden, teacher, labels=labels, statistics=STATISTICS).statistics
     q = _reference_logits(hidden, student, 50).detach().softmax(-1)
     p = _reference_logits(teacher_hidden, teacher, 50).softmax(-1)
     expected = {
@@ -218,13 +220,12 @@ def test_statistics_are_what_their_names_say():
         "teacher_nll": [-math.log(row[label]) for row, label in zip(p, labels, strict=True)],
         "correct": [bool(row.argmax() == label) for row, label in zip(q, labels, strict=True)],
     }
+    assert set(statistics) == set(expected)
     for name, values in expected.items():
-        value = getattr(statistics, name)
+        value = statistics[name]
         assert not value.requires_grad
         torch.testing.assert_close(value, torch.tensor(values).to(value.dtype), **CLOSE)
-    without_labels = _ours(hidden, student, teacher_hidden, teacher)
-    assert without_labels.statistics.student_nll is None
-    assert _ours(hidden, student, teacher_hidden, teacher, statistics=False).statistics is None
+    assert _ours(hidden, student, teacher_hidden, teacher).statistics == {}
 
 
 def test_a_plain_function_of_logits_serves_as_a_divergence():
@@ -234,8 +235,8 @@ def test_a_plain_function_of_logits_serves_as_a_divergence():
     def total_variation(student_logits, teacher_logits):
         return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2
 
-    out = _ours(hidden, student, teacher_hidden, teacher, total_variation)
-    torch.testing.assert_close(out.divergence, out.statistics.tv, **CLOSE)
+    out = _ours(hidden, student, teacher_hidden, teacher, total_variation, statistics=["tv"])
+    torch.testing.assert_close(out.divergence, out.statistics["tv"], **CLOSE)
 
 
 def test_a_tied_heads_gradient_joins_that_of_the_embeddings_and_equals_autograd_on_full_logits():
@@ -311,8 +312,9 @@ def test_without_positions_the_loss_is_zero_and_every_parameter_gets_a_zero_grad
             gate=gate,
             labels=labels,
             uniforms=torch.rand(0, gate.num_uniforms),
+            statistics=["tv"],
         )
-        assert out.loss.item() == 0 and out.divergence.shape == out.statistics.tv.shape == (0,)
+        assert out.loss.item() == 0 and out.divergence.shape == out.statistics["tv"].shape == (0,)
         for gradient, tensor in zip(
             _gradients(out.loss, hidden, student), [hidden, *student.trainable_parameters()], strict=True
         ):
@@ -353,9 +355,8 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_is_unchanged(frozen):
 def test_dividing_the_loss_divides_the_gradients():
     student, teacher = _heads()
     hidden, teacher_hidden, _ = _hidden()
-    loss = _ours(hidden, student, teacher_hidden, teacher).loss
-    once = torch.autograd.grad(loss, [hidden, student.weight], retain_graph=True)
-    for one, part in zip(once, torch.autograd.grad(loss / 8, [hidden, student.weight]), strict=True):
+    whole, eighth = (_ours(hidden, student, teacher_hidden, teacher).loss / divisor for divisor in (1, 8))
+    for one, part in zip(_gradients(whole, hidden, student), _gradients(eighth, hidden, student), strict=True):
         assert torch.equal(one / 8, part)
 
 
@@ -439,9 +440,28 @@ def test_the_memory_tracker_counts_what_is_alive_at_once_and_forgets_what_was_fr
     assert peak_bytes(function) == 4 * mebibyte
 
 
-@pytest.mark.parametrize(("vocab_size", "size"), [(49152, 341), (151936, 110), (10**9, 1)])
-def test_a_default_chunk_of_fp32_logits_is_at_most_64_mebibytes_but_never_empty(vocab_size, size):
-    assert default_chunk_size(vocab_size) == size
+@pytest.mark.parametrize(("vocab_size", "on_cpu", "elsewhere"), [(49152, 128, 341), (151936, 41, 110), (10**9, 1, 1)])
+def test_a_default_chunk_of_fp32_logits_is_at_most_24_or_64_mebibytes_but_never_empty(vocab_size, on_cpu, elsewhere):
+    assert default_chunk_size(vocab_size, torch.device("cpu")) == on_cpu
+    assert default_chunk_size(vocab_size, torch.device("meta")) == elsewhere
+
+
+def test_default_chunks_are_of_one_size(monkeypatch):
+    monkeypatch.setattr(losses, "default_chunk_size", lambda vocab_size, device: 8)
+    sizes = []
+    for num_positions in (17, 16, 1, 0):
+        hidden = torch.zeros(num_positions, 4)
+        sizes.append([len(hidden[rows]) for rows in losses._chunks(hidden, 50, None)])
+    assert sizes == [[6, 6, 5], [8, 8], [1], [0]]
+
+
+def test_gradients_are_handed_out_once():
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    loss = _ours(hidden, student, teacher_hidden, teacher).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="call backward once"):
+        loss.backward()
 
 
 @pytest.mark.parametrize(
@@ -451,6 +471,8 @@ def test_a_default_chunk_of_fp32_logits_is_at_most_64_mebibytes_but_never_empty(
         ({"nll_positions": torch.ones(17, dtype=torch.bool)}, "pass labels"),
         ({"vocab_size": 51}, "student's head has 50 rows, fewer than vocab_size=51"),
         ({"chunk_size": 0}, "chunk_size=0"),
+        ({"statistics": ["entropy"]}, r"\['entropy'\] do not exist; there are .*'tv'"),
+        ({"statistics": ["tv", "correct"]}, r"\['correct'\] are about the response's tokens; pass labels"),
         (
             {"gate": GATES["hellinger"](), "weights": GateWeights(torch.ones(17), torch.ones(17).bool())},
             "Both gate and weights",
