@@ -55,15 +55,15 @@ class RaggedDecoder:
         *,
         first_row: int = 0,
         num_slots_in_use: int | None = None,
-        last_logits_only: bool = False,
+        without_logits: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Feeds `tokens` (N, Q) at `positions` (N, Q) to the rows from `first_row` on, attending to earlier slots.
 
         `num_slots_in_use` is an upper bound, known without asking the device, of the highest position plus one: the
-        attention reads no slot beyond it. `last_logits_only` saves the head's work in a prefill.
+        attention reads no slot beyond it. `without_logits` saves the head's work in a prefill.
 
         Returns the last hidden states, the input of the language-model head, (N, Q, H), and the logits (N, Q, V);
-        with `last_logits_only` these are (N, 1, H) and (N, 1, V).
+        with `without_logits` these are (N, 0, H) and (N, 0, V).
         """
         num_slots_in_use = min(num_slots_in_use or self.num_slots, self.num_slots)
         self.window.set(first_row, positions, num_slots_in_use)
@@ -78,7 +78,7 @@ class RaggedDecoder:
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
-                **({"logits_to_keep": 1} if last_logits_only else {}),
+                **({"logits_to_keep": tokens.new_empty(0)} if without_logits else {}),
             ).logits
         return head_input.value, logits
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .acceptance import AcceptanceRule, Draft
+from .prefill import forward_cost, prefill_groups
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,26 @@ class Rows:
         rows = self.live + list(self.waiting)[: self.num_admissible(num_places)]
         return [self.max_new_tokens - self.host_written[i] for i in rows]
 
-    def admit(self, num_places: int) -> tuple[int, torch.Tensor]:
-        """Moves waiting prompts into free places: the first of these places, and their tokens from `num_shared` on but
-        the last, (N, Q), right-padded with anything: what is written beyond a row's end is overwritten before it is read."""
-        first_row = len(self.live)
-        new = [self.waiting.popleft() for _ in range(self.num_admissible(num_places))]
-        self._set_live(self.live + new)
-        if not new:
-            return first_row, self.prompt_ids[:0]
-        num_columns = max(self.host_prompt_lengths[i] for i in new) - 1
-        return first_row, self._prompt_tokens(self.ids[first_row:], self.num_shared, num_columns)
+    def admission(self, num_places: int) -> list[list[int]]:
+        """The waiting prompts that free places have room for, in the groups in which to prefill them."""
+        new = list(self.waiting)[: self.num_admissible(num_places)]
+        lengths = [self.host_prompt_lengths[i] - 1 - self.num_shared for i in new]
+        groups = prefill_groups(lengths, forward_cost(self.last.device))
+        return [[new[j] for j in group] for group in groups]
+
+    def admit(self, groups: list[list[int]]) -> list[tuple[int, torch.Tensor]]:
+        """Moves waiting prompts into free places, group by group: the first of its places, and its tokens from `num_shared`
+        on but the last, (N, Q), right-padded with anything: what is written beyond a row's end is overwritten before it is
+        read."""
+        admitted = []
+        for group in groups:
+            first_row = len(self.live)
+            self._set_live(self.live + group)
+            num_columns = max(self.host_prompt_lengths[i] for i in group) - 1
+            admitted.append((first_row, self._prompt_tokens(self.ids[first_row:], self.num_shared, num_columns)))
+        for _ in range(sum(map(len, groups))):
+            self.waiting.popleft()
+        return admitted
 
     def shared_beginning(self) -> torch.Tensor:
         """The tokens (1, Q) that all prompts begin with, such as a template's system turn; the last token never counts."""

@@ -48,7 +48,7 @@ def interleaved_sample(
     """Samples one response for each prompt, interleaving the two models.
 
     Until every row is finished:
-      1. admit waiting prompts into free places of the cache and prefill both models;
+      1. admit waiting prompts into free places of the cache and prefill both models, neighbours in length together;
       2. draft: the student proposes G tokens, one forward each;
       3. verify: the teacher runs once on G inputs, the last committed token and the first G-1 proposals;
       4. judge: the leading run of accepted proposals stands;
@@ -71,7 +71,7 @@ def interleaved_sample(
             on its own noise only, neither on its neighbours nor on G.
         max_rows (`int`): how many rows are written at once; freed places are refilled. All of them if `None`.
         vocab_size (`int`): how many ids both models share, if their heads are padded to different widths.
-        agree: for models whose forward is collective. Called at every round with (prompts to admit, draft length); has to
+        agree: for models whose forward is collective. Called at every round with (prefills, draft length); has to
             return the maximum over all ranks, which then run the same forwards: idle ones where they have nothing to do.
         compile_student (`bool` or [`~skd_trl.compiled_step.CompiledStudent`]): whether the student drafts in static shapes
             through `torch.compile`, for small students on GPUs; an object that is kept between calls compiles once.
@@ -100,13 +100,13 @@ def interleaved_sample(
         if agree is None and len(prompt_ids) > 1:  # ranks would have to agree on one more forward
             _share_beginning(decoders, rows)
         while True:
-            num_admitted, num_draft = rows.num_admissible(num_places), _wish(draft_length, rows, num_places, accept)
+            admission, num_draft = rows.admission(num_places), _wish(draft_length, rows, num_places, accept)
+            num_prefills = len(admission)
             if agree is not None:
-                num_admitted, num_draft = agree(num_admitted, num_draft)
+                num_prefills, num_draft = agree(num_prefills, num_draft)
             if num_draft == 0:
                 return rows.rollout(prompt_ids, prompt_mask, pad_token_id, accept)
-            if num_admitted > 0:
-                _admit(decoders, rows, num_places, is_collective=agree is not None)
+            _prefill(decoders, rows, rows.admit(admission), num_prefills, is_collective=agree is not None)
             if not rows.live:
                 _idle(decoders, num_draft)
                 continue
@@ -150,19 +150,27 @@ def _share_beginning(decoders: "list[_Participant | None]", rows: Rows, worthwhi
     rows.num_shared = tokens.shape[1]
     positions = torch.arange(rows.num_shared, device=tokens.device)[None]
     for decoder in filter(None, decoders):
-        decoder(tokens, positions, num_slots_in_use=rows.num_shared, last_logits_only=True)
+        decoder.prefill(tokens, positions, 0, rows.num_shared)
         decoder.decoder.spread_first_row(rows.num_shared)
 
 
-def _admit(decoders: "list[_Participant | None]", rows: Rows, num_places: int, is_collective: bool) -> None:
-    """Gives free places of the cache to waiting prompts and runs both models over all but their last token."""
-    first_row, tokens = rows.admit(num_places)
+def _prefill(
+    decoders: "list[_Participant | None]",
+    rows: Rows,
+    admitted: list[tuple[int, torch.Tensor]],
+    num_prefills: int,
+    is_collective: bool,
+) -> None:
+    """Runs both models over all but the last token of newly admitted prompts, group by group."""
     for decoder in filter(None, decoders):
-        if tokens.numel() > 0:
-            stop = rows.num_shared + tokens.shape[1]
-            positions = torch.arange(rows.num_shared, stop, device=tokens.device).expand_as(tokens)
-            decoder(tokens, positions, first_row=first_row, num_slots_in_use=stop, last_logits_only=True)
-        elif is_collective:
+        for first_row, tokens in admitted:
+            if tokens.numel() > 0:
+                stop = rows.num_shared + tokens.shape[1]
+                positions = torch.arange(rows.num_shared, stop, device=tokens.device).expand_as(tokens)
+                decoder.prefill(tokens, positions, first_row, stop)
+            elif is_collective:
+                decoder.idle()
+        for _ in range(num_prefills - len(admitted)):
             decoder.idle()
 
 
@@ -229,6 +237,10 @@ class _Participant:
         """Last hidden states (N, Q, H) and logits (N, Q, V): see [`RaggedDecoder`]."""
         hidden, logits = self.decoder(tokens, positions, **kwargs)
         return hidden, logits[..., : self.vocab_size]
+
+    def prefill(self, tokens: torch.Tensor, positions: torch.Tensor, first_row: int, num_slots_in_use: int) -> None:
+        """Fills the cache alone."""
+        self.decoder(tokens, positions, first_row=first_row, num_slots_in_use=num_slots_in_use, without_logits=True)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, num_slots_in_use: int) -> torch.Tensor:
         """Logits (N, 1, V) after one more token (N, 1) of each row."""

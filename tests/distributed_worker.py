@@ -43,6 +43,11 @@ ROWS = [
     for i in range(16)
 ]
 SAME_ROWS = [{"messages": [{"role": "user", "content": "qqqq"}, {"role": "assistant", "content": "abab"}]}] * 16
+# One row in four is long, of the second process: ranks differ in how many groups they prefill.
+LONG_ROWS = [
+    {"messages": [{"role": "user", "content": "q" * (80 if i % 4 == 3 else 4)}, ROWS[i]["messages"][1]]}
+    for i in range(16)
+]
 # 16 rows, 4 a step: two processes with 2 each, or with 1 each accumulated twice.
 # Plain gradient descent, unclipped: updates are then as large as the gradients, and a wrong factor shows.
 # With lmbda 0.64 and the default seed steps 0 and 2 take the data set's responses, 1 and 3 sampled ones.
@@ -88,6 +93,10 @@ def matrix() -> dict[str, dict]:
         }
         head = {"target_modules": ["q_proj", "lm_head"]}
         cases[f"{mode}-refused_head"] = {**DATASET, "lora": True, "lora_kwargs": head, "refused": "target_modules"}
+    for mode in ("ddp", "zero3", "fsdp2"):
+        own = {} if mode == "ddp" else {"ds3_gather_for_generation": False}
+        in_turn = {"rows": LONG_ROWS, "train_sampling_strategy": "sequential"}
+        cases[f"{mode}-long_prompts-sampled"] = {**SAMPLED, **own, **in_turn}
     cases["ddp-same_prompts-sampled"] = cases["ddp-same_prompts_again-sampled"] = {**SAMPLED, "rows": SAME_ROWS}
     cases["ddp-refused_sharding"] = {**DATASET, "shard_teacher": True, "refused": "shard_teacher=True"}
     version = {"FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false"}

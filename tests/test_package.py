@@ -14,7 +14,17 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 # Each layer may import from itself and from those above it.
 LAYERS = [
     {"sampling_params", "divergences", "token_distributions", "token_statistics"},  # torch alone
-    {"acceptance", "gates", "lm_head", "ragged_cache", "boundary", "collator", "vocabulary", "draft_length"},
+    {
+        "acceptance",
+        "gates",
+        "lm_head",
+        "ragged_cache",
+        "boundary",
+        "collator",
+        "vocabulary",
+        "draft_length",
+        "prefill",
+    },
     {"compiled_step", "head_gradients", "losses", "rollout", "sampler", "hidden_states", "response_tokens"},
     {"_compat"},
     {"tokenization", "data", "distributed", "completions", "metrics"},
