@@ -66,11 +66,11 @@ def _in_place_of_forward(
 @torch.no_grad()
 def last_hidden_states(model: nn.Module, unwrapped: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """The hidden states (B, S, H) that go into the head of `model`, called as it is wrapped; `unwrapped` is what is inside.
-    Nothing about the model is changed, and the head sees one position only."""
+    Nothing about the model is changed, and the head sees no position."""
     caught = []
     hook = backbone(unwrapped).register_forward_hook(lambda module, args, output: caught.append(output[0]))
     try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        model(**inputs, use_cache=False, logits_to_keep=inputs["input_ids"].new_empty(0))
     finally:
         hook.remove()
     return caught[0]

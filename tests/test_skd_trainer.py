@@ -134,7 +134,7 @@ def test_the_divisor_is_the_number_of_sampled_response_tokens(tmp_path, rollout)
 
 
 @pytest.mark.parametrize("divergence, beta", [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5), ("jsd", 0.1)])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "cohere", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "cohere", "gpt2", "gemma4_text"])
 def test_on_the_data_sets_responses_loss_and_gradient_are_those_of_gkd_on_full_logits(
     tmp_path, architecture, divergence, beta
 ):
