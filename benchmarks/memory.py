@@ -105,6 +105,7 @@ def our_loss(student_hidden, teacher_hidden, heads, labels) -> torch.Tensor:
     outcome = distillation_loss(
         student_hidden[where], student, teacher_hidden[where], teacher,
         divergence=jsd(0.5), labels=labels[where], vocab_size=len(heads[0].weight),
+        statistics=("student_entropy", "teacher_entropy"),  # SKDTrainer's
     )  # fmt: skip
     return outcome.loss / where.sum()
 

@@ -106,6 +106,11 @@ def log_probs(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def at_labels(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """The log-probabilities `(N,)` of `labels` `(N,)`, out of `(N, V)`."""
+    return log_probs.gather(-1, labels[:, None]).squeeze(-1)
+
+
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     # The difference first: sum(a log a) - sum(a log b) would cancel to noise where the two agree, and every good
     # student ends there.

@@ -19,8 +19,8 @@ class HeadGradients:
     def __init__(self, hidden: Tensor, head: LMHead, prepared: LMHead):
         self.head, self.prepared = head, prepared
         self.hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
-        self.parameters = {id(parameter): parameter for parameter in head.trainable_parameters()}
-        self.sums: dict[int, Tensor] = {}  # by the same ids; the first product makes them
+        self.trained = {id(parameter) for parameter in head.trainable_parameters()}
+        self.sums: dict[int, Tensor] = {}  # by the same ids, made when first needed
 
     def add(
         self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor, weight: Tensor | None = None
@@ -39,9 +39,9 @@ class HeadGradients:
                 where, hidden, raw_gradient = rows.start + heard, hidden[heard], raw_gradient[heard]
         if self.hidden is not None:
             self.hidden[where] = raw_gradient @ matrix
-        if id(self.head.weight) in self.parameters:
+        if id(self.head.weight) in self.trained:
             self._add_product(self.head.weight, raw_gradient.T, hidden.to(raw_gradient.dtype))
-        if bias is not None and id(bias) in self.parameters:
+        if bias is not None and id(bias) in self.trained:
             sum_ = self._sum_of(bias)
             sum_[: len(matrix)] += raw_gradient.sum(0, dtype=sum_.dtype)
 
@@ -73,7 +73,7 @@ class HeadGradients:
 
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
         """The sums, in the order and types of `tensors` (the hidden states and parameters they belong to)."""
-        sums = [self._sum_of(tensor) if id(tensor) in self.parameters else self.hidden for tensor in tensors]
+        sums = [self._sum_of(tensor) if id(tensor) in self.trained else self.hidden for tensor in tensors]
         return [sum_.to(tensor.dtype) for sum_, tensor in zip(sums, tensors, strict=True)]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .divergences import log_probs
+from .divergences import at_labels, log_probs
 from .gates import Gate
 from .head_gradients import AttachGradients, HeadGradients
 from .lm_head import LMHead
@@ -78,7 +78,7 @@ def distillation_loss(
     """
     Weighted divergence between two models at N positions.
 
-    Differentiable (once) in `student_hidden` and the trainable tensors of `student_head`; the gradient is computed
+    Differentiable (once, and by one backward) in `student_hidden` and the trainable tensors of `student_head`; the gradient is computed
     here, not in backward, unless gradients are off. Head gradients are summed over chunks in fp32. Under ZeRO-3 or
     FSDP the tensors of both heads must be whole during this call.
 
@@ -169,8 +169,8 @@ def gate_weights(
 
 
 def default_chunk_size(vocab_size: int, device: torch.device) -> int:
-    """Positions whose fp32 logits take about 64 MiB, so that a head's matrix product runs at full speed; 24 MiB on CPU,
-    where glibc takes larger tensors afresh from the system and every page of them costs a fault."""
+    """Positions whose fp32 logits take about 64 MiB, so that a head's matrix product runs at full speed; 24 MiB on CPU:
+    beyond 32 MiB glibc maps every tensor afresh, and each page of it costs a fault."""
     mebibytes = 24 if device.type == "cpu" else 64
     return max(1, mebibytes * 2**20 // (4 * vocab_size))
 
@@ -313,7 +313,7 @@ def _per_position_loss(
     values = getattr(divergence, "from_log_probs", divergence)(student_log_probs, teacher_log_probs)
     if chunk.nll_positions is None:
         return values
-    return torch.where(chunk.nll_positions, -_at(student_log_probs, chunk.labels), values)
+    return torch.where(chunk.nll_positions, -at_labels(student_log_probs, chunk.labels), values)
 
 
 def _assembled(total: Tensor, columns: list[dict[str, Tensor]]) -> DistillationLoss:
@@ -339,7 +339,3 @@ def _gate_weights(
         if gate.select is not None and population is not None:
             together, own = population(together)
         return _gated(gate, gate.acceptance(together)[own], positions.keep)
-
-
-def _at(log_probs: Tensor, labels: Tensor) -> Tensor:
-    return log_probs.gather(-1, labels[:, None]).squeeze(-1)

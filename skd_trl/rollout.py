@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .acceptance import AcceptanceRule, Draft
-from .prefill import forward_cost, prefill_groups
+from .prefill import cost_of_forward, prefill_groups
 
 
 @dataclass(frozen=True)
@@ -108,34 +108,23 @@ class Rows:
         """Positions written in the longest live row; known on the host."""
         return max(self.host_prompt_lengths[i] + self.host_written[i] for i in self.live)
 
-    def num_admissible(self, num_places: int) -> int:
-        return min(num_places - len(self.live), len(self.waiting))
-
-    def remaining(self, num_places: int) -> list[int]:
-        """How many tokens each row of the next round may still need; empty when there is nothing left to write."""
-        rows = self.live + list(self.waiting)[: self.num_admissible(num_places)]
-        return [self.max_new_tokens - self.host_written[i] for i in rows]
-
-    def admission(self, num_places: int) -> list[list[int]]:
-        """The waiting prompts that free places have room for, in the groups in which to prefill them."""
-        new = list(self.waiting)[: self.num_admissible(num_places)]
+    def admit(self, num_places: int) -> list[tuple[int, torch.Tensor]]:
+        """Moves waiting prompts into free places, in the groups in which to prefill them. Of each group the first of its
+        places, and its tokens from `num_shared` on but the last, (N, Q), right-padded with anything: what is written beyond
+        a row's end is overwritten before it is read."""
+        new = [self.waiting.popleft() for _ in range(min(num_places - len(self.live), len(self.waiting)))]
         lengths = [self.host_prompt_lengths[i] - 1 - self.num_shared for i in new]
-        groups = prefill_groups(lengths, forward_cost(self.last.device))
-        return [[new[j] for j in group] for group in groups]
-
-    def admit(self, groups: list[list[int]]) -> list[tuple[int, torch.Tensor]]:
-        """Moves waiting prompts into free places, group by group: the first of its places, and its tokens from `num_shared`
-        on but the last, (N, Q), right-padded with anything: what is written beyond a row's end is overwritten before it is
-        read."""
         admitted = []
-        for group in groups:
-            first_row = len(self.live)
-            self._set_live(self.live + group)
-            num_columns = max(self.host_prompt_lengths[i] for i in group) - 1
+        for group in prefill_groups(lengths, cost_of_forward(self.last.device)):
+            first_row, num_columns = len(self.live), self.num_shared + max(lengths[j] for j in group)
+            self._set_live(self.live + [new[j] for j in group])
             admitted.append((first_row, self._prompt_tokens(self.ids[first_row:], self.num_shared, num_columns)))
-        for _ in range(sum(map(len, groups))):
-            self.waiting.popleft()
         return admitted
+
+    @property
+    def remaining(self) -> list[int]:
+        """How many tokens each live row may still need."""
+        return [self.max_new_tokens - self.host_written[i] for i in self.live]
 
     def shared_beginning(self) -> torch.Tensor:
         """The tokens (1, Q) that all prompts begin with, such as a template's system turn; the last token never counts."""

@@ -15,6 +15,7 @@ from torch import nn
 from .acceptance import AcceptanceRule, Draft
 from .compiled_step import CompiledStudent
 from .draft_length import DraftLength, Round, Stopwatch
+from .prefill import cost_of_forward
 from .ragged_cache import RaggedDecoder
 from .rollout import Rollout, Rows
 from .sampling_params import SamplingParams, draw, draw_from_probs
@@ -71,7 +72,7 @@ def interleaved_sample(
             on its own noise only, neither on its neighbours nor on G.
         max_rows (`int`): how many rows are written at once; freed places are refilled. All of them if `None`.
         vocab_size (`int`): how many ids both models share, if their heads are padded to different widths.
-        agree: for models whose forward is collective. Called at every round with (prefills, draft length); has to
+        agree: for models whose forward is collective. Called at every round with (number of prefills, draft length); has to
             return the maximum over all ranks, which then run the same forwards: idle ones where they have nothing to do.
         compile_student (`bool` or [`~skd_trl.compiled_step.CompiledStudent`]): whether the student drafts in static shapes
             through `torch.compile`, for small students on GPUs; an object that is kept between calls compiles once.
@@ -100,13 +101,13 @@ def interleaved_sample(
         if agree is None and len(prompt_ids) > 1:  # ranks would have to agree on one more forward
             _share_beginning(decoders, rows)
         while True:
-            admission, num_draft = rows.admission(num_places), _wish(draft_length, rows, num_places, accept)
-            num_prefills = len(admission)
+            admitted = rows.admit(num_places)
+            num_prefills, num_draft = len(admitted), _wish(draft_length, rows, accept)
             if agree is not None:
                 num_prefills, num_draft = agree(num_prefills, num_draft)
             if num_draft == 0:
                 return rows.rollout(prompt_ids, prompt_mask, pad_token_id, accept)
-            _prefill(decoders, rows, rows.admit(admission), num_prefills, is_collective=agree is not None)
+            _prefill(decoders, rows, admitted, num_prefills, is_collective=agree is not None)
             if not rows.live:
                 _idle(decoders, num_draft)
                 continue
@@ -132,20 +133,19 @@ def interleaved_sample(
                 )
 
 
-def _wish(draft_length: DraftLength, rows: Rows, num_places: int, accept: AcceptanceRule) -> int:
+def _wish(draft_length: DraftLength, rows: Rows, accept: AcceptanceRule) -> int:
     """G for the next round: no longer than what any row still needs; 0 when there is nothing left to write."""
-    remaining = rows.remaining(num_places)
-    if not remaining:
+    if not rows.live:
         return 0
     if not accept.drafts:
         return 1
-    return draft_length.choose(remaining) if accept.judges else min(draft_length.unjudged, max(remaining))
+    return draft_length.choose(rows.remaining) if accept.judges else min(draft_length.unjudged, max(rows.remaining))
 
 
-def _share_beginning(decoders: "list[_Participant | None]", rows: Rows, worthwhile: int = 16) -> None:
-    """Runs both models once over what all prompts begin with, if it is long enough to pay for a forward of its own."""
+def _share_beginning(decoders: "list[_Participant | None]", rows: Rows) -> None:
+    """Runs both models once over what all prompts begin with, if that pays for a forward of its own."""
     tokens = rows.shared_beginning()
-    if tokens.shape[1] < worthwhile:
+    if (len(rows.prompt_ids) - 1) * tokens.shape[1] < cost_of_forward(tokens.device):
         return
     rows.num_shared = tokens.shape[1]
     positions = torch.arange(rows.num_shared, device=tokens.device)[None]
@@ -161,8 +161,11 @@ def _prefill(
     num_prefills: int,
     is_collective: bool,
 ) -> None:
-    """Runs both models over all but the last token of newly admitted prompts, group by group."""
+    """Runs both models over all but the last token of newly admitted prompts, group by group, the longest last: ranks with
+    fewer of `num_prefills` wait first, so that long groups meet."""
     for decoder in filter(None, decoders):
+        for _ in range(num_prefills - len(admitted)):
+            decoder.idle()
         for first_row, tokens in admitted:
             if tokens.numel() > 0:
                 stop = rows.num_shared + tokens.shape[1]
@@ -170,8 +173,6 @@ def _prefill(
                 decoder.prefill(tokens, positions, first_row, stop)
             elif is_collective:
                 decoder.idle()
-        for _ in range(num_prefills - len(admitted)):
-            decoder.idle()
 
 
 def _idle(decoders: "list[_Participant | None]", num_draft: int) -> None:
@@ -239,7 +240,7 @@ class _Participant:
         return hidden, logits[..., : self.vocab_size]
 
     def prefill(self, tokens: torch.Tensor, positions: torch.Tensor, first_row: int, num_slots_in_use: int) -> None:
-        """Fills the cache alone."""
+        """Fills the cache; makes no logits."""
         self.decoder(tokens, positions, first_row=first_row, num_slots_in_use=num_slots_in_use, without_logits=True)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, num_slots_in_use: int) -> torch.Tensor:

@@ -132,7 +132,7 @@ class SKDTrainer(GKDTrainer):
     model: nn.Module  # type: ignore[assignment]
     processing_class: PreTrainedTokenizerBase  # type: ignore[assignment]
     _metric_names: tuple[str, ...] = METRICS
-    _statistics: tuple[str, ...] = ("student_entropy", "teacher_entropy")  # what the loss computes along, by name
+    _statistics: tuple[str, ...] = ("student_entropy", "teacher_entropy")  # computed along with the loss
     # `compute_loss` divides by the tokens of the whole optimizer step.
     loss_is_scaled_for_ga = True
 
@@ -375,7 +375,7 @@ class SKDTrainer(GKDTrainer):
 
     def _add_loss_metrics(self, mode: str, outcome: DistillationLoss, inputs: dict, tokens: ResponseTokens) -> None:
         metrics = self._ratios[mode]
-        for name in ("student_entropy", "teacher_entropy"):
+        for name in SKDTrainer._statistics:
             metrics.add_mean(name, outcome.statistics[name])
 
     def _keep_completions(self, rollout: Rollout) -> None:

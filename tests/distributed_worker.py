@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from skd_trl import SKDConfig, SKDTrainer, SpecKDConfig, SpecKDTrainer
 from skd_trl.distributed import student_for_sampling
+from skd_trl.prefill import cost_of_forward
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate" / "cpu"
@@ -43,7 +44,8 @@ ROWS = [
     for i in range(16)
 ]
 SAME_ROWS = [{"messages": [{"role": "user", "content": "qqqq"}, {"role": "assistant", "content": "abab"}]}] * 16
-# One row in four is long, of the second process: ranks differ in how many groups they prefill.
+# The second process has all the long rows, and prefills them apart while a forward costs less than 76 tokens of padding.
+assert cost_of_forward(torch.device("cpu")) < 76
 LONG_ROWS = [
     {"messages": [{"role": "user", "content": "q" * (80 if i % 4 == 3 else 4)}, ROWS[i]["messages"][1]]}
     for i in range(16)

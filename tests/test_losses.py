@@ -420,6 +420,7 @@ def test_peak_memory_is_at_most_a_quarter_of_gkd_trainers():
             gate=GATES["hellinger"](),
             labels=labels[:, 1:][positions],
             vocab_size=vocab_size,
+            statistics=STATISTICS,
         )
         (out.loss / positions.sum()).backward()
 

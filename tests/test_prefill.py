@@ -5,15 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampler import PROMPTS, responses, sample
-from tiny import tiny_model
+from tiny import ARCHITECTURES, tiny_model
 
 from skd_trl import rollout
 from skd_trl.acceptance import ACCEPTANCE_RULES
 from skd_trl.prefill import prefill_groups
 
 
-def cost(groups, lengths, forward_cost):
-    return sum(forward_cost + len(group) * max(lengths[i] for i in group) for group in groups)
+def cost(groups, lengths, cost_of_forward):
+    return sum(cost_of_forward + len(group) * max(lengths[i] for i in group) for group in groups)
 
 
 def partitions(items):
@@ -30,8 +30,8 @@ def partitions(items):
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 30), st.integers(20, 90))
-def test_no_way_to_cut_prompts_into_groups_is_cheaper(lengths, forward_cost, most_tokens):
-    groups = prefill_groups(lengths, forward_cost, most_tokens)
+def test_no_way_to_cut_prompts_into_groups_is_cheaper(lengths, cost_of_forward, most_tokens):
+    groups = prefill_groups(lengths, cost_of_forward, most_tokens)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
 
     def is_allowed(groups):
@@ -39,7 +39,7 @@ def test_no_way_to_cut_prompts_into_groups_is_cheaper(lengths, forward_cost, mos
 
     assert is_allowed(groups)
     allowed = filter(is_allowed, partitions(list(range(len(lengths)))))
-    assert cost(groups, lengths, forward_cost) == min(cost(g, lengths, forward_cost) for g in allowed)
+    assert cost(groups, lengths, cost_of_forward) == min(cost(g, lengths, cost_of_forward) for g in allowed)
 
 
 def test_no_prompts_make_no_group():
@@ -47,48 +47,63 @@ def test_no_prompts_make_no_group():
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """Two models, and a list of the shapes that each is fed."""
-    monkeypatch.setattr(rollout, "forward_cost", lambda device: 3)
-    models, shapes = [], []
-    for seed in (1, 2):
-        model = tiny_model(seed=seed)
-        shapes.append([])
-        model.get_input_embeddings().register_forward_hook(
-            lambda module, args, out, seen=shapes[-1]: seen.append(tuple(args[0].shape))
-        )
-        models.append(model)
-    return models, shapes
+def fed(monkeypatch):
+    """Runs `sample` on two models; gives its rollout, and for each model the shapes of tokens that it was fed and how many
+    of their positions went through its head."""
+    monkeypatch.setattr(rollout, "cost_of_forward", lambda device: 5)
+
+    def run(architecture="llama", **kwargs):
+        models, seen = [], []
+        for seed in (1, 2):
+            model, calls = tiny_model(architecture, seed=seed), []
+            model.get_input_embeddings().register_forward_hook(
+                lambda module, args, out, calls=calls: calls.append([tuple(args[0].shape)])
+            )
+            model.get_output_embeddings().register_forward_hook(
+                lambda module, args, out, calls=calls: calls[-1].append(out.shape[1])
+            )
+            models.append(model)
+            seen.append(calls)
+        return sample(*models, **kwargs), *([tuple(call) for call in calls] for calls in seen)
+
+    return run
 
 
-@pytest.mark.parametrize("max_rows", [None, 3, 1])
-def test_prompts_of_like_length_are_prefilled_together_and_texts_stay_the_same(counted, max_rows):
-    (student, teacher), shapes = counted
+# Without their last tokens PROMPTS have 2, 0, 10 and 4.
+@pytest.mark.parametrize("max_rows, first", [(None, [(3, 4), (1, 10)]), (3, [(2, 2), (1, 10)]), (1, [(1, 2)])])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prompts_of_like_length_are_prefilled_together_without_logits_and_texts_stay_the_same(
+    fed, architecture, max_rows, first
+):
     uniforms = torch.rand((4, 12, 3), generator=torch.Generator().manual_seed(3))
     rule = ACCEPTANCE_RULES["top_k"](k=60)
-    together = responses(sample(student, teacher, rule=rule, uniforms=uniforms, max_rows=max_rows))
-    # Without their last tokens the prompts have 2, 0, 10 and 4; with one place each is run alone, and 0 not at all.
-    first = {None: [(2, 2), (1, 4), (1, 10)], 3: [(2, 2), (1, 10)], 1: [(1, 2)]}[max_rows]
-    for seen in shapes:
-        assert seen[: len(first)] == first
+    sampled, *calls = fed(architecture, rule=rule, uniforms=uniforms, max_rows=max_rows)
+    for seen in calls:
+        assert seen[: len(first)] == [(shape, 0) for shape in first]
+        assert seen[len(first)][1] > 0
     for row, prompt in enumerate(PROMPTS):
-        assert responses(sample(student, teacher, [prompt], rule, uniforms=uniforms[row : row + 1])) == [together[row]]
+        alone, *_ = fed(architecture, prompts=[prompt], rule=rule, uniforms=uniforms[row : row + 1])
+        assert responses(alone) == [responses(sampled)[row]]
 
 
-def test_a_rank_with_fewer_groups_idles_while_others_prefill(counted):
-    (student, teacher), shapes = counted
-    alone, behind = [], []
+IDLE = ((1, 1), 1)
 
+
+def test_a_rank_with_fewer_groups_waits_while_others_prefill(fed):
     def one_more(num_prefills, num_draft):
         return num_prefills + (num_prefills > 0), num_draft
 
-    for agree, seen in ((lambda *numbers: numbers, alone), (one_more, behind)):
-        generator = torch.Generator().manual_seed(0)
-        rollout_ = sample(student, teacher, generator=generator, agree=agree)
-        seen.append(responses(rollout_))
-        for shape in shapes:
-            seen.append(list(shape))
-            shape.clear()
-    assert behind[0] == alone[0]
-    for with_idle, without in zip(behind[1:], alone[1:], strict=True):
-        assert with_idle == [*without[:3], (1, 1), *without[3:]]
+    (alone, *calls), (behind, *calls_behind) = (
+        fed(generator=torch.Generator().manual_seed(0), agree=agree) for agree in (lambda *numbers: numbers, one_more)
+    )
+    assert responses(alone) == responses(behind)
+    for seen, seen_behind in zip(calls, calls_behind, strict=True):
+        assert seen_behind == [IDLE, *seen]
+
+
+def test_a_group_without_tokens_takes_part_where_forwards_are_collective(fed):
+    prompts = [[7]]  # its only token is fed with the first draft
+    for agree, first in ((None, []), (lambda *numbers: numbers, [IDLE])):
+        _, *calls = fed(prompts=prompts, agree=agree, max_new_tokens=1)
+        for seen in calls:
+            assert seen == [*first, ((1, 1), 1)]
