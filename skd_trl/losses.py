@@ -131,15 +131,14 @@ def distillation_loss(
     # Whether weights of 0 are worth looking for, which makes the host wait for the device.
     may_be_silent = gate.floor == 0 if gate is not None else weights is not None and bool((weights.weight == 0).any())
 
-    total = torch.zeros((), device=student_hidden.device)
-    columns = []
+    table: dict[str, Tensor] = {}
     for rows in _chunks(student_hidden, vocab_size, chunk_size):
-        column = _chunk(positions.rows(rows), rows, heads, divergence, gate, statistics, gradients, may_be_silent)
-        total = total + (column["weight"] * column["divergence"]).sum()
-        columns.append(column)
+        made = _chunk(positions, rows, heads, divergence, gate, statistics, gradients, may_be_silent)
+        _move(table, positions, rows, made)
+    total = (table["weight"] * table["divergence"]).sum()
     if gradients is not None:
         total = AttachGradients.apply(total, gradients.of(trainable), *trainable)
-    return _assembled(total, columns)
+    return _assembled(total, table)
 
 
 @torch.no_grad()
@@ -169,9 +168,9 @@ def gate_weights(
 
 
 def default_chunk_size(vocab_size: int, device: torch.device) -> int:
-    """Positions whose fp32 logits take about 64 MiB, so that a head's matrix product runs at full speed; 24 MiB on CPU:
+    """Positions whose fp32 logits take about 64 MiB, so that a head's matrix product runs at full speed; 16 MiB on CPU:
     beyond 32 MiB glibc maps every tensor afresh, and each page of it costs a fault."""
-    mebibytes = 24 if device.type == "cpu" else 64
+    mebibytes = 16 if device.type == "cpu" else 64
     return max(1, mebibytes * 2**20 // (4 * vocab_size))
 
 
@@ -243,7 +242,7 @@ def _chunks(hidden: Tensor, vocab_size: int, chunk_size: int | None) -> Iterator
 
 
 def _chunk(
-    chunk: _Positions,
+    positions: _Positions,
     rows: slice,
     heads: _Heads,
     divergence: Callable[[Tensor, Tensor], Tensor],
@@ -253,7 +252,7 @@ def _chunk(
     may_be_silent: bool,
 ) -> dict[str, Tensor]:
     """Everything about one chunk; its tensors of vocabulary width die with this function."""
-    learning = gradients is not None
+    chunk, learning = positions.rows(rows), gradients is not None
     through_module = learning and heads.student.module is not None
     with torch.set_grad_enabled(through_module):
         hidden = chunk.student_hidden.detach().requires_grad_(through_module)
@@ -316,8 +315,17 @@ def _per_position_loss(
     return torch.where(chunk.nll_positions, -at_labels(student_log_probs, chunk.labels), values)
 
 
-def _assembled(total: Tensor, columns: list[dict[str, Tensor]]) -> DistillationLoss:
-    table = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+def _move(table: dict[str, Tensor], positions: _Positions, rows: slice, columns: dict[str, Tensor]) -> None:
+    """Puts a chunk's columns in their place, and empties `columns`. Small tensors that outlived their chunk would lie between
+    what its large ones leave, and glibc could not give that to the next chunk's."""
+    while columns:
+        name, column = columns.popitem()
+        if name not in table:
+            table[name] = column.new_empty((len(positions.student_hidden), *column.shape[1:]))
+        table[name][rows] = column
+
+
+def _assembled(total: Tensor, table: dict[str, Tensor]) -> DistillationLoss:
     own = {name: table.pop(name) for name in ("divergence", "weight", "accepted")}
     return DistillationLoss(loss=total, **own, statistics=table)
 
@@ -325,7 +333,7 @@ def _assembled(total: Tensor, columns: list[dict[str, Tensor]]) -> DistillationL
 def _gate_weights(
     positions: _Positions, heads: _Heads, gate: Gate, chunk_size: int | None, population: Callable | None = None
 ) -> GateWeights:
-    scores = []
+    table: dict[str, Tensor] = {}
     with torch.no_grad():
         for rows in _chunks(positions.student_hidden, heads.vocab_size, chunk_size):
             chunk = positions.rows(rows)
@@ -334,8 +342,8 @@ def _gate_weights(
             with torch.autocast(raw.device.type, enabled=False):
                 student_logits = heads.student.shape_logits(raw)
                 distributions = TokenDistributions.from_logits(student_logits, heads.teacher.shape_logits(raw_teacher))
-                scores.append(gate.scores(distributions, chunk.labels, chunk.uniforms))
-        together, own = torch.cat(scores), slice(None)
+                _move(table, positions, rows, {"scores": gate.scores(distributions, chunk.labels, chunk.uniforms)})
+        together, own = table["scores"], slice(None)
         if gate.select is not None and population is not None:
             together, own = population(together)
         return _gated(gate, gate.acceptance(together)[own], positions.keep)

@@ -54,7 +54,7 @@ class SKDConfig(GKDConfig):
             Loss at replaced tokens: the divergence as everywhere (SKD), or `"nll"`, the negative log-likelihood of the
             teacher's token (CA-OPD, IPD).
         loss_chunk_size (`int`, *optional*):
-            Positions whose logits are in memory at once. By default chosen so that they take about 64 MiB (on CPU 24).
+            Positions whose logits are in memory at once. By default chosen so that they take about 64 MiB (on CPU 16).
         rollout_batch_size (`int`, *optional*):
             Responses written at once on each device; freed places are refilled. By default all of an optimizer step.
         compile_student (`bool`, *optional*, defaults to `False`):
@@ -154,7 +154,7 @@ class SKDConfig(GKDConfig):
     loss_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "Positions whose logits are in memory at once. Default: as many as take about 64 MiB (CPU: 24)."
+            "help": "Positions whose logits are in memory at once. Default: as many as take about 64 MiB (CPU: 16)."
         },
     )
     rollout_batch_size: int | None = field(
