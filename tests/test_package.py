@@ -24,6 +24,7 @@ LAYERS = [
         "vocabulary",
         "draft_length",
         "prefill",
+        "sampler_inputs",
     },
     {"compiled_step", "head_gradients", "losses", "rollout", "sampler", "hidden_states", "response_tokens"},
     {"_compat"},
