@@ -1,5 +1,7 @@
 """Which prompts to prefill together: every forward costs something of its own, and every prompt in it is padded to the longest."""
 
+import math
+
 import torch
 
 
@@ -26,16 +28,18 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
         `list[list[int]]`: indices into `lengths`, the shortest first.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    cuts = [(0, 0)]  # of the first prompts, by their number: the lowest cost, and where its last group starts
+    cuts: list[tuple[float, int]] = [
+        (0, 0)
+    ]  # of the first prompts, by their number: the lowest cost, where its last group starts
     for stop, prompt in enumerate(order, start=1):
         longest = lengths[prompt]
         most = max(1, most_tokens // max(1, longest))
-        cuts.append(
-            min(
-                (cuts[start][0] + cost_of_forward + (stop - start) * longest, start)
-                for start in range(max(0, stop - most), stop)
-            )
-        )
+        starts = range(max(0, stop - most), stop)
+        if stop < len(order) and lengths[order[stop]] == longest:
+            # Of two prompts of one length the later costs this group no more than the one after it: only a full group parts them.
+            starts = starts[:1] if len(starts) == most else starts[:0]
+        costs = ((cuts[start][0] + cost_of_forward + (stop - start) * longest, start) for start in starts)
+        cuts.append(min(costs, default=(math.inf, 0)))
     groups, stop = [], len(order)
     while stop > 0:
         start = cuts[stop][1]

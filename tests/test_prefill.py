@@ -29,7 +29,12 @@ def partitions(items):
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 30), st.integers(20, 90))
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=6)
+    | st.lists(st.sampled_from([7, 8, 30]), min_size=4, max_size=7),
+    st.integers(0, 30),
+    st.integers(20, 90),
+)
 def test_no_way_to_cut_prompts_into_groups_is_cheaper(lengths, cost_of_forward, most_tokens):
     groups = prefill_groups(lengths, cost_of_forward, most_tokens)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
