@@ -38,7 +38,7 @@ class HeadGradients:
             if 4 * len(heard) <= 3 * len(weight):
                 where, hidden, raw_gradient = rows.start + heard, hidden[heard], raw_gradient[heard]
         if self.hidden is not None:
-            self.hidden[where] = raw_gradient @ matrix
+            self.hidden[where] = (raw_gradient @ matrix).to(self.hidden.dtype)
         if id(self.head.weight) in self.trained:
             self._add_product(self.head.weight, raw_gradient.T, hidden.to(raw_gradient.dtype))
         if bias is not None and id(bias) in self.trained:

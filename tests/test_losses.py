@@ -137,6 +137,24 @@ def test_a_closed_gate_gives_exactly_no_gradient_at_its_positions():
     torch.testing.assert_close(weight_gradient, torch.autograd.grad(only_open.loss, student.weight)[0], **CLOSE)
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.01])
+def test_a_gate_over_fp32_states_under_autocast_gives_nearly_the_fp32_gradients(floor):
+    """The products are bf16, the states' gradient fp32: also where it is put at chosen positions only."""
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    gate = GATES["greedy_top_k"](k=3, floor=floor)
+    exact = _ours(hidden, student, teacher_hidden, teacher, gate=gate)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = _ours(hidden, student, teacher_hidden, teacher, weights=GateWeights(exact.weight, exact.accepted))
+        plain = _ours(hidden, student, teacher_hidden, teacher, gate=gate)  # may judge a close call otherwise
+    assert torch.isfinite(plain.loss)
+    for found, expected in zip(
+        _gradients(out.loss, hidden, student), _gradients(exact.loss, hidden, student), strict=True
+    ):
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_positions_without_weight_cost_no_gradient():
     """2 x 50 x 8 operations a position for the hidden states' gradient and as many for the head's; the logits are for all."""
     student, teacher = _heads()
