@@ -114,6 +114,8 @@ class TopP(AcceptanceRule):
             raise ValueError(f"p={self.p}: the top_p rule needs a share above 0 and at most 1.")
 
     def __call__(self, draft: Draft) -> torch.Tensor:
+        if self.p == 1.0:  # the sum may round to 1
+            return torch.ones_like(draft.tokens, dtype=torch.bool)
         probs = draft.teacher_logits.float().softmax(-1)
         own = probs.gather(-1, draft.tokens[..., None])
         return torch.where(probs > own, probs, 0.0).sum(-1) < self.p
@@ -147,8 +149,8 @@ class Mixture(AcceptanceRule):
             raise ValueError(f"gamma={self.gamma}: the mixture rule needs a share, 0 (student) to 1 (teacher).")
 
     def __call__(self, draft: Draft) -> torch.Tensor:
-        ratio = draft.probability("teacher") / draft.probability("student")
-        return draft.coins < 1 - self.gamma + self.gamma * ratio
+        student, teacher = draft.probability("student"), draft.probability("teacher")
+        return draft.coins * student < (1 - self.gamma) * student + self.gamma * teacher
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
         teacher = shaped_probs(draft.teacher_logits, draft.teacher_sampling)

@@ -35,10 +35,10 @@ class CompiledStudent:
         """A decoder of at least so many rows and slots: the last one if it will do."""
         last = self._decoder if self._decoder is not None and self._decoder.model is model else None
         if last is None or last.num_rows < num_rows or last.num_slots < num_slots:
-            num_rows, num_slots = (
-                max(num_rows, last.num_rows if last else 0),
-                max(num_slots, last.num_slots if last else 0),
-            )
+            if last is not None:
+                # Each size is a compilation, of which dynamo does eight: twice the slots at least.
+                num_rows = max(num_rows, last.num_rows)
+                num_slots = last.num_slots if num_slots <= last.num_slots else max(num_slots, 2 * last.num_slots)
             self._decoder, self._is_marked = RaggedDecoder(model, num_rows, _whole_slots(num_slots)), False
         assert self._decoder is not None
         return self._decoder
@@ -52,8 +52,9 @@ class CompiledStudent:
             return decoder(tokens, positions)[1]
         if not self._is_marked:
             for layer in decoder.layers:
-                for states in (layer.keys, layer.values):
-                    torch._dynamo.mark_static_address(states)  # CUDA graphs may then write into them
+                if layer.is_initialized:  # a layer that uses another one's keys and values has none
+                    for states in (layer.keys, layer.values):
+                        torch._dynamo.mark_static_address(states)  # CUDA graphs may then write into them
             self._is_marked = True
         # A place without a row repeats the first one's input in a slot of its own, which whoever comes there overwrites.
         all_tokens, all_positions = (

@@ -191,18 +191,20 @@ class ForwardCost:
 
 
 class Stopwatch:
-    """Seconds between marks, without waiting for the device until they are read."""
+    """Seconds between marks; on CUDA without waiting for the device until they are read."""
 
     def __init__(self, device: torch.device):
-        self.on_cuda = device.type == "cuda"
+        self.device, self.on_cuda = device, device.type == "cuda"
         self.marks: list = []
 
     def mark(self) -> None:
         if self.on_cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
             self.marks.append(event)
         else:
+            if self.device.type not in ("cpu", "meta"):
+                torch.accelerator.synchronize()
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:

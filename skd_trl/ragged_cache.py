@@ -160,6 +160,8 @@ class RaggedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.num_slots
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
 
 @dataclass
 class _Window:
@@ -207,6 +209,20 @@ def check_decoder(model: nn.Module) -> None:
             f"{name} has recurrent or linear-attention layers, whose state cannot go back to an earlier token when a "
             f"draft is rejected. {way_out}"
         )
+    if config.model_type == "bloom" or getattr(config, "alibi", False):
+        raise ValueError(
+            f"{name} adds ALiBi biases to its attention, which it makes from a two-dimensional mask only. {way_out}"
+        )
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise ValueError(
+            f"{name} has local layers that take a block for the last tokens of every row, and rows here have lengths of "
+            f"their own. {way_out}"
+        )
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            f"{name} is split over several devices by its device_map, and its cache is on one. Load it onto one device, or "
+            "shard it (ZeRO-3, FSDP2) in a trainer."
+        )
     unknown = set(getattr(config, "layer_types", None) or []) - {FULL, SLIDING}
     if unknown:
         raise ValueError(
@@ -214,11 +230,15 @@ def check_decoder(model: nn.Module) -> None:
         )
     if model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no language-model head (get_output_embeddings() is None). {way_out}")
-    peft_config = getattr(model, "active_peft_config", None)
+    check_adapter(getattr(model, "active_peft_config", None))
+
+
+def check_adapter(peft_config) -> None:
+    """Raises `ValueError` for an adapter (a `PeftConfig`, or `None`) that adds tokens to the sequence."""
     if peft_config is not None and peft_config.is_prompt_learning:
         raise ValueError(
-            f"{name} has a prompt-learning adapter ({peft_config.peft_type}), whose virtual tokens shift every "
-            "position. Use LoRA or another adapter that leaves the sequence as it is."
+            f"{peft_config.peft_type} is a prompt-learning adapter, whose virtual tokens shift every position. Use LoRA or "
+            "another adapter that leaves the sequence as it is."
         )
 
 

@@ -24,11 +24,11 @@ def check_inputs(student, teacher, prompt_ids, prompt_mask, max_new_tokens, voca
     for name, model in (("student", student), ("teacher", teacher)):
         config = model.config.get_text_config()
         widths[name] = config.vocab_size
-        room = getattr(config, "max_position_embeddings", None)
+        room = positions_of(config)
         if room is not None and longest + max_new_tokens > room:
             raise ValueError(
                 f"The longest prompt has {longest} tokens; with max_new_tokens={max_new_tokens} it needs "
-                f"{longest + max_new_tokens} positions, but the {name} has {room}. Shorten prompts or max_new_tokens."
+                f"{longest + max_new_tokens} positions, but the {name} has {room} to sample in. Shorten prompts or max_new_tokens."
             )
     if vocab_size is None and widths["student"] != widths["teacher"]:
         raise ValueError(
@@ -41,6 +41,16 @@ def check_inputs(student, teacher, prompt_ids, prompt_mask, max_new_tokens, voca
     if largest >= shared:
         raise ValueError(f"A prompt holds token id {largest}, beyond the {shared} ids that both models share.")
     return shared
+
+
+def positions_of(config) -> int | None:
+    """Positions that sampled texts may use (`None`: no limit known): the model's, and with longrope (Phi-3's long contexts) those
+    of its short factors. Beyond them a forward turns every row of the batch by other angles than its cached keys."""
+    room = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return min(room, rope.get("original_max_position_embeddings", room))
+    return room
 
 
 def _check_prompts(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> None:

@@ -18,9 +18,10 @@ class SamplingParams:
         temperature (`float`, defaults to `1.0`):
             Divides the logits. `0.0` is greedy: the likeliest token, the lowest id among ties.
         top_p (`float`, defaults to `1.0`):
-            Draw from the smallest set of likeliest tokens whose probability reaches `top_p`. `1.0` keeps all.
+            Draw from the smallest set of likeliest tokens whose probability reaches `top_p`, and what ties with its last.
+            `1.0` keeps all.
         top_k (`int`, defaults to `0`):
-            Draw from the `top_k` likeliest tokens. `0` keeps all.
+            Draw from the `top_k` likeliest tokens, and what ties with the last of them. `0` keeps all.
 
     Raises:
         `ValueError`: for a value outside these ranges.
@@ -64,28 +65,33 @@ def shaped_probs(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     probs = (logits / sampling.temperature).softmax(-1)
     if 0 < sampling.top_k < logits.shape[-1]:
-        kept, ids = probs.topk(sampling.top_k, dim=-1)
-        probs = torch.zeros_like(probs).scatter_(-1, ids, kept / kept.sum(-1, keepdim=True))
+        probs = _at_least(probs, probs.topk(sampling.top_k, dim=-1).values[..., -1:])
     if sampling.top_p < 1.0:
-        kept, ids = _nucleus(probs, sampling.top_p)
-        probs = torch.zeros_like(probs).scatter_(-1, ids, kept / kept.sum(-1, keepdim=True))
+        probs = _at_least(probs, _least_of_nucleus(probs, sampling.top_p))
     return probs
 
 
-def _nucleus(probs: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens up to and including the one that reaches `top_p`: probabilities (0 beyond) and ids."""
-    ordered, ids = _likeliest(probs, top_p)
-    before = ordered.cumsum(-1) - ordered
-    return ordered.masked_fill(before >= top_p, 0.0), ids
+def _at_least(probs: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """`probs` without what is below `least` (..., 1), summing to 1. A threshold, not a set of ids: which of several equal ones
+    a sort puts first depends on its length and the device, and so on the rows beside this one."""
+    kept = probs.masked_fill(probs < least, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
 
 
-def _likeliest(probs: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens in descending probability, at least as many as reach `top_p` in every row."""
+def _least_of_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The probability (..., 1) of the token that reaches `top_p`, counted from the likeliest."""
+    ordered = _likeliest(probs, top_p)
+    num_before = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True) - 1
+    return ordered.gather(-1, num_before)
+
+
+def _likeliest(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Probabilities in descending order, at least as many as reach `top_p` in every row."""
     # Sorting a vocabulary on CPU costs more than the draw (8 rows of 49k: 64 candidates 0.4 ms, 1024 2.6, all 30), and
     # the nucleus is nearly always small. On a GPU the sort is cheap and the test would wait for the device.
     for num_candidates in (64, 1024) if not probs.is_cuda else ():
         if num_candidates < probs.shape[-1]:
-            ordered, ids = probs.topk(num_candidates, dim=-1)
+            ordered = probs.topk(num_candidates, dim=-1).values
             if bool((ordered.sum(-1) > top_p).all()):
-                return ordered, ids
-    return probs.sort(dim=-1, descending=True)
+                return ordered
+    return probs.sort(dim=-1, descending=True).values

@@ -1,5 +1,7 @@
 """Acceptance rules: what each keeps, and for the ones that promise a distribution, that distribution."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -49,6 +51,22 @@ def test_ties_in_the_teacher_count_for_the_proposal():
     draft = draft_of([[1, 2]], torch.tensor([3.0, 1.0, 1.0, 1.0]).expand(1, 2, 4))
     assert draft.teacher_rank.tolist() == [[1, 1]]
     assert ACCEPTANCE_RULES["top_k"](k=2)(draft).tolist() == [[True, True]]
+
+
+def test_a_nucleus_of_all_accepts_what_rounding_would_put_outside():
+    logits = torch.cat([torch.zeros(50_000), torch.tensor([-30.0])]).expand(1, 1, -1)
+    assert ACCEPTANCE_RULES["top_p"](p=1.0)(draft_of([[50_000]], logits)).item()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_a_proposal_that_its_own_nucleus_lost_to_rounding_is_judged_by_the_teacher(gamma):
+    """The student's probability is 0 where it was drawn a moment ago: no division by it."""
+    teacher = torch.tensor([0.5, 0.5, 0.0, 0.0]).log().expand(1, 2, 4)
+    draft = replace(
+        draft_of([[1, 2]], teacher, coins=[[0.9, 0.9]]),
+        student_logits=torch.tensor([9.0, 1.0, 0.0, 0.0]).expand(1, 2, 4), student_sampling=SamplingParams(top_p=0.1),
+    )  # fmt: skip
+    assert ACCEPTANCE_RULES["mixture"](gamma=gamma)(draft).tolist() == [[gamma > 0, False]]
 
 
 def test_ranks_are_of_raw_logits_where_warped_ones_would_tie_at_zero():

@@ -45,7 +45,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "gemma2", "gpt2", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "gemma2", "gemma4_text", "gpt2", "phi3"])
 @pytest.mark.parametrize("rule", ["top_k", "mixture", "always"])
 def test_compiled_drafts_write_the_texts_of_plain_ones(graphs, architecture, rule):
     student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)

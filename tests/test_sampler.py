@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, tiny_model
 
 from skd_trl.acceptance import ACCEPTANCE_RULES
 from skd_trl.sampler import interleaved_sample
-from skd_trl.sampling_params import SamplingParams
+from skd_trl.sampling_params import SamplingParams, shaped_probs
 
 
 PAD, EOS, V = 256, 257, 259
@@ -300,6 +300,57 @@ def test_an_encoder_decoder_is_refused():
     )
     with pytest.raises(ValueError, match="encoder-decoder.*rollout='dataset'"):
         sample(t5, tiny_model(seed=2))
+
+
+def test_attention_that_cannot_be_ragged_is_refused():
+    from transformers import BloomConfig, BloomForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=16, n_layer=1, n_head=2))
+    local = GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=259, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+        )
+    )
+    split = tiny_model(seed=2)
+    split.hf_device_map = {"model": 0, "lm_head": 1}
+    for model, message in ((bloom, "ALiBi"), (local, "local layers"), (split, "split over several devices")):
+        with pytest.raises(ValueError, match=message):
+            sample(model, tiny_model(seed=2))
+
+
+def test_longrope_models_sample_before_their_frequencies_change_and_not_beyond():
+    """Beyond the original positions cached keys would be turned by other angles than queries, in all rows at once."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    }  # fmt: skip
+    student, teacher = (
+        tiny_model(
+            "phi3", seed=seed, max_position_embeddings=128, original_max_position_embeddings=32, rope_parameters=rope
+        )
+        for seed in (1, 2)
+    )
+    prompts = [[*range(1, 23)], [5, 6]]
+    with pytest.raises(ValueError, match="33 positions, but the student has 32"):
+        sample(student, teacher, prompts, max_new_tokens=11)
+    for rule, writer in ((ACCEPTANCE_RULES["always"](), student), (ACCEPTANCE_RULES["top_k"](k=1), teacher)):
+        rollout = sample(
+            student, teacher, prompts, rule, max_new_tokens=10, num_draft_tokens=4,
+            student_sampling=GREEDY, teacher_sampling=GREEDY,
+        )  # fmt: skip
+        assert responses(rollout) == [greedy_text(writer, prompt, 10) for prompt in prompts]
+
+
+def test_what_ties_with_the_last_token_of_a_nucleus_or_a_top_k_is_in_it_whatever_stands_beside():
+    """100 tokens tie for the last place: a sort's order among them depends on how many candidates it was given."""
+    logits = torch.full((2, 3000), -20.0)
+    logits[0, 0], logits[0, 100:200] = 2.0, -5.0
+    logits[1] = 0.0  # a row that no short list of candidates will do for
+    together = shaped_probs(logits, SamplingParams(top_p=0.95))
+    alone = shaped_probs(logits[:1], SamplingParams(top_p=0.95))
+    assert torch.equal(together[:1], alone)
+    assert alone.count_nonzero() == 101
+    assert shaped_probs(logits, SamplingParams(top_k=3)).count_nonzero(-1).tolist() == [101, 3000]
+    assert shaped_probs(logits, SamplingParams(top_p=0.3)).sum(-1).tolist() == pytest.approx([1, 1])
 
 
 BEGINNING = list(range(60, 80))

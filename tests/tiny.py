@@ -6,7 +6,7 @@ distribution is nearly uniform, and an error in a mask or a position hardly move
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 
 PAD, EOS, BOS = "<|pad|>", "<|im_end|>", "<|im_start|>"
@@ -55,6 +55,8 @@ ARCHITECTURES = {
     "cohere": {"logit_scale": 2.0},
     "starcoder2": {"sliding_window": 7},
 }
+# The oldest transformers that is tested does not know the newest of them.
+ARCHITECTURES = {name: sizes for name, sizes in ARCHITECTURES.items() if name in CONFIG_MAPPING}
 
 
 def byte_tokenizer(chat_template: str | None = CHATML, num_extra_tokens: int = 0) -> PreTrainedTokenizerFast:
