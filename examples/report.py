@@ -34,6 +34,13 @@ SHARES = {
     "acceptance_rate": ("acceptance rate", "#0072B2", "-"),
     "token_acceptance_rate": ("acceptance rate of the gate", "#009E73", "-."),
 }
+# What the page says of the responses, by `rollout`.
+WHO_WROTE = {
+    "interleaved": "Each response was written by the student and the teacher together: the student proposed every token, and "
+    "where the teacher did not accept the proposal, it put a token of its own in its place.",
+    "student": "Each response was written by the student alone.",
+    "teacher": "Each response was written by the teacher alone.",
+}
 MAX_STEPS, MAX_SAMPLES, MAX_EXAMPLES = 12, 4, 12
 
 
@@ -161,6 +168,9 @@ def render_page(completions: pd.DataFrame, evaluation: dict, plot: bytes, *, nam
         explanation=EXPLANATION,
         plot=base64.b64encode(plot).decode(),
         steps=list(shown_steps(completions)),
+        who_wrote=WHO_WROTE.get(
+            evaluation.get("settings", {}).get("rollout"), "Responses as they were sampled in training."
+        ),
         examples=evaluation.get("examples", [])[:MAX_EXAMPLES],
     )
 
@@ -188,7 +198,7 @@ def shown_sample(row: dict) -> dict:
         zip(row["tokens"], row["replaced"], proposals, strict=True), start=1
     ):
         shown = visible(proposal) if replaced and proposal is not None else ""
-        who = "the student's, accepted"
+        who = "the student's"
         if replaced:
             who = f"the teacher's, in place of the student's “{shown}”" if shown else "the teacher's"
         tokens.append(

@@ -1,9 +1,3 @@
-# /// script
-# dependencies = [
-#     "skd_trl[examples]",
-# ]
-# ///
-
 """
 Distil a summarizer, and see how much nearer the student came to its teacher.
 
@@ -59,6 +53,7 @@ from trl import (
 import skd_trl
 
 
+STAGES = {"student": "model_init_kwargs", "teacher": "teacher_model_init_kwargs"}
 TRAINERS = {"skd": ("SKDConfig", "SKDTrainer"), "speckd": ("SpecKDConfig", "SpecKDTrainer")}
 
 
@@ -141,10 +136,14 @@ def main(script_args, training_args, model_args):
 
     # Fine-tune teacher and student on the references first, where the configuration asks for it
     student, teacher = model_args.model_name_or_path, training_args.teacher_model_name_or_path
+    common = {
+        "training_args": training_args, "tokenizer": tokenizer, "rows": train_rows,
+        "data": [script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split],
+    }  # fmt: skip
     if script_args.teacher_sft is not None:
-        teacher = supervised_stage("teacher", teacher, script_args.teacher_sft, training_args, tokenizer, train_rows)
+        teacher = supervised_stage("teacher", teacher, script_args.teacher_sft, **common)
     if script_args.student_sft is not None:
-        student = supervised_stage("student", student, script_args.student_sft, training_args, tokenizer, train_rows)
+        student = supervised_stage("student", student, script_args.student_sft, **common)
     if (student, teacher) != (model_args.model_name_or_path, training_args.teacher_model_name_or_path):
         # DeepSpeed and FSDP are set up by the arguments that were made last: those of a stage.
         training_args = replace(training_args)
@@ -202,41 +201,33 @@ def set_model_init_kwargs(training_args, model_args: ModelConfig) -> None:
     training_args.teacher_model_init_kwargs = {**common, **(training_args.teacher_model_init_kwargs or {})}
 
 
-def supervised_stage(role: str, model: str, settings: dict[str, Any], training_args, tokenizer, rows: Dataset) -> str:
+def supervised_stage(
+    role: str, model: str, settings: dict[str, Any], training_args, tokenizer, rows: Dataset, data: list
+) -> str:
     """
     Fine-tune `model` on the references and return where it is saved: `{output_dir}/{role}_sft`.
 
     `settings` are fields of `SFTConfig`; precision, seed and the like are those of the distillation. A stage that the
-    same settings finished before is not run again.
+    same settings finished before, on the same `data` (name, configuration, split), is not run again.
     """
     target = Path(training_args.output_dir) / f"{role}_sft"
-    recipe = {"model": model, "settings": settings, "num_rows": len(rows), "seed": training_args.seed}
+    names = ("seed", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "max_length", "report_to", "disable_tqdm")
+    fields = {
+        **{name: getattr(training_args, name) for name in names},
+        "output_dir": str(target),
+        "model_init_kwargs": getattr(training_args, STAGES[role]),
+        "save_strategy": "no",
+        **settings,
+    }
+    recipe = {"model": model, "fields": fields, "data": data, "num_rows": len(rows)}
+    recipe = json.loads(json.dumps(recipe, default=str))
     done = target / "supervised_stage.json"
     if done.exists() and json.loads(done.read_text()) == recipe:
         print(f"{role}: fine-tuned before, in {target}")
         return str(target)
-    kwargs = {"student": training_args.model_init_kwargs, "teacher": training_args.teacher_model_init_kwargs}[role]
-    inherited = (
-        "seed",
-        "bf16",
-        "fp16",
-        "use_cpu",
-        "gradient_checkpointing",
-        "max_length",
-        "report_to",
-        "disable_tqdm",
-    )
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(
-            **{
-                **{name: getattr(training_args, name) for name in inherited},
-                "output_dir": str(target),
-                "model_init_kwargs": kwargs,
-                "save_strategy": "no",
-                **settings,
-            }
-        ),
+        args=SFTConfig(**fields),
         train_dataset=rows,
         processing_class=tokenizer,
     )

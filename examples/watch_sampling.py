@@ -1,9 +1,3 @@
-# /// script
-# dependencies = [
-#     "skd_trl[examples]",
-# ]
-# ///
-
 """
 Watch student and teacher write one response together, round by round, with the sampler alone: no trainer.
 
@@ -145,7 +139,12 @@ if __name__ == "__main__":
     parser.add_argument("--teacher", default="examples/assets/teacher")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--accept_top_k", type=int, default=25)
-    parser.add_argument("--num_draft_tokens", type=int, default=5)
+    parser.add_argument(
+        "--num_draft_tokens",
+        type=lambda text: text if text == "auto" else int(text),
+        default=5,
+        help="a number or auto",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--temperature", type=float, default=1.0, help="the student's")
     parser.add_argument("--top_p", type=float, default=1.0, help="the student's")

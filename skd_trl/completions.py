@@ -17,15 +17,15 @@ from .rollout import Rollout
 
 
 def completion_records(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, step: int) -> list[dict]:
-    """One record per row: `step`, `prompt`, `response`, `tokens` (each decoded), `replaced` (bool each) and `proposals`
-    (the student's token at each place, decoded)."""
+    """One record per row: `step`, `prompt`, `response`, `tokens` (each decoded), `replaced` (bool each: the teacher's token) and
+    `proposals` (the student's token at each place, decoded; `None` where the student proposed none)."""
     records = []
     num_prompt_columns = rollout.input_ids.shape[1] - rollout.replaced.shape[1]
     for row in range(len(rollout.input_ids)):
         is_token = rollout.labels[row] != -100
         ids = rollout.labels[row, is_token]
         is_token = is_token[num_prompt_columns:]
-        proposals = ids if rollout.proposals is None else rollout.proposals[row, is_token]
+        proposals = rollout.proposals
         prompt = rollout.input_ids[row, :num_prompt_columns][rollout.attention_mask[row, :num_prompt_columns] == 1]
         records.append(
             {
@@ -34,7 +34,7 @@ def completion_records(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, ste
                 "response": tokenizer.decode(ids),
                 "tokens": _decode_each(tokenizer, ids),
                 "replaced": rollout.replaced[row, is_token].tolist(),
-                "proposals": _decode_each(tokenizer, proposals),
+                "proposals": None if proposals is None else _decode_each(tokenizer, proposals[row, is_token]),
             }
         )
     return records
@@ -51,22 +51,24 @@ def save_completions(records: list[dict], output_dir: str, step: int) -> Path:
 
 
 def print_completions(records: list[dict], num_rows: int, step: int, console: Console | None = None) -> None:
-    """A table of the first `num_rows` records; replaced tokens stand out, in colour and between brackets."""
-    table = Table(
-        title=f"Sampled responses, step {step} ([reverse]reversed[/]: replaced by the teacher)", show_lines=True
-    )
+    """A table of the first `num_rows` records. The teacher's tokens stand out: in reverse video on a terminal, between
+    brackets in a file, which has no colours."""
+    console = console or Console()
+    style, opening, closing = ("reverse", "", "") if console.is_terminal else ("", "⟦", "⟧")
+    legend = "reversed" if style else f"{opening} {closing}"
+    table = Table(title=Text(f"Sampled responses, step {step} ({legend}: the teacher's tokens)"), show_lines=True)
     table.add_column("prompt", max_width=60)
     table.add_column("response")
-    table.add_column("replaced", justify="right")
+    table.add_column("teacher's", justify="right")
     for record in records[:num_rows]:
         response = Text()
         for token, replaced in zip(record["tokens"], record["replaced"], strict=True):
-            response.append(token, style="reverse" if replaced else "")
+            response.append(f"{opening}{token}{closing}" if replaced else token, style=style if replaced else "")
         prompt = record["prompt"]
         shown = prompt if len(prompt) <= 240 else "... " + prompt[-236:]
         share = sum(record["replaced"]) / max(len(record["replaced"]), 1)
         table.add_row(Text(shown), response, f"{share:.0%}")
-    (console or Console()).print(table)
+    console.print(table)
 
 
 def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:

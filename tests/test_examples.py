@@ -1,5 +1,6 @@
 """The examples: what the offline assets are made of, what evaluation measures, what the report shows, and the script."""
 
+import argparse
 import io
 import json
 import math
@@ -22,14 +23,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
 sys.path.insert(0, str(EXAMPLES))
 
-comparison = pytest.importorskip("comparison", reason="the examples' own requirements are not installed")
-debian_summaries = pytest.importorskip("debian_summaries")
-evaluation = pytest.importorskip("evaluation")
-offline_assets = pytest.importorskip("offline_assets")
-report = pytest.importorskip("report")
-summarization_data = pytest.importorskip("summarization_data")
-train_summarization = pytest.importorskip("train_summarization")
-watch_sampling = pytest.importorskip("watch_sampling")
+import compare_methods  # noqa: E402
+import comparison  # noqa: E402
+import debian_summaries  # noqa: E402
+import evaluation  # noqa: E402
+import offline_assets  # noqa: E402
+import report  # noqa: E402
+import summarization_data  # noqa: E402
+import train_summarization  # noqa: E402
+import watch_sampling  # noqa: E402
 
 
 PROSE = " ".join(f"word{i}" for i in range(30))
@@ -424,6 +426,25 @@ def test_the_page_marks_replaced_tokens_and_escapes_every_text(run_dir):
     assert "in place of the student&#39;s “&lt;i&gt;”" in page
 
 
+@pytest.mark.parametrize("rollout, said", [("student", "the student alone"), ("interleaved", "together"), (None, "")])
+def test_the_page_says_who_wrote_the_responses(run_dir, rollout, said):
+    (run_dir / "evaluation.json").write_text(json.dumps({"settings": {"rollout": rollout}}))
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    assert said in page
+    assert ("together" in page) == (rollout == "interleaved")
+
+
+def test_the_page_knows_no_proposal_where_the_teacher_wrote_alone(run_dir):
+    for file in (run_dir / "completions").iterdir():
+        rows = pd.read_parquet(file)
+        rows.assign(proposals=None, replaced=[[True] * 5] * len(rows)).to_parquet(file)
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    assert '<del class="proposal">' not in page
+    assert page.count(': the teacher&#39;s"') == 5 * 2 * report.MAX_STEPS
+
+
 def test_the_page_needs_no_network(run_dir):
     report.write_report(run_dir)
     page = (run_dir / "samples.html").read_text()
@@ -563,6 +584,11 @@ def test_the_script_trains_compares_and_reports(tiny_assets, capsys):
     assert again["after"] == pytest.approx(metrics["comparison"]["metrics"]["kl_teacher_text"]["after"], rel=1e-4)
     assert "fine-tuned before" in capsys.readouterr().out
 
+    # Another data set is another stage, however like the run is otherwise.
+    (tiny_assets / "text").rename(tiny_assets / "texts")
+    run_script(arguments_for(tiny_assets, student_sft=sft, dataset_name=tiny_assets / "texts"))
+    assert "fine-tuned before" not in capsys.readouterr().out
+
 
 @pytest.mark.slow
 @pytest.mark.distributed
@@ -618,3 +644,48 @@ def test_the_rounds_of_a_draft_show_what_stands_what_was_replaced_and_what_was_d
     text = console.export_text()
     assert "a b>d c" in text and "1 of 3" in text
     assert "e f" in text and EOS not in text
+
+
+# The comparison of methods
+
+
+def outcome(arm: str, seed: int, kl: float) -> dict:
+    """What a run of compare_methods.py leaves: (sum, weight) of each metric for each of three prompts."""
+    scores = {name: [[kl + 0.1 * seed + 0.01 * row, 1.0] for row in range(3)] for name in compare_methods.METRICS}
+    history = [{"token_acceptance_rate": rate, "gate_weight": 0.505} for rate in (0.2, 0.4)]
+    return {"arm": arm, "seed": seed, "scores": scores, "history": history, "num_steps": 2}
+
+
+def test_the_comparisons_table_has_every_arms_paired_difference(tmp_path):
+    options = argparse.Namespace(seeds=2, num_eval_rows=3, token_budget=100, batch_size=4, student="student-20")
+    results = {
+        (arm, seed): outcome(arm, seed, kl=1.0 + 0.5 * (arm == "SpecKD"))
+        for arm in ("before", *compare_methods.ARMS)
+        for seed in range(2)
+    }
+    rows = dict(
+        (cells[1].strip(), cells[2].strip())
+        for cells in (line.split("|") for line in compare_methods.table(results, options).splitlines())
+        if len(cells) > 3
+    )
+    assert rows["before"] == "1.010"
+    assert rows["on-policy"] == "1.060 ± 0.071"  # seeds 1.01 and 1.11
+    # All prompts and seeds are half a nat apart: so is every resample.
+    assert rows["SpecKD"] == "1.560 ± 0.071 (+0.500, +0.500 to +0.500)"
+    assert "random gate +0.500, +0.500 to +0.500" in compare_methods.table(results, options)
+    assert compare_methods.acceptance_rates("inverted gate", results["SKD", 0]["history"]) == [0.8, 0.6]
+    assert compare_methods.acceptance_rates("same mean weight", results["SKD", 0]["history"]) == pytest.approx(
+        [0.5] * 2
+    )
+    compare_methods.plot_acceptance(results, options, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_comparison_takes_no_results_of_other_options(tmp_path):
+    options = argparse.Namespace(output_dir=str(tmp_path), token_budget=100, seeds=2, processes=1, threads=1, run=None)
+    compare_methods.keep_to_one_recipe(tmp_path / "options.json", options)
+    options.seeds = 3  # more of the same
+    compare_methods.keep_to_one_recipe(tmp_path / "options.json", options)
+    options.token_budget = 200
+    with pytest.raises(SystemExit, match=r"token_budget.*\(100, 200\).*--output_dir"):
+        compare_methods.keep_to_one_recipe(tmp_path / "options.json", options)
