@@ -1,5 +1,7 @@
 """Student, teacher and tokenizer from whatever the caller gives: objects, names or paths. None of the objects changes."""
 
+import copy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +24,8 @@ def load_pair(
     """Student, teacher and tokenizer, loaded where names were given.
 
     Raises:
-        `ValueError`: if one of them is missing, or the teacher is the student, or both objects and ways to load them
-            were given.
+        `ValueError`: if one of them is missing, or the teacher shares weights with the student, or both objects and ways to
+            load them were given, or a model is split over devices or not loaded at all.
     """
     if model is None:
         raise ValueError("model is None: give the student, a model or its name or path.")
@@ -42,9 +44,12 @@ def load_pair(
             "args.teacher_model_init_kwargs says how to load the teacher, but teacher_model is already a "
             f"{type(teacher_model).__name__}. Drop one of them."
         )
-    tokenizer = load_tokenizer(model, processing_class, args)
+    tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
     student = _load_student(model, args) if isinstance(model, str) else model
     teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
+    _check_apart(student, teacher)
+    for name, loaded in (("student", student), ("teacher", teacher)):
+        _check_placed(name, loaded)
     return student, teacher, tokenizer
 
 
@@ -55,13 +60,44 @@ def load_tokenizer(model, processing_class, args: "SKDConfig") -> PreTrainedToke
             raise ValueError(
                 "processing_class is None and the model does not say where it was loaded from. Pass the tokenizer."
             )
-        processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        processing_class = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=args.trust_remote_code
+        )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"processing_class is a {type(processing_class).__name__}; only texts are supported, so pass a tokenizer (of a "
             "processor: processor.tokenizer)."
         )
     return processing_class
+
+
+def with_options(tokenizer: PreTrainedTokenizerBase, args: "SKDConfig") -> PreTrainedTokenizerBase:
+    """The tokenizer with `eos_token`, `pad_token` and `chat_template_path` of `args`, before anything is read from it; a copy
+    where it changes. (SFTTrainer applies them later, when the rows here are already tokens.)
+
+    Raises:
+        `ValueError`: for a token that the tokenizer lacks, or a template that is not a file.
+    """
+    tokens = {name: getattr(args, name, None) for name in ("eos_token", "pad_token")}
+    if not any(tokens.values()) and args.chat_template_path is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    for name, token in tokens.items():
+        if token is not None and token not in tokenizer.get_vocab():
+            raise ValueError(f"{name}={token!r} is not in the tokenizer's vocabulary; give one of its tokens.")
+        if token is not None:
+            setattr(tokenizer, name, token)
+    if args.chat_template_path is not None:
+        path = Path(args.chat_template_path)
+        if not path.is_file() or path.suffix not in (".jinja", ".j2"):
+            raise ValueError(
+                f"chat_template_path={args.chat_template_path!r} is not a .jinja file. Of a model TRL would also take the special "
+                "tokens into the student's vocabulary, where the teacher does not know them; save that model's template to a "
+                ".jinja file, or set `tokenizer.chat_template`."
+            )
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -78,11 +114,35 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
+def _check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    of_student = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in of_student for parameter in teacher.parameters()):
+        raise ValueError(
+            "The teacher shares weights with the student (an adapter is put into the model that it is given, so that model is "
+            "then the student too), and would change with every step. Load it a second time for the teacher."
+        )
+
+
+def _check_placed(name: str, model: PreTrainedModel) -> None:
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1 or "disk" in devices:
+        raise ValueError(
+            f"The {name} is split over {sorted(devices)} by its device_map, and each process needs it on one device. Leave "
+            "device_map out; to spread a model over GPUs use DeepSpeed ZeRO-3 or FSDP2 (examples/accelerate)."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"The {name} has weights on the meta device, that is none, in this process. Under FSDP set "
+            "fsdp_cpu_ram_efficient_loading: false in the accelerate config (examples/accelerate/fsdp2.yaml), or load the model "
+            "before the trainer is made."
+        )
+
+
 def _load_student(name: str, args: "SKDConfig") -> PreTrainedModel:
     kwargs = dict(args.model_init_kwargs or {})
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None  # each process holds its own
+    # Each process holds its own, on one device; TRL's default in a single process is to spread it over all.
+    kwargs.setdefault("device_map", None)
     # The Trainer is given an object, and would warn that these no longer have an effect.
     args.model_init_kwargs = None
     return create_model_from_path(name, **kwargs)

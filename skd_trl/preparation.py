@@ -8,11 +8,12 @@ from transformers import PreTrainedModel
 from ._compat import get_config_model_id
 from .distributed import is_sharded
 from .lm_head import LMHead
+from .sampler_inputs import positions_of
 from .skd_config import SKDConfig
 
 
 def own_arguments(
-    args: SKDConfig | None, config_class: type[SKDConfig], suffix: str, model: nn.Module | str, is_stream: bool
+    args: SKDConfig | None, config_class: type[SKDConfig], suffix: str, model: nn.Module | str
 ) -> SKDConfig:
     """A copy of `args` that the trainer may change, the caller's stays as it was; the defaults if there are none.
 
@@ -32,9 +33,8 @@ def own_arguments(
         setattr(args, name, copy.deepcopy(getattr(args, name)))
     args.remove_unused_columns = False
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    if is_stream:
-        # Each rank collates its own rows: batches of different widths could not be concatenated and sent around.
-        args.accelerator_config.dispatch_batches = False
+    # Each rank collates its own rows, of streams too: batches of different widths could not be concatenated and sent around.
+    args.accelerator_config.dispatch_batches = False
     return args
 
 
@@ -42,13 +42,14 @@ def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrai
     """The longest prompt that both models have positions for, or a lower limit that `args` sets."""
     limits = [] if args.prompt_limit is None else [args.prompt_limit]
     for name, model in (("student", student), ("teacher", teacher)):
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        config = model.config.get_text_config()
+        positions = positions_of(config) if args.samples else getattr(config, "max_position_embeddings", None)
         if positions is None:
             continue
         if positions <= args.max_new_tokens:
             raise ValueError(
                 f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt: the {name} has {positions} positions "
-                "(max_position_embeddings). Lower max_new_tokens."
+                "(max_position_embeddings, or with longrope original_max_position_embeddings). Lower max_new_tokens."
             )
         limits.append(positions - args.max_new_tokens)
     return min(limits, default=None)

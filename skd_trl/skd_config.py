@@ -7,6 +7,7 @@ from ._compat import GKDConfig
 from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .divergences import DIVERGENCES
 from .draft_length import AUTO, DraftLength
+from .inherited_options import check_inherited_options
 from .sampling_params import SamplingParams
 
 
@@ -54,7 +55,7 @@ class SKDConfig(GKDConfig):
             Loss at replaced tokens: the divergence as everywhere (SKD), or `"nll"`, the negative log-likelihood of the
             teacher's token (CA-OPD, IPD).
         loss_chunk_size (`int`, *optional*):
-            Positions whose logits are in memory at once. By default chosen so that they take about 64 MiB (on CPU 16).
+            Positions whose logits are in memory at once. By default chosen so that they take about 64 MiB (on CPU 16 to 30).
         rollout_batch_size (`int`, *optional*):
             Responses written at once on each device; freed places are refilled. By default all of an optimizer step.
         compile_student (`bool`, *optional*, defaults to `False`):
@@ -154,7 +155,7 @@ class SKDConfig(GKDConfig):
     loss_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "Positions whose logits are in memory at once. Default: as many as take about 64 MiB (CPU: 16)."
+            "help": "Positions whose logits are in memory at once. Default: as many as take about 64 MiB (CPU: 16 to 30)."
         },
     )
     rollout_batch_size: int | None = field(
@@ -222,6 +223,7 @@ class SKDConfig(GKDConfig):
                 "num_draft_tokens='auto' follows measured times, which differ from run to run; with full_determinism=True "
                 "give a number (the paper's is 5)."
             )
+        check_inherited_options(self)
         self.draft_length()
         for name in ("max_new_tokens", "log_completions_steps", "num_completions_to_print"):
             check_positive(name, getattr(self, name))
@@ -231,6 +233,15 @@ class SKDConfig(GKDConfig):
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}. "
                 "Raise max_length, lower max_new_tokens, or set max_prompt_length."
+            )
+        if (
+            None not in (self.max_length, self.max_prompt_length)
+            and self.max_response_length is None
+            and self.max_prompt_length >= self.max_length
+        ):
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for a response in max_length={self.max_length}. "
+                "Raise max_length, lower max_prompt_length, or set max_response_length."
             )
         # What these factories refuse is reported with the field it came from.
         for fields, make in (
@@ -265,6 +276,11 @@ class SKDConfig(GKDConfig):
     def make_divergence(self):
         kwargs = {"beta": self.beta} if self.divergence == "jsd" else {}
         return DIVERGENCES[self.divergence](**kwargs, **(self.divergence_kwargs or {}))
+
+    @property
+    def samples(self) -> bool:
+        """Whether any step trains on sampled responses."""
+        return (self.rollout != "dataset" and self.lmbda > 0) or self.seq_kd
 
     @property
     def prompt_limit(self) -> int | None:

@@ -42,7 +42,7 @@ from .losses import DistillationLoss, distillation_loss
 from .metrics import RatioMetrics, add_rollout, with_prefix
 from .models import disable_dropout, load_pair, pad_token_id
 from .preparation import own_arguments, room_for_prompts, verify_heads
-from .ragged_cache import check_decoder
+from .ragged_cache import check_adapter, check_decoder
 from .response_tokens import ResponseTokens
 from .rollout import Rollout
 from .sampler import eval_mode, interleaved_sample
@@ -82,7 +82,8 @@ class SKDTrainer(GKDTrainer):
     The changes with respect to [`~trl.experimental.gkd.GKDTrainer`] are: the responses of a whole optimizer step are
     sampled before its first backward, by student and teacher together; the loss reuses the teacher's hidden states from
     that sampling, never builds full logits, and divides by the number of response tokens it is computed on, over all
-    micro-batches and processes. Whatever the inherited arguments do there they do here.
+    micro-batches and processes. Inherited options do what they do there; those that have no place here are refused by name
+    (`inherited_options.py`).
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -152,14 +153,17 @@ class SKDTrainer(GKDTrainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable | None = None,
     ):
-        args = own_arguments(
-            args, self._config_class, f"-{self._name}", model, isinstance(train_dataset, IterableDataset)
-        )
+        args = own_arguments(args, self._config_class, f"-{self._name}", model)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
-        if (args.rollout != "dataset" and args.lmbda > 0) or args.seq_kd:
+        for adapter in (peft_config, getattr(student, "active_peft_config", None)):
+            check_adapter(adapter)
+        if args.samples:
             check_decoder(student)
             check_decoder(teacher)
-        self.vocab_size = check_vocabularies(student, teacher, tokenizer)
+        teacher_revision = (args.teacher_model_init_kwargs or {}).get("revision")
+        self.vocab_size = check_vocabularies(
+            student, teacher, tokenizer, revision=teacher_revision, trust_remote_code=args.trust_remote_code
+        )
         self.eos_token_ids = end_of_sequence_ids(student, teacher, tokenizer)
         difference = describe_end_of_sequence_difference(student, teacher, tokenizer)
         if difference:
@@ -176,6 +180,8 @@ class SKDTrainer(GKDTrainer):
         )
         needs_references = (args.rollout == "dataset" or args.lmbda < 1) and not args.seq_kd
         train_dataset = self._prepare(train_dataset, needs_response=needs_references, name="train")
+        if args.shuffle_dataset:
+            train_dataset = train_dataset.shuffle(seed=args.seed)
         eval_dataset = self._prepare_eval(eval_dataset)
 
         # Adapters are initialised at random, and the oldest supported TRL seeds too late for that.
@@ -222,6 +228,12 @@ class SKDTrainer(GKDTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_eval(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """As [`~transformers.Trainer.predict`], on reference responses, with the metrics of an evaluation."""
+        output = super().predict(self._prepare_eval(test_dataset), ignore_keys, metric_key_prefix)
+        output.metrics.update(with_prefix(self._ratios["eval"].compute(self.accelerator), f"{metric_key_prefix}_"))
+        return output
 
     # One optimizer step: sample all of it, then train on it.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .gates import GATES, Gate, make_gate
-from .skd_config import SKDConfig, check_choice, check_positive
+from .skd_config import ROLLOUTS, SKDConfig, check_choice, check_positive
 
 
 NORMALIZERS = ("all", "accepted", "mean_one")
@@ -50,7 +50,7 @@ class SpecKDConfig(SKDConfig):
         default="student",
         metadata={
             "help": "Who writes the responses that the gate weighs.",
-            "choices": ["interleaved", "student", "teacher", "dataset"],
+            "choices": list(ROLLOUTS),
         },
     )
     gate: str = field(

@@ -24,6 +24,9 @@ logger = get_logger(__name__)
 POSITION_BINS = ((0, 8), (8, 32), (32, 128), (128, None))
 POSITION_NAMES = tuple(f"token_acceptance_rate_{a}_{'on' if b is None else b - 1}" for a, b in POSITION_BINS)
 
+# Of a batch, what keeps its own precision in every engine.
+EXACT = ("gate_uniforms", "compared_uniforms", "gate_weight")
+
 
 class SpecKDTrainer(SKDTrainer):
     """
@@ -178,6 +181,12 @@ class SpecKDTrainer(SKDTrainer):
             "step divides by all response tokens."
         )
         return num_tokens
+
+    def _prepare_inputs(self, inputs):
+        # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
+        exact = {name: inputs[name] for name in EXACT if name in inputs}
+        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in EXACT})
+        return {**prepared, **{name: value.to(self.args.device) for name, value in exact.items()}}
 
     # The loss
 

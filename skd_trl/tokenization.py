@@ -222,7 +222,7 @@ def _renderer(row, tokenizer, rules) -> Callable[..., str]:
         raise UnusableRow(
             "form",
             "it is a conversation, and the tokenizer has no chat template. Set `tokenizer.chat_template` (or "
-            "`chat_template_path` in the config), use the tokenizer of an instruction-tuned model, or give `prompt` "
+            "`chat_template_path` in the config, to a .jinja file), use the tokenizer of an instruction-tuned model, or give `prompt` "
             "and `completion` as plain texts.",
         )
     try:

@@ -69,6 +69,7 @@ def check_vocabularies(
     teacher_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    **loading: Any,
 ) -> int:
     """
     Size of the vocabulary that student and teacher share: ids below it mean the same to both.
@@ -80,6 +81,8 @@ def check_vocabularies(
             Tokenizer of the student.
         teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the teacher. By default the one at the path or id that the teacher was loaded from, if any.
+        loading:
+            How to load it: `revision`, `trust_remote_code`.
 
     Returns:
         `int`: the smaller of the two vocabulary sizes.
@@ -94,7 +97,7 @@ def check_vocabularies(
     shared_size = min(sizes)
     found = f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}."
     if teacher_tokenizer is None:
-        teacher_tokenizer = _load_tokenizer(teacher_model)
+        teacher_tokenizer = _load_tokenizer(teacher_model, **loading)
     difference = None if teacher_tokenizer is None else describe_tokenizer_difference(tokenizer, teacher_tokenizer)
     if difference is not None:
         raise ValueError(
@@ -130,12 +133,12 @@ def _advice() -> str:
     )
 
 
-def _load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(model: PreTrainedModel, **loading: Any) -> PreTrainedTokenizerBase | None:
     path = getattr(model.config, "_name_or_path", None)
     if not path:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, **loading)
     except Exception as error:  # whatever a folder without a tokenizer, a missing hub or a missing package raises
         logger.info(f"No tokenizer could be loaded from {path!r}: {error}")
         return None

@@ -29,7 +29,7 @@ LAYERS = [
     {"compiled_step", "head_gradients", "losses", "rollout", "sampler", "hidden_states", "response_tokens"},
     {"_compat"},
     {"tokenization", "data", "distributed", "completions", "metrics"},
-    {"skd_config", "speckd_config"},
+    {"inherited_options", "skd_config", "speckd_config"},
     {"models", "preparation", "draft_length_state"},
     {"skd_trainer", "speckd_trainer"},
 ]

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
-from tiny import byte_tokenizer, tiny_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 from transformers import TrainerCallback
 from trl.experimental.gkd import GKDTrainer
 
@@ -134,7 +134,9 @@ def test_the_divisor_is_the_number_of_sampled_response_tokens(tmp_path, rollout)
 
 
 @pytest.mark.parametrize("divergence, beta", [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5), ("jsd", 0.1)])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "cohere", "gpt2", "gemma4_text"])
+@pytest.mark.parametrize(
+    "architecture", sorted({"llama", "gemma2", "granite", "cohere", "gpt2", "gemma4_text"} & ARCHITECTURES.keys())
+)
 def test_on_the_data_sets_responses_loss_and_gradient_are_those_of_gkd_on_full_logits(
     tmp_path, architecture, divergence, beta
 ):
@@ -352,10 +354,15 @@ def test_lmbda_mixes_steps_on_sampled_and_on_the_data_sets_responses_by_seed_and
 
 
 @pytest.mark.parametrize("rollout, expected", [("student", 0.0), ("teacher", 1.0)])
-def test_rollouts_of_one_model_have_the_replaced_share_of_their_limit(tmp_path, rollout, expected):
-    trainer = make_trainer(tmp_path, rollout=rollout)
+def test_rollouts_of_one_model_say_whose_tokens_they_are(tmp_path, rollout, expected, capsys):
+    trainer = make_trainer(tmp_path, rollout=rollout, log_completions=True)
     trainer.train()
     assert trainer.state.log_history[0]["replaced_share"] == expected
+    kept = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet").to_dict("records")
+    assert all(set(row["replaced"]) == {bool(expected)} for row in kept)
+    # A teacher's token is marked in what goes to a file, and the student proposed nothing in its place.
+    assert ("⟦" in capsys.readouterr().out.partition("\n")[2]) == bool(expected)
+    assert [row["proposals"] is None for row in kept] == [rollout == "teacher"] * len(kept)
 
 
 def test_every_metric_is_logged_and_true_to_the_sampled_responses(tmp_path):
@@ -389,6 +396,53 @@ def test_evaluation_scores_reference_responses_token_by_token(tmp_path):
         expected = trainer.compute_loss(trainer.model, batch).item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert trainer.evaluate(Dataset.from_list(ROWS))["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_predictions_are_scored_like_an_evaluation_and_leave_its_sums_alone(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=Dataset.from_list(ROWS))
+    evaluated = trainer.evaluate()
+    predicted = trainer.predict(Dataset.from_list(ROWS[:5])).metrics
+    assert math.isfinite(predicted["test_loss"])
+    assert 0 < predicted["test_student_entropy"] < math.log(259)
+    assert trainer.evaluate()["eval_student_entropy"] == evaluated["eval_student_entropy"]
+
+
+def test_a_shuffled_data_set_is_shuffled_by_the_seed_a_stream_too(tmp_path):
+    plain, shuffled, again, other = (
+        make_trainer(tmp_path, seed=seed, shuffle_dataset=shuffle).train_dataset["prompt_ids"]
+        for seed, shuffle in ((1, False), (1, True), (1, True), (2, True))
+    )
+    assert shuffled == again != plain
+    assert other != shuffled and sorted(shuffled) == sorted(plain)
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    drawn = make_trainer(tmp_path, stream, seed=1, shuffle_dataset=True).train_dataset
+    assert sorted(row["prompt_ids"] for row in drawn) == sorted(plain)
+    assert [row["prompt_ids"] for row in drawn] != list(plain)
+
+
+def test_the_tokenizers_options_hold_before_a_row_is_tokenized(tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{i}"}]} for i in range(4)
+    ]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    trainer = make_trainer(
+        tmp_path, rows, processing_class=tokenizer, chat_template_path=str(template), eos_token="q", pad_token="w",
+        rollout="dataset",
+    )  # fmt: skip
+    eos, pad = tokenizer.convert_tokens_to_ids(["q", "w"])
+    assert eos in trainer.eos_token_ids and trainer.processing_class.eos_token_id == eos
+    assert trainer.train_dataset[0]["prompt_ids"] == tokenizer("<a>").input_ids
+    assert trainer.processing_class.pad_token_id == pad == trainer.data_collator.pad_token_id
+    assert tokenizer.chat_template is None and tokenizer.eos_token != "q"  # the caller's own stays as it was
+    for settings, message in (
+        ({"eos_token": "<nowhere>"}, "eos_token='<nowhere>' is not in"),
+        ({"chat_template_path": "some/model"}, "chat_template_path='some/model' is not a .jinja file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, rows, **settings)
 
 
 def test_compute_metrics_gets_the_full_logits_of_the_evaluated_batches(tmp_path):
@@ -517,6 +571,19 @@ def test_the_model_card_names_the_method_and_its_paper(tmp_path):
         ({"rollout_batch_size": -2}, "rollout_batch_size=-2"),
         ({"max_new_tokens": 128, "max_length": 128}, "max_new_tokens=128 leaves no room"),
         ({"divergence": "skew_forward_kl", "divergence_kwargs": {"alpha": 2.0}}, "divergence_kwargs"),
+        ({"max_prompt_length": 1024, "max_length": 1024}, "max_prompt_length=1024 leaves no room for a response"),
+        # Inherited options that have no place here
+        ({"packing": True}, "packing=True would have no effect"),
+        ({"eval_packing": True}, "eval_packing=True"),
+        ({"padding_free": True}, "padding_free=True"),
+        ({"assistant_only_loss": True}, "assistant_only_loss=True"),
+        ({"completion_only_loss": False}, "completion_only_loss=False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"loss_type": "dft"}, "loss_type='dft'"),
+        ({"router_aux_loss_coef": 0.01}, "router_aux_loss_coef=0.01"),
+        ({"beta": 1.0}, "beta=1.0 would have no effect.*divergence='jsd'"),
+        ({"seq_kd": True}, "seq_kd=True would have no effect.*rollout='teacher'"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8.*rollout='dataset'"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(tmp_path, settings, message):
@@ -550,6 +617,46 @@ def test_a_missing_or_shared_teacher_is_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="same object"):
         make_trainer(tmp_path, model=student, teacher=student)
+
+
+def test_a_teacher_inside_the_adapted_student_is_refused(tmp_path):
+    base = tiny_model(seed=1)
+    student = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    for teacher in (base, student.get_base_model()):
+        with pytest.raises(ValueError, match="shares weights with the student.*second time"):
+            make_trainer(tmp_path, model=student, teacher=teacher)
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_model_that_is_split_or_not_loaded_is_refused(tmp_path, whose):
+    split = tiny_model(seed=3)
+    split.hf_device_map = {"model": 0, "lm_head": 1}
+    empty = tiny_model(seed=3).to("meta")
+    for model, message in ((split, "split over .'0', '1'.*device_map"), (empty, "meta device.*ram_efficient")):
+        with pytest.raises(ValueError, match=f"The {whose} (is|has).*{message}"):
+            make_trainer(tmp_path, **{"model" if whose == "student" else "teacher": model})
+
+
+def test_a_student_given_by_name_is_loaded_onto_one_device(tmp_path, monkeypatch):
+    from skd_trl import models
+
+    tiny_model(seed=1).save_pretrained(tmp_path / "student")
+    seen = []
+    original = models.create_model_from_path
+    monkeypatch.setattr(
+        models, "create_model_from_path", lambda name, **kwargs: seen.append(kwargs) or original(name, **kwargs)
+    )
+    make_trainer(tmp_path, model=str(tmp_path / "student"))
+    assert [kwargs["device_map"] for kwargs in seen] == [None]
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "interleaved"])
+def test_prompt_learning_is_refused_before_training(tmp_path, rollout):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="prompt-learning.*Use LoRA"):
+        make_trainer(tmp_path, peft_config=config, rollout=rollout)
+    with pytest.raises(ValueError, match="prompt-learning.*Use LoRA"):
+        make_trainer(tmp_path, model=get_peft_model(tiny_model(seed=1), config), rollout=rollout)
 
 
 def test_models_that_cannot_be_sampled_from_are_refused_with_a_way_out(tmp_path):

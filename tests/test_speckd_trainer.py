@@ -155,10 +155,10 @@ def test_every_metric_of_the_gate_is_logged_and_adds_up(tmp_path):
     rate = log["token_acceptance_rate"]
     assert 0 < rate < 1
     assert log["gate_weight"] == pytest.approx(0.1 + 0.9 * rate)
-    # Four rows of 40 tokens, unless one ended: bins of 8, 24 and 8 tokens.
+    # Four rows of 40 tokens: bins of 8, 24 and 8 tokens.
     bins = [log[f"token_acceptance_rate_{name}"] for name in ("0_7", "8_31", "32_127")]
-    if log["response_length"] == 40:
-        assert sum(b * n for b, n in zip(bins, (8, 24, 8), strict=True)) / 40 == pytest.approx(rate)
+    assert log["response_length"] == 40
+    assert sum(b * n for b, n in zip(bins, (8, 24, 8), strict=True)) / 40 == pytest.approx(rate)
     # Without a floor the loss is the accepted tokens' part; it and the rejected tokens' part make up the whole.
     parts = rate * log["divergence_accepted"] + 0.1 * (1 - rate) * log["divergence_rejected"]
     assert log["loss"] == pytest.approx(parts, rel=1e-3)
@@ -237,6 +237,6 @@ def test_models_that_end_with_different_ids_warn_that_the_gate_may_reject_every_
     assert "gate_keep_eos=True" in caplog.text
 
 
-def test_the_gate_is_the_only_difference_to_skd(tmp_path):
+def test_speckd_is_skd_whose_student_writes_by_default():
     assert SpecKDTrainer.__mro__[1] is SKDTrainer
     assert SpecKDConfig("x", use_cpu=True, bf16=False).rollout == "student"
