@@ -29,11 +29,12 @@ HERE = Path(__file__).parent
 ASSETS = HERE.parent / "examples" / "assets"
 
 
-def parser(description: str, **defaults) -> argparse.ArgumentParser:
+def parser(description: str, *, models: bool = True, **defaults) -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    own.add_argument("--assets", type=Path, default=ASSETS, help="directory made by examples/offline_assets.py")
-    own.add_argument("--student", default="student-14", help="directory in assets, or a name or path")
-    own.add_argument("--teacher", default="teacher", help="directory in assets, or a name or path")
+    if models:
+        own.add_argument("--assets", type=Path, default=ASSETS, help="directory made by examples/offline_assets.py")
+        own.add_argument("--student", default="student-14", help="directory in assets, or a name or path")
+        own.add_argument("--teacher", default="teacher", help="directory in assets, or a name or path")
     own.add_argument("--repeats", type=int, default=5, help="the median of these is reported")
     own.add_argument("--threads", type=int, default=1, help="more than one only on a machine that nobody else uses")
     own.add_argument(
@@ -152,12 +153,13 @@ class Report:
     def _circumstances(self) -> list[str]:
         command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         clock = "wall clock" if self.args.clock == "wall" else "processor time of the process"
+        models = f"; student {self.args.student}, teacher {self.args.teacher}" if "student" in self.args else ""
         return [
             f"- {date.today()}, commit {_commit()}, command `{command}`",
             f"- {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), fp32, {clock}, "
             f"medians of {self.args.repeats}",
             f"- torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
-            f"python {platform.python_version()}; student {self.args.student}, teacher {self.args.teacher}",
+            f"python {platform.python_version()}{models}",
         ]
 
 

@@ -1,7 +1,8 @@
 """Peak memory of the loss, forward and backward, above what the models and their inputs take: ours against GKDTrainer's.
 
 Both start from last hidden states of B x (P + T) positions: GKDTrainer makes full logits of all of them, prompts included,
-and compares the responses; `distillation_loss` gets the responses' positions. A process of its own measures each case.
+and compares the responses; `distillation_loss` gets the responses' positions. A process of its own measures each case. Models
+are not loaded: the heads have random weights.
 """
 
 import argparse
@@ -9,10 +10,9 @@ import json
 import resource
 import subprocess
 import sys
-import time
 
 import torch
-from common import Report, parser, prepare
+from common import CLOCKS, Report, median, parser, prepare
 from torch import nn
 from trl.experimental.gkd import GKDTrainer
 
@@ -22,12 +22,12 @@ from skd_trl.losses import distillation_loss
 
 
 def main() -> None:
-    own = parser(__doc__.splitlines()[0], repeats=1)
+    own = parser(__doc__.splitlines()[0], models=False)
     own.add_argument("--vocab_sizes", type=int, nargs="+", default=[49152, 151936])
     own.add_argument("--lengths", type=int, nargs="+", default=[64, 256])
     own.add_argument("--batch_size", type=int, default=8)
     own.add_argument("--prompt_tokens", type=int, default=0, help="0 favours GKDTrainer, which makes their logits too")
-    own.add_argument("--hidden_sizes", type=int, nargs=2, default=[64, 96], help="student's and teacher's")
+    own.add_argument("--hidden_sizes", type=int, nargs=2, default=[576, 576], help="student's and teacher's")
     own.add_argument("--limit_gib", type=float, default=8.0, help="GKDTrainer's larger cases are extrapolated")
     own.add_argument("--case", help=argparse.SUPPRESS)
     args = own.parse_args()
@@ -41,7 +41,8 @@ def main() -> None:
         for length in args.lengths:
             rows.append([vocab_size, length, *case(args, vocab_size, length)])
     report.table(
-        f"B = {args.batch_size}, P = {args.prompt_tokens}, forward and backward, JSD with beta 0.5",
+        f"B = {args.batch_size}, P = {args.prompt_tokens}, heads of {args.hidden_sizes[0]} (student) and {args.hidden_sizes[1]} "
+        "columns, forward and backward, JSD with beta 0.5",
         ["V", "T", "GKDTrainer [MiB]", "skd_trl [MiB]", "share [%]", "GKDTrainer [s]", "skd_trl [s]"],
         rows,
         "Above the process before the loss. `~`: measured on fewer rows and scaled, as the whole does not fit.",
@@ -50,14 +51,17 @@ def main() -> None:
 
 def case(args, vocab_size: int, length: int) -> list:
     common = {"vocab_size": vocab_size, "length": length, "prompt_tokens": args.prompt_tokens}
-    common |= {"hidden_sizes": args.hidden_sizes, "threads": args.threads}
+    common |= {"hidden_sizes": args.hidden_sizes, "threads": args.threads, "clock": args.clock}
     logits = args.batch_size * (length + args.prompt_tokens) * vocab_size * 4
     # At its peak about 14 tensors of the logits' size.
     share = 1
     while 14 * logits / share > args.limit_gib * 2**30 and share < args.batch_size:
         share *= 2
-    theirs = run({**common, "whose": "GKDTrainer", "batch_size": args.batch_size // share})
-    ours = run({**common, "whose": "skd_trl", "batch_size": args.batch_size})
+    theirs, ours = run(
+        args.repeats,
+        {**common, "whose": "GKDTrainer", "batch_size": args.batch_size // share},
+        {**common, "whose": "skd_trl", "batch_size": args.batch_size},
+    )
     theirs = {name: value * share for name, value in theirs.items()}
     mark = "~" if share > 1 else ""
     return [
@@ -66,12 +70,18 @@ def case(args, vocab_size: int, length: int) -> list:
     ]  # fmt: skip
 
 
-def run(settings: dict) -> dict:
-    command = [sys.executable, __file__, "--case", json.dumps(settings)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+def run(repeats: int, *cases: dict) -> list[dict]:
+    """The medians of each case, which take turns."""
+    commands = [[sys.executable, __file__, "--case", json.dumps(settings)] for settings in cases]
+    found = [[json.loads(_output(command)) for command in commands] for _ in range(repeats)]
+    return [{name: median([turn[i][name] for turn in found]) for name in found[0][i]} for i in range(len(cases))]
 
 
-def measure(whose, vocab_size, length, prompt_tokens, batch_size, hidden_sizes, threads) -> dict:
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+
+
+def measure(whose, vocab_size, length, prompt_tokens, batch_size, hidden_sizes, threads, clock) -> dict:
     """MiB and seconds of one loss with its backward."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -86,10 +96,10 @@ def measure(whose, vocab_size, length, prompt_tokens, batch_size, hidden_sizes, 
         parameter.grad = torch.zeros_like(parameter)  # belongs to the model
     loss_of = gkd_loss if whose == "GKDTrainer" else our_loss
     loss_of(student_hidden[:1, -1:], teacher_hidden[:1, -1:], heads, labels[:1, -1:]).backward()  # libraries load
-    before, start = resident_mib(), time.perf_counter()
+    before, start = resident_mib(), CLOCKS[clock]()
     reset_peak()
     loss_of(student_hidden, teacher_hidden, heads, labels).backward()
-    return {"mib": peak_mib() - before, "seconds": time.perf_counter() - start}
+    return {"mib": peak_mib() - before, "seconds": CLOCKS[clock]() - start}
 
 
 def gkd_loss(student_hidden, teacher_hidden, heads, labels) -> torch.Tensor:

@@ -23,7 +23,9 @@ def main() -> None:
     own.add_argument("--num_draft_tokens", type=int, default=5, help="G where it is fixed (SKD's paper: 5)")
     own.add_argument("--one_by_one_lengths", type=int, nargs="+", default=[5, 2], help="its G; the first is the unit")
     own.add_argument("--accept_top_k", type=int, default=25)
-    own.add_argument("--fixed_batch", type=int, default=8, help="batch size at which G is fixed as well")
+    own.add_argument(
+        "--fixed_batch", type=int, default=8, help="of the batch sizes, the one at which G is fixed as well"
+    )
     args = own.parse_args()
     clock = prepare(args)
     student, teacher = load_model(args, "student"), load_model(args, "teacher")

@@ -125,7 +125,8 @@ def prompts_and_completions(args, count: int):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         return shortest <= len(prompt) <= longest
 
-    rows = load_rows(args, "train").select(range(6000)).filter(fits)
+    rows = load_rows(args, "train")
+    rows = rows.select(range(min(6000, len(rows)))).filter(fits)
     rows = rows.select(range(min(count, len(rows))))
     return rows.map(lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=rows.column_names)
 
