@@ -1,11 +1,13 @@
-# Two commands do all the set-up: `make demo` and `make test`. Needs Python 3.10 or newer, make and git.
+# Two commands do all the set-up: `make demo` and `make test`. Needs Python 3.11 or newer (with venv), make and git.
 
 PYTHON ?= python3
 VENV   ?= .venv
-# A CPU build. Other versions may pull CUDA builds of several gigabytes; set TORCH= to whatever your machine should have.
+# Set TORCH= to what your machine should have. On Linux PyPI's wheels may bring CUDA with them, several gigabytes; a CPU build:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo TORCH=torch==2.13.0+cpu
 TORCH  ?= torch==2.13.0
-# The newest TRL that the package admits, unless told otherwise.
+# The newest that the package admits, unless told otherwise.
 TRL    ?= trl
+TRANSFORMERS ?= transformers
 
 BIN := $(VENV)/bin
 
@@ -18,7 +20,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRL)" --editable ".[test]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRL)" "$(TRANSFORMERS)" --editable ".[test]"
 	touch $@
 
 install: $(VENV)/.installed  ## virtual environment with the package and everything for tests and examples
