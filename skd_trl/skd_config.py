@@ -61,7 +61,7 @@ class SKDConfig(GKDConfig):
         compile_student (`bool`, *optional*, defaults to `False`):
             Whether the student drafts in static shapes through `torch.compile`, on CUDA with CUDA graphs: for small
             students on GPUs. The first steps compile, and the student's cache stays in memory. Not for a student that
-            ZeRO-3 or FSDP2 shards. (The inherited `torch_compile` is about the training step.)
+            ZeRO-3 or FSDP2 shards. (The inherited `torch_compile` is for the training step; sampling runs without it.)
         max_prompt_length (`int`, *optional*):
             Rows with a longer prompt are left out. By default `max_length - max_new_tokens`.
         max_response_length (`int`, *optional*):

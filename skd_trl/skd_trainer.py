@@ -7,7 +7,7 @@ Glue: who writes the responses is `sampler.py`, what they cost is `losses.py`, r
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -269,6 +269,8 @@ class SKDTrainer(GKDTrainer):
         with (
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
             self.compute_loss_context_manager(),
+            # `torch_compile` is for the training step: every round has another shape, and would be compiled anew.
+            nullcontext() if self._compiled_student else torch.compiler.set_stance("force_eager"),
         ):
             collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
             sampled = interleaved_sample(

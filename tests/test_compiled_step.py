@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from test_sampler import left_padded
 from test_skd_trainer import losses, make_trainer
 from tiny import tiny_model
+from torch._dynamo.utils import counters
 
 from skd_trl import compiled_step
 from skd_trl.acceptance import ACCEPTANCE_RULES
@@ -111,6 +112,31 @@ def test_a_trainer_compiles_once_and_trains_as_without(graphs, tmp_path, bf16):
     else:
         assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
     assert 1 <= len(graphs) <= 2
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_the_training_step_and_leaves_sampling_alone(tmp_path):
+    torch._dynamo.reset()
+    num_graphs = counters["stats"]
+
+    def count(during):
+        before = num_graphs["unique_graphs"]
+        outcome = during()
+        made.append(num_graphs["unique_graphs"] - before)
+        return outcome
+
+    plain, compiled = (
+        make_trainer(tmp_path, max_steps=2, torch_compile=compile, torch_compile_backend="eager" if compile else None)
+        for compile in (False, True)
+    )
+    original, made = compiled._sample, []
+    compiled._sample = lambda *arguments: count(lambda: original(*arguments))
+    plain.train()
+    before = num_graphs["unique_graphs"]
+    compiled.train()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    assert made == [0, 0] and num_graphs["unique_graphs"] > before
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow
