@@ -22,7 +22,7 @@ from skd_trl.losses import distillation_loss
 
 
 def main() -> None:
-    own = parser(__doc__.splitlines()[0], models=False)
+    own = parser(__doc__.splitlines()[0], models=False, repeats=3)
     own.add_argument("--vocab_sizes", type=int, nargs="+", default=[49152, 151936])
     own.add_argument("--lengths", type=int, nargs="+", default=[64, 256])
     own.add_argument("--batch_size", type=int, default=8)
