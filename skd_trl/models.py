@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import create_model_from_path, get_config_model_id
+from .ragged_cache import check_one_device
 
 
 if TYPE_CHECKING:
@@ -124,12 +125,7 @@ def _check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 
 def _check_placed(name: str, model: PreTrainedModel) -> None:
-    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
-    if len(devices) > 1 or "disk" in devices:
-        raise ValueError(
-            f"The {name} is split over {sorted(devices)} by its device_map, and each process needs it on one device. Leave "
-            "device_map out; to spread a model over GPUs use DeepSpeed ZeRO-3 or FSDP2 (examples/accelerate)."
-        )
+    check_one_device(f"The {name}", model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"The {name} has weights on the meta device, that is none, in this process. Under FSDP set "

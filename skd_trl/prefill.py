@@ -28,9 +28,8 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
         `list[list[int]]`: indices into `lengths`, the shortest first.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    cuts: list[tuple[float, int]] = [
-        (0, 0)
-    ]  # of the first prompts, by their number: the lowest cost, where its last group starts
+    # Of the first prompts, by their number: the lowest cost, and where its last group starts.
+    cuts: list[tuple[float, int]] = [(0, 0)]
     for stop, prompt in enumerate(order, start=1):
         longest = lengths[prompt]
         most = max(1, most_tokens // max(1, longest))

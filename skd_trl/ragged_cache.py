@@ -218,11 +218,7 @@ def check_decoder(model: nn.Module) -> None:
             f"{name} has local layers that take a block for the last tokens of every row, and rows here have lengths of "
             f"their own. {way_out}"
         )
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise ValueError(
-            f"{name} is split over several devices by its device_map, and its cache is on one. Load it onto one device, or "
-            "shard it (ZeRO-3, FSDP2) in a trainer."
-        )
+    check_one_device(name, model)
     unknown = set(getattr(config, "layer_types", None) or []) - {FULL, SLIDING}
     if unknown:
         raise ValueError(
@@ -231,6 +227,16 @@ def check_decoder(model: nn.Module) -> None:
     if model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no language-model head (get_output_embeddings() is None). {way_out}")
     check_adapter(getattr(model, "active_peft_config", None))
+
+
+def check_one_device(name: str, model: nn.Module) -> None:
+    """Raises `ValueError` for a model that its `device_map` spreads: caches, heads and losses are on one device."""
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1 or "disk" in devices:
+        raise ValueError(
+            f"{name} is split over {sorted(devices)} by its device_map, and each process needs it on one device. Leave "
+            "device_map out; to spread a model over GPUs use DeepSpeed ZeRO-3 or FSDP2 (examples/accelerate)."
+        )
 
 
 def check_adapter(peft_config) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
+from tiny import save_models
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -30,12 +30,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
     """Tiny models and texts, laid out like those of `make assets`, with prompts of all lengths that are asked for."""
-    directory, tokenizer = tmp_path_factory.mktemp("assets"), byte_tokenizer()
-    for name, seed in (("teacher", 1), ("student-14", 2)):
-        model = tiny_model("llama", seed=seed)
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
+    directory = tmp_path_factory.mktemp("assets")
+    save_models(directory, {"teacher": 1, "student-14": 2})
     (directory / "text").mkdir()
     for split in ("train", "test"):
         rows = [

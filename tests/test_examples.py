@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
-from tiny import EOS, byte_tokenizer, tiny_model
+from tiny import EOS, byte_tokenizer, save_models, tiny_model
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -516,12 +516,7 @@ def test_wrong_script_arguments_name_the_field():
 @pytest.fixture
 def tiny_assets(tmp_path):
     """A pair of tiny models and a data set in files, as offline_assets.py lays them out."""
-    tokenizer = byte_tokenizer()
-    for name, seed in (("teacher", 1), ("student", 2)):
-        model = tiny_model("llama", seed=seed)
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    save_models(tmp_path, {"teacher": 1, "student": 2})
     (tmp_path / "text").mkdir()
     for split, num_rows in (("train", 8), ("test", 5)):
         rows = [

@@ -313,7 +313,7 @@ def test_attention_that_cannot_be_ragged_is_refused():
     )
     split = tiny_model(seed=2)
     split.hf_device_map = {"model": 0, "lm_head": 1}
-    for model, message in ((bloom, "ALiBi"), (local, "local layers"), (split, "split over several devices")):
+    for model, message in ((bloom, "ALiBi"), (local, "local layers"), (split, "split over .'0', '1'")):
         with pytest.raises(ValueError, match=message):
             sample(model, tiny_model(seed=2))
 

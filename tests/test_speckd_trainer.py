@@ -170,6 +170,20 @@ def test_every_metric_of_the_gate_is_logged_and_adds_up(tmp_path):
     assert 0 <= metrics["eval_token_acceptance_rate_eos"] <= 1
 
 
+def test_noise_and_weights_keep_their_digits_where_the_engine_casts_a_batch(tmp_path, monkeypatch):
+    """DeepSpeed has the Trainer cast every float of a batch to its own precision; the last uniform would become 1."""
+    trainer = make(tmp_path, gate="spec_k", gate_top_k=2)
+
+    def cast(batch):
+        return {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
+
+    monkeypatch.setattr(trainer, "_prepare_input", cast)
+    noise, states = torch.tensor([[0.5, 1 - 2**-20]]), torch.ones(2)
+    prepared = trainer._prepare_inputs({"gate_uniforms": noise, "teacher_hidden_states": states})
+    assert torch.equal(prepared["gate_uniforms"], noise)
+    assert prepared["teacher_hidden_states"].dtype == torch.bfloat16
+
+
 def test_lora_trains_under_a_gate(tmp_path):
     trainer = make(
         tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj"]), gate_normalizer="mean_one", max_steps=2

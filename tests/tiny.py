@@ -4,6 +4,8 @@
 distribution is nearly uniform, and an error in a mask or a position hardly moves it.
 """
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -69,6 +71,16 @@ def byte_tokenizer(chat_template: str | None = CHATML, num_extra_tokens: int = 0
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=PAD, eos_token=EOS, chat_template=chat_template, model_max_length=512
     )
+
+
+def save_models(directory: Path, seeds: dict[str, int]) -> None:
+    """Tiny models by name, with their tokenizer, as `examples/offline_assets.py` lays them out."""
+    tokenizer = byte_tokenizer()
+    for name, seed in seeds.items():
+        model = tiny_model("llama", seed=seed)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 259, **overrides) -> PreTrainedModel:
