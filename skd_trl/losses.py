@@ -8,13 +8,13 @@ have no business here) and divides by their number over the whole optimizer step
 Shapes: N positions, V vocabulary, H hidden (each model its own), U uniforms per position.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from .chunks import chunks
 from .divergences import at_labels, log_probs
 from .gates import Gate
 from .head_gradients import AttachGradients, HeadGradients
@@ -106,7 +106,7 @@ def distillation_loss(
         vocab_size (`int`):
             Tokens that both models share; logits beyond are cut before anything is computed.
         chunk_size (`int`, *optional*):
-            Positions per chunk; default `default_chunk_size`.
+            Positions per chunk; default [`default_chunk_size`] (`chunks.py`).
         statistics (names, *optional*):
             Which of `STATISTICS` to compute along with it.
 
@@ -132,7 +132,7 @@ def distillation_loss(
     may_be_silent = gate.floor == 0 if gate is not None else weights is not None and bool((weights.weight == 0).any())
 
     table: dict[str, Tensor] = {}
-    for rows in _chunks(student_hidden, vocab_size, chunk_size):
+    for rows in chunks(len(student_hidden), vocab_size, student_hidden.device, chunk_size):
         made = _chunk(positions, rows, heads, divergence, gate, statistics, gradients, may_be_silent)
         _move(table, positions, rows, made)
     total = (table["weight"] * table["divergence"]).sum()
@@ -165,16 +165,6 @@ def gate_weights(
     heads = _Heads.whole(student_head, teacher_head, vocab_size)
     positions = _Positions(student_hidden, teacher_hidden, labels, uniforms, None, keep)
     return _gate_weights(positions, heads, gate, chunk_size, population)
-
-
-def default_chunk_size(vocab_size: int, device: torch.device) -> int:
-    """Positions whose fp32 logits take about 64 MiB, so that a head's matrix product runs at full speed. On CPU 16 MiB or,
-    where these hold fewer, 40 positions, which share the passes over the heads and their gradient; at most 30 MiB, for
-    beyond 32 glibc maps every tensor afresh, and each page of it costs a fault."""
-    position, mebibyte = 4 * vocab_size, 2**20
-    if device.type == "cpu":
-        return max(1, min(max(16 * mebibyte // position, 40), 30 * mebibyte // position))
-    return max(1, 64 * mebibyte // position)
 
 
 @dataclass(frozen=True)
@@ -230,18 +220,6 @@ def _trainable(student_hidden: Tensor, student_head: LMHead) -> list[Tensor]:
         return []
     hidden = [student_hidden] if student_hidden.requires_grad else []
     return hidden + student_head.trainable_parameters()
-
-
-def _chunks(hidden: Tensor, vocab_size: int, chunk_size: int | None) -> Iterator[slice]:
-    num_positions = len(hidden)
-    if chunk_size is None:
-        longest = default_chunk_size(vocab_size, hidden.device)
-        chunk_size = math.ceil(num_positions / max(1, math.ceil(num_positions / longest))) or 1  # of one size
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} holds no position, so the loss would never end; use 1 or more.")
-    # At least one chunk, empty if need be: a batch without a position then gives zeros of the right types and shapes.
-    for start in range(0, max(num_positions, 1), chunk_size):
-        yield slice(start, start + chunk_size)
 
 
 def _chunk(
@@ -337,8 +315,9 @@ def _gate_weights(
     positions: _Positions, heads: _Heads, gate: Gate, chunk_size: int | None, population: Callable | None = None
 ) -> GateWeights:
     table: dict[str, Tensor] = {}
+    hidden = positions.student_hidden
     with torch.no_grad():
-        for rows in _chunks(positions.student_hidden, heads.vocab_size, chunk_size):
+        for rows in chunks(len(hidden), heads.vocab_size, hidden.device, chunk_size):
             chunk = positions.rows(rows)
             raw = heads.student.project(chunk.student_hidden, heads.vocab_size)
             raw_teacher = _raw_teacher_logits(chunk, heads)

@@ -10,11 +10,12 @@ from tiny import tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from skd_trl import losses
+from skd_trl import chunks
+from skd_trl.chunks import default_chunk_size
 from skd_trl.divergences import DIVERGENCES
 from skd_trl.gates import GATES
 from skd_trl.lm_head import LMHead, backbone
-from skd_trl.losses import GateWeights, default_chunk_size, distillation_loss, gate_weights
+from skd_trl.losses import GateWeights, distillation_loss, gate_weights
 from skd_trl.token_statistics import STATISTICS
 
 
@@ -469,11 +470,11 @@ def test_a_default_chunk_is_as_long_as_its_memory_allows_but_never_empty(vocab_s
 
 
 def test_default_chunks_are_of_one_size(monkeypatch):
-    monkeypatch.setattr(losses, "default_chunk_size", lambda vocab_size, device: 8)
+    monkeypatch.setattr(chunks, "default_chunk_size", lambda vocab_size, device: 8)
     sizes = []
     for num_positions in (17, 16, 1, 0):
         hidden = torch.zeros(num_positions, 4)
-        sizes.append([len(hidden[rows]) for rows in losses._chunks(hidden, 50, None)])
+        sizes.append([len(hidden[rows]) for rows in chunks.chunks(len(hidden), 50, hidden.device)])
     assert sizes == [[6, 6, 5], [8, 8], [1], [0]]
 
 

@@ -20,6 +20,7 @@ LAYERS = [
         "lm_head",
         "ragged_cache",
         "boundary",
+        "chunks",
         "collator",
         "vocabulary",
         "draft_length",
