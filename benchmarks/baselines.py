@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from skd_trl.acceptance import AcceptanceRule, Draft
-from skd_trl.sampling_params import SamplingParams, shaped_probs
+from skd_trl.sampling.acceptance import AcceptanceRule, Draft
+from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
 
 
 @dataclass(frozen=True)

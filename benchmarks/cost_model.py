@@ -11,8 +11,8 @@ import torch
 from common import Report, load_model, load_prompts, median, parser, prepare, spread, take_turns
 from sampler import sample
 
-from skd_trl.acceptance import TopK
-from skd_trl.ragged_cache import RaggedDecoder
+from skd_trl.sampling.acceptance import TopK
+from skd_trl.sampling.ragged_cache import RaggedDecoder
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from baselines import Bernoulli
 from common import Report, load_model, load_prompts, median, parser, prepare, take_turns
 from sampler import measured_policy, sample
 
-from skd_trl.acceptance import TopK
-from skd_trl.draft_length import AutoDraftLength
+from skd_trl.sampling.acceptance import TopK
+from skd_trl.sampling.draft_length import AutoDraftLength
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from common import CLOCKS, Report, median, parser, prepare
 from torch import nn
 from trl.experimental.gkd import GKDTrainer
 
-from skd_trl.divergences import jsd
-from skd_trl.lm_head import LMHead
-from skd_trl.losses import distillation_loss
+from skd_trl.loss.distillation_loss import distillation_loss
+from skd_trl.loss.divergences import jsd
+from skd_trl.loss.lm_head import LMHead
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from baselines import assisted_generation, generate_then_score, one_by_one, teac
 from common import Report, load_model, load_prompts, median, parser, prepare, spread, take_turns
 
 from skd_trl import SamplingParams, interleaved_sample
-from skd_trl.acceptance import TopK
-from skd_trl.draft_length import AutoDraftLength
+from skd_trl.sampling.acceptance import TopK
+from skd_trl.sampling.draft_length import AutoDraftLength
 
 
 STUDENT_SAMPLING, TEACHER_SAMPLING = SamplingParams(0.5, 0.5), SamplingParams(0.2, 0.5)  # SKDConfig's defaults

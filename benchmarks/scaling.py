@@ -17,9 +17,9 @@ from rich.progress import track
 from sampler import sample
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from skd_trl.divergences import forward_kl
-from skd_trl.lm_head import LMHead
-from skd_trl.losses import distillation_loss
+from skd_trl.loss.distillation_loss import distillation_loss
+from skd_trl.loss.divergences import forward_kl
+from skd_trl.loss.lm_head import LMHead
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from skd_trl import SamplingParams, interleaved_sample
-from skd_trl.acceptance import Draft, TopK
+from skd_trl.sampling.acceptance import Draft, TopK
 
 
 PROMPT = (

@@ -1,11 +1,11 @@
 """Speculative knowledge distillation for TRL: SKD and SpecKD as subclasses of `GKDTrainer`."""
 
-from .acceptance import ACCEPTANCE_RULES
-from .divergences import DIVERGENCES
-from .gates import GATES
-from .rollout import Rollout
-from .sampler import interleaved_sample
-from .sampling_params import SamplingParams
+from .loss.divergences import DIVERGENCES
+from .loss.gates import GATES
+from .sampling.acceptance import ACCEPTANCE_RULES
+from .sampling.interleaved import interleaved_sample
+from .sampling.rollout import Rollout
+from .sampling.sampling_params import SamplingParams
 from .skd_config import SKDConfig
 from .skd_trainer import SKDTrainer
 from .speckd_config import SpecKDConfig

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ._compat import GKDConfig
-from .acceptance import ACCEPTANCE_RULES, AcceptanceRule
-from .divergences import DIVERGENCES
-from .draft_length import AUTO, DraftLength
 from .inherited_options import check_inherited_options
-from .sampling_params import SamplingParams
+from .loss.divergences import DIVERGENCES
+from .sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
+from .sampling.draft_length import AUTO, DraftLength
+from .sampling.sampling_params import SamplingParams
 
 
 ROLLOUTS = ("interleaved", "student", "teacher", "dataset")

@@ -1,7 +1,7 @@
 """`SKDTrainer`: GKDTrainer with interleaved sampling and a loss that counts what it is trained on.
 
-Glue: who writes the responses is `sampler.py`, what they cost is `losses.py`, rows are `data.py`, ranks are
-`distributed.py`. Shapes: B rows of a micro-batch, P prompt, T response, N response tokens of a micro-batch, H hidden.
+Glue: who writes the responses is `sampling/interleaved.py`, what they cost is `loss/`, rows are `data/`, ranks and models are
+`training/`. Shapes: B rows of a micro-batch, P prompt, T response, N response tokens of a micro-batch, H hidden.
 """
 
 import textwrap
@@ -20,11 +20,19 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction
 
 from ._compat import GKDTrainer
-from .collator import DataCollatorForDistillation, merge_prompts
-from .compiled_step import CompiledStudent
-from .completions import completion_records, print_completions, save_completions
-from .data import prepare_dataset
-from .distributed import (
+from .data.collator import DataCollatorForDistillation, merge_prompts
+from .data.dataset import prepare_dataset
+from .data.response_tokens import ResponseTokens
+from .data.vocabulary import check_vocabularies, describe_end_of_sequence_difference, end_of_sequence_ids
+from .loss.distillation_loss import DistillationLoss, distillation_loss
+from .loss.lm_head import LMHead
+from .sampling.compiled_step import CompiledStudent
+from .sampling.interleaved import eval_mode, interleaved_sample
+from .sampling.ragged_cache import check_adapter, check_decoder
+from .sampling.rollout import Rollout
+from .skd_config import SKDConfig
+from .training.completions import completion_records, print_completions, save_completions
+from .training.distributed import (
     agree_on_maximum,
     bound_waits,
     check_engine,
@@ -35,19 +43,11 @@ from .distributed import (
     student_for_sampling,
     whole_head,
 )
-from .draft_length_state import load_draft_length, save_draft_length
-from .hidden_states import add_loss_forward, last_hidden_states, model_inputs
-from .lm_head import LMHead
-from .losses import DistillationLoss, distillation_loss
-from .metrics import RatioMetrics, add_rollout, with_prefix
-from .models import disable_dropout, load_pair, pad_token_id
-from .preparation import own_arguments, room_for_prompts, verify_heads
-from .ragged_cache import check_adapter, check_decoder
-from .response_tokens import ResponseTokens
-from .rollout import Rollout
-from .sampler import eval_mode, interleaved_sample
-from .skd_config import SKDConfig
-from .vocabulary import check_vocabularies, describe_end_of_sequence_difference, end_of_sequence_ids
+from .training.draft_length_state import load_draft_length, save_draft_length
+from .training.hidden_states import add_loss_forward, last_hidden_states, model_inputs
+from .training.metrics import RatioMetrics, add_rollout, with_prefix
+from .training.models import disable_dropout, load_pair, pad_token_id
+from .training.preparation import own_arguments, room_for_prompts, verify_heads
 
 
 if TYPE_CHECKING:

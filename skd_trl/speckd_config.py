@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .gates import GATES, Gate, make_gate
+from .loss.gates import GATES, Gate, make_gate
 from .skd_config import ROLLOUTS, SKDConfig, check_choice, check_positive
 
 

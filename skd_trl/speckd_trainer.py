@@ -1,6 +1,6 @@
 """`SpecKDTrainer`: SKDTrainer whose loss listens to the tokens that a gate lets through.
 
-Glue: gates are `gates.py`, the weighted loss is `losses.py`. Shapes: N response tokens of a micro-batch, U uniform numbers
+Glue: gates are `loss/gates.py`, the weighted loss is `loss/distillation_loss.py`. Shapes: N response tokens of a micro-batch, U uniform numbers
 per token that the gate asks for.
 """
 
@@ -9,14 +9,14 @@ import textwrap
 import torch
 from accelerate.logging import get_logger
 
-from .distributed import gather_rows, keyed_generator
-from .hidden_states import model_inputs
-from .losses import DistillationLoss, GateWeights, gate_weights
-from .response_tokens import ResponseTokens
-from .sampler import eval_mode
+from .data.response_tokens import ResponseTokens
+from .data.vocabulary import describe_end_of_sequence_difference
+from .loss.distillation_loss import DistillationLoss, GateWeights, gate_weights
+from .sampling.interleaved import eval_mode
 from .skd_trainer import METRICS, SKDTrainer
 from .speckd_config import SpecKDConfig
-from .vocabulary import describe_end_of_sequence_difference
+from .training.distributed import gather_rows, keyed_generator
+from .training.hidden_states import model_inputs
 
 
 logger = get_logger(__name__)

@@ -27,8 +27,8 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from skd_trl import SKDConfig, SKDTrainer, SpecKDConfig, SpecKDTrainer
-from skd_trl.distributed import student_for_sampling
-from skd_trl.prefill import cost_of_forward
+from skd_trl.sampling.prefill import cost_of_forward
+from skd_trl.training.distributed import student_for_sampling
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate" / "cpu"

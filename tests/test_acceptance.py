@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from tiny import tiny_model
 
 from skd_trl import ACCEPTANCE_RULES, SamplingParams, interleaved_sample
-from skd_trl.acceptance import Draft
+from skd_trl.sampling.acceptance import Draft
 
 
 def draft_of(tokens, teacher_logits, student_logits=None, coins=None):

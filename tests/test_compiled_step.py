@@ -10,10 +10,10 @@ from test_skd_trainer import losses, make_trainer
 from tiny import tiny_model
 from torch._dynamo.utils import counters
 
-from skd_trl import compiled_step
-from skd_trl.acceptance import ACCEPTANCE_RULES
-from skd_trl.compiled_step import CompiledStudent
-from skd_trl.sampler import interleaved_sample
+from skd_trl.sampling import compiled_step
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
+from skd_trl.sampling.compiled_step import CompiledStudent
+from skd_trl.sampling.interleaved import interleaved_sample
 
 
 BEGINNING = list(range(100, 120))  # that all prompts share, long enough to be run once

@@ -5,7 +5,7 @@ import pytest
 import reference_losses as reference
 import torch
 
-from skd_trl.divergences import DIVERGENCES
+from skd_trl.loss.divergences import DIVERGENCES
 
 
 with warnings.catch_warnings():

@@ -9,9 +9,9 @@ from tiny import tiny_model
 from trl import TrlParser
 
 from skd_trl import SKDConfig
-from skd_trl.acceptance import ACCEPTANCE_RULES
-from skd_trl.draft_length import AutoDraftLength, DraftLength, ForwardCost, Round, Stopwatch, expected_tokens
-from skd_trl.sampler import interleaved_sample
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
+from skd_trl.sampling.draft_length import AutoDraftLength, DraftLength, ForwardCost, Round, Stopwatch, expected_tokens
+from skd_trl.sampling.interleaved import interleaved_sample
 
 
 class Machine:

@@ -4,10 +4,10 @@ import pytest
 import reference_losses as reference
 import torch
 
-from skd_trl.divergences import DIVERGENCES
-from skd_trl.gates import GATES, make_gate
-from skd_trl.lm_head import LMHead
-from skd_trl.losses import distillation_loss
+from skd_trl.loss.distillation_loss import distillation_loss
+from skd_trl.loss.divergences import DIVERGENCES
+from skd_trl.loss.gates import GATES, make_gate
+from skd_trl.loss.lm_head import LMHead
 
 
 # One row per gate (and per variant), with parameters that make it accept some and reject some of the random positions.

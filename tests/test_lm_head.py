@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, tiny_model
 from torch import nn
 
-from skd_trl.lm_head import LMHead, backbone
+from skd_trl.loss.lm_head import LMHead, backbone
 
 
 def _hidden_and_logits(model):

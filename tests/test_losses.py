@@ -10,13 +10,13 @@ from tiny import tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from skd_trl import chunks
-from skd_trl.chunks import default_chunk_size
-from skd_trl.divergences import DIVERGENCES
-from skd_trl.gates import GATES
-from skd_trl.lm_head import LMHead, backbone
-from skd_trl.losses import GateWeights, distillation_loss, gate_weights
-from skd_trl.token_statistics import STATISTICS
+from skd_trl.loss import chunks
+from skd_trl.loss.chunks import default_chunk_size
+from skd_trl.loss.distillation_loss import GateWeights, distillation_loss, gate_weights
+from skd_trl.loss.divergences import DIVERGENCES
+from skd_trl.loss.gates import GATES
+from skd_trl.loss.lm_head import LMHead, backbone
+from skd_trl.loss.token_statistics import STATISTICS
 
 
 with warnings.catch_warnings():

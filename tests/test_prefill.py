@@ -8,8 +8,8 @@ from test_sampler import PROMPTS, responses, sample
 from tiny import ARCHITECTURES, tiny_model
 
 from skd_trl import rollout
-from skd_trl.acceptance import ACCEPTANCE_RULES
-from skd_trl.prefill import prefill_groups
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
+from skd_trl.sampling.prefill import prefill_groups
 
 
 def cost(groups, lengths, cost_of_forward):

@@ -8,9 +8,9 @@ import torch
 from scipy.stats import chisquare
 from tiny import ARCHITECTURES, tiny_model
 
-from skd_trl.acceptance import ACCEPTANCE_RULES
-from skd_trl.sampler import interleaved_sample
-from skd_trl.sampling_params import SamplingParams, shaped_probs
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
+from skd_trl.sampling.interleaved import interleaved_sample
+from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
 
 
 PAD, EOS, V = 256, 257, 259

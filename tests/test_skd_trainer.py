@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from trl.experimental.gkd import GKDTrainer
 
 from skd_trl import SKDConfig, SKDTrainer
-from skd_trl.draft_length import Stopwatch
-from skd_trl.models import disable_dropout
+from skd_trl.sampling.draft_length import Stopwatch
+from skd_trl.training.models import disable_dropout
 
 
 ROWS = [
@@ -528,7 +528,7 @@ def test_a_resumed_run_drafts_as_it_would_have_whatever_the_stopwatch_says_by_th
         logs = next(entry for entry in trainer.state.log_history if entry.get("step") == 3 and "loss" in entry)
         return {name: logs[name] for name in ("loss", "grad_norm", "draft_length", "tokens_per_round")}
 
-    monkeypatch.setattr("skd_trl.sampler.Stopwatch", StoppedWatch)
+    monkeypatch.setattr("skd_trl.sampling.interleaved.Stopwatch", StoppedWatch)
     monkeypatch.setattr(StoppedWatch, "reading", [1.0, 100.0])  # a costly teacher: long drafts
     whole = run()
     whole.train()

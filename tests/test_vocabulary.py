@@ -5,7 +5,7 @@ from tiny import EOS, byte_tokenizer, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from skd_trl.vocabulary import (
+from skd_trl.data.vocabulary import (
     check_vocabularies,
     describe_end_of_sequence_difference,
     describe_tokenizer_difference,

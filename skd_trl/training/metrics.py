@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator
 
-from .rollout import Rollout
+from ..sampling.rollout import Rollout
 
 
 class RatioMetrics:

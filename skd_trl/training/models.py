@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ._compat import create_model_from_path, get_config_model_id
-from .ragged_cache import check_one_device
+from .._compat import create_model_from_path, get_config_model_id
+from ..sampling.ragged_cache import check_one_device
 
 
 if TYPE_CHECKING:
-    from .skd_config import SKDConfig
+    from ..skd_config import SKDConfig
 
 
 def load_pair(

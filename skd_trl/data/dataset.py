@@ -104,7 +104,7 @@ def prepare_dataset(
         needs_response (`bool`):
             Whether a row without a reference response is an error.
         eos_token_ids (`list[int]`):
-            Ids that end a response; see [`~skd_trl.vocabulary.end_of_sequence_ids`].
+            Ids that end a response; see [`~skd_trl.data.vocabulary.end_of_sequence_ids`].
         name (`str`, *optional*, defaults to `"train"`):
             What messages and progress bars call the data set.
         num_proc (`int`, *optional*):

@@ -18,7 +18,7 @@ IGNORE_INDEX = -100
 @dataclass
 class DataCollatorForDistillation:
     """
-    Batches of the rows of [`~skd_trl.data.prepare_dataset`].
+    Batches of the rows of [`~skd_trl.data.dataset.prepare_dataset`].
 
     Args:
         pad_token_id (`int`):

@@ -2,7 +2,7 @@
 
 The prompt is what the model is given at inference, to the token: the chat template with its generation prompt, or the
 plain text. The response is the rest of the rendered conversation up to its end-of-sequence token; `boundary.py` finds
-where it begins. The functions are pure and see one row: they count nothing and print nothing (`data.py` does).
+where it begins. The functions are pure and see one row: they count nothing and print nothing (`dataset.py` does).
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from ._compat import maybe_convert_to_chatml
+from .._compat import maybe_convert_to_chatml
 from .boundary import EMPTY_REASONING, answer_start, continuation_ids, end_at_eos, ids_after, rendered_ids
 
 

@@ -15,10 +15,10 @@ from torch import nn
 from .acceptance import AcceptanceRule, Draft
 from .compiled_step import CompiledStudent
 from .draft_length import DraftLength, Round, Stopwatch
+from .inputs import check_inputs
 from .prefill import cost_of_forward
 from .ragged_cache import RaggedDecoder
 from .rollout import Rollout, Rows
-from .sampler_inputs import check_inputs
 from .sampling_params import SamplingParams, draw, draw_from_probs
 
 
@@ -63,7 +63,7 @@ def interleaved_sample(
             eval mode; each module's mode is put back afterwards.
         prompt_ids, prompt_mask (`torch.LongTensor` of shape `(B, P)`): left-padded prompts.
         accept ([`AcceptanceRule`]): such as `ACCEPTANCE_RULES["top_k"](k=25)`.
-        num_draft_tokens (`int` or [`~skd_trl.draft_length.DraftLength`]): G, which changes the cost only. `"auto"` measures
+        num_draft_tokens (`int` or [`~skd_trl.sampling.draft_length.DraftLength`]): G, which changes the cost only. `"auto"` measures
             both models and chooses; an `AutoDraftLength` that is kept between calls measures once.
         eos_token_ids: any of these ends a row; give those of both models.
         student_sampling, teacher_sampling ([`SamplingParams`]): how the draws are shaped. Rules judge raw logits.
@@ -75,7 +75,7 @@ def interleaved_sample(
         vocab_size (`int`): how many ids both models share, if their heads are padded to different widths.
         agree: for models whose forward is collective. Called at every round with (number of prefills, draft length); has to
             return the maximum over all ranks, which then run the same forwards: idle ones where they have nothing to do.
-        compile_student (`bool` or [`~skd_trl.compiled_step.CompiledStudent`]): whether the student drafts in static shapes
+        compile_student (`bool` or [`~skd_trl.sampling.compiled_step.CompiledStudent`]): whether the student drafts in static shapes
             through `torch.compile`, for small students on GPUs; an object that is kept between calls compiles once.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .lm_head import backbone, head_module
+from ..loss.lm_head import backbone, head_module
 
 
 def add_loss_forward(model: PreTrainedModel) -> None:

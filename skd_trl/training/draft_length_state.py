@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from .draft_length import DraftLength
-from .skd_config import SKDConfig
+from ..sampling.draft_length import DraftLength
+from ..skd_config import SKDConfig
 
 
 def save_draft_length(policy: DraftLength, checkpoint: str, accelerator: Accelerator, args: SKDConfig) -> None:

@@ -5,11 +5,11 @@ import copy
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._compat import get_config_model_id
+from .._compat import get_config_model_id
+from ..loss.lm_head import LMHead
+from ..sampling.inputs import positions_of
+from ..skd_config import SKDConfig
 from .distributed import is_sharded
-from .lm_head import LMHead
-from .sampler_inputs import positions_of
-from .skd_config import SKDConfig
 
 
 def own_arguments(

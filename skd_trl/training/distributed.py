@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ._compat import add_hooks, remove_hooks
-from .lm_head import LMHead
+from .._compat import add_hooks, remove_hooks
+from ..loss.lm_head import LMHead
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:

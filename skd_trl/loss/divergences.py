@@ -2,7 +2,7 @@
 
 Every divergence is a function of the two models' log-probabilities, wrapped so that it also takes logits, which is
 what the registry promises: `DIVERGENCES["jsd"](beta=0.5)(student_logits, teacher_logits)`. A new one is a function and
-an entry. No temperature, no reduction and no mask live here: the loss weighs and sums (see `skd_trl.losses`).
+an entry. No temperature, no reduction and no mask live here: the loss weighs and sums (see `skd_trl.loss.distillation_loss`).
 
 Shapes: N positions, V vocabulary. p is the teacher, q the student.
 """

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .rollout import Rollout
+from ..sampling.rollout import Rollout
 
 
 def completion_records(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, step: int) -> list[dict]:

@@ -1,0 +1,1 @@
+"""What the student learns from: divergence, gate and gradient, in chunks of positions."""

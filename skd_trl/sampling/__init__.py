@@ -1,0 +1,1 @@
+"""How responses are written: student and teacher together, over a cache in which rows go back for free."""
