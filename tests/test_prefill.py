@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_sampler import PROMPTS, responses, sample
 from tiny import ARCHITECTURES, tiny_model
 
-from skd_trl import rollout
+from skd_trl.sampling import rollout
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
 from skd_trl.sampling.prefill import prefill_groups
 
