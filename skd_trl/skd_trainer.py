@@ -26,9 +26,11 @@ from .data.response_tokens import ResponseTokens
 from .data.vocabulary import check_vocabularies, describe_end_of_sequence_difference, end_of_sequence_ids
 from .loss.distillation_loss import DistillationLoss, distillation_loss
 from .loss.lm_head import LMHead
+from .sampling.admission import check_adapter, check_kind
 from .sampling.compiled_step import CompiledStudent
-from .sampling.interleaved import eval_mode, interleaved_sample
-from .sampling.ragged_cache import check_adapter, check_decoder
+from .sampling.interleaved import Execution, interleaved_sample
+from .sampling.participants import LocalParticipant
+from .sampling.ragged_cache import eval_mode
 from .sampling.rollout import Rollout
 from .skd_config import SKDConfig
 from .training.completions import completion_records, print_completions, save_completions
@@ -158,8 +160,8 @@ class SKDTrainer(GKDTrainer):
         for adapter in (peft_config, getattr(student, "active_peft_config", None)):
             check_adapter(adapter)
         if args.samples:
-            check_decoder(student)
-            check_decoder(teacher)
+            check_kind(student)
+            check_kind(teacher)
         teacher_revision = (args.teacher_model_init_kwargs or {}).get("revision")
         self.vocab_size = check_vocabularies(
             student, teacher, tokenizer, revision=teacher_revision, trust_remote_code=args.trust_remote_code
@@ -274,22 +276,24 @@ class SKDTrainer(GKDTrainer):
         ):
             collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
             sampled = interleaved_sample(
-                student,
-                teacher,
+                LocalParticipant(
+                    student,
+                    self.args.student_sampling(),
+                    vocab_size=self.vocab_size,
+                    compiled=self._compiled_student or None,
+                ),
+                LocalParticipant(teacher, self.args.teacher_sampling(), vocab_size=self.vocab_size),
                 prompts,
                 mask,
                 accept=self.args.acceptance_rule(rollout),
-                num_draft_tokens=self._draft_length,
                 max_new_tokens=self.args.max_new_tokens,
                 eos_token_ids=self.eos_token_ids,
-                pad_token_id=pad_token_id(self.processing_class),
-                student_sampling=self.args.student_sampling(),
-                teacher_sampling=self.args.teacher_sampling(),
-                uniforms=noise,
-                max_rows=self.args.rollout_batch_size,
-                vocab_size=self.vocab_size,
-                agree=agree_on_maximum(self.accelerator) if collective else None,
-                compile_student=self._compiled_student,
+                noise=noise,
+                execution=Execution(
+                    self._draft_length,
+                    self.args.rollout_batch_size,
+                    agree_on_maximum(self.accelerator) if collective else None,
+                ),
             )
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled)

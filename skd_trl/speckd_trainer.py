@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from .data.response_tokens import ResponseTokens
 from .data.vocabulary import describe_end_of_sequence_difference
 from .loss.distillation_loss import DistillationLoss, GateWeights, gate_weights
-from .sampling.interleaved import eval_mode
+from .sampling.ragged_cache import eval_mode
 from .skd_trainer import METRICS, SKDTrainer
 from .speckd_config import SpecKDConfig
 from .training.distributed import gather_rows, keyed_generator

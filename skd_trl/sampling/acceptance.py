@@ -14,7 +14,29 @@ from typing import ClassVar
 
 import torch
 
-from .sampling_params import SamplingParams, shaped_probs
+from .sampling_params import SamplingParams, draw_from_probs, shaped_probs
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a teacher says of a draft.
+
+    Attributes:
+        logits (`torch.Tensor` of shape `(N, G, V)`):
+            Raw. V is 0 where nothing was judged.
+        signal (`dict` of `torch.Tensor` of shape `(N, G, ...)`):
+            What the loss may use of the teacher at each of these tokens, kept with the responses under these names.
+    """
+
+    logits: torch.Tensor
+    signal: dict[str, torch.Tensor]
+
+    def rank(self, tokens: torch.Tensor) -> torch.Tensor:
+        """How many ids the teacher ranks higher than `tokens` (N, G): (N, G), -1 where nothing was drafted or judged."""
+        if self.logits.shape[-1] == 0:
+            return torch.full_like(tokens, -1)
+        own = self.logits.gather(-1, tokens.clamp(min=0)[..., None])
+        return torch.where(tokens >= 0, (self.logits > own).sum(-1), -1)
 
 
 @dataclass(frozen=True)
@@ -22,38 +44,42 @@ class Draft:
     """What a rule may look at. Row `i, j` of the logits is the distribution that token `i, j` was judged by.
 
     Attributes:
-        tokens (`torch.LongTensor` of shape `(N, G)`): the student's proposals.
-        student_logits (`torch.Tensor` of shape `(N, G, V)`, or `None`): raw; only for rules with `needs_student`.
-        teacher_logits (`torch.Tensor` of shape `(N, G, V)`): raw.
+        tokens (`torch.LongTensor` of shape `(N, G)`): the student's proposals; -100 where it drafted nothing.
+        student_logits (`torch.Tensor` of shape `(N, G, V)`): raw; V is 0 but for rules with `needs_student`.
+        judgement ([`Judgement`]): the teacher's.
         student_sampling, teacher_sampling ([`SamplingParams`]): how either model's draws are shaped.
         coins (`torch.Tensor` of shape `(N, G)`): uniform numbers in [0, 1) for rules that accept by chance.
     """
 
     tokens: torch.Tensor
-    student_logits: torch.Tensor | None
-    teacher_logits: torch.Tensor
+    student_logits: torch.Tensor
+    judgement: Judgement
     student_sampling: SamplingParams
     teacher_sampling: SamplingParams
     coins: torch.Tensor
 
+    @property
+    def teacher_logits(self) -> torch.Tensor:
+        """(N, G, V), raw."""
+        return self.judgement.logits
+
     @cached_property
     def teacher_rank(self) -> torch.Tensor:
-        """How many tokens the teacher holds likelier than the proposal, (N, G): 0 is its favourite. Ties count for
-        the proposal. Raw logits: temperature and nucleus would turn a rank below the top few into a tie at zero."""
-        own = self.teacher_logits.gather(-1, self.tokens[..., None])
-        return (self.teacher_logits > own).sum(-1)
+        """How many ids the teacher ranks higher than the proposal, (N, G): 0 is its favourite. Ties count for the proposal.
+        Of raw logits: temperature and nucleus would turn a rank below the top few into a tie at zero."""
+        return self.judgement.rank(self.tokens)
 
     def column(self, index: torch.Tensor) -> "Draft":
         """The draft of one column per row, `index` (N, 1): what a replacement is drawn from."""
 
         def take(logits):
-            return None if logits is None else logits.gather(1, index[..., None].expand(-1, 1, logits.shape[-1]))
+            return logits.gather(1, index[..., None].expand(-1, 1, logits.shape[-1]))
 
         return replace(
             self,
             tokens=self.tokens.gather(1, index),
             student_logits=take(self.student_logits),
-            teacher_logits=take(self.teacher_logits),
+            judgement=Judgement(take(self.judgement.logits), {}),
             coins=self.coins.gather(1, index),
         )
 
@@ -70,8 +96,9 @@ class Draft:
 class AcceptanceRule:
     """Base of all rules.
 
-    `needs_student`: the sampler keeps the student's logits of the draft. `drafts`: False for a rule that never accepts,
-    so that nothing has to be drafted. `judges`: False for one that always accepts, so that the teacher need not run.
+    A rule is a frozen dataclass with `__call__(draft) -> accepted (N, G)`. `needs_student`: the sampler keeps the student's
+    logits of the draft. `drafts`: False for a rule that never accepts; the student then does not run. `judges`: False for one
+    that always accepts; the teacher then does not run. A rule must not wait for the device (no `item`, no `if` on a tensor).
     """
 
     needs_student: ClassVar[bool] = False
@@ -84,6 +111,10 @@ class AcceptanceRule:
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
         """What a rejected token is replaced from, (N, 1, V) for a draft of one column: the teacher's distribution."""
         return shaped_probs(draft.teacher_logits, draft.teacher_sampling)
+
+    def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
+        """The tokens (N,) that replace rejected ones, for a draft of one column, drawn with `uniforms` (N,) in [0, 1)."""
+        return draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
 
 
 @dataclass(frozen=True)
@@ -175,6 +206,9 @@ class Always(AcceptanceRule):
 
     def __call__(self, draft: Draft) -> torch.Tensor:
         return torch.ones_like(draft.tokens, dtype=torch.bool)
+
+    def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
+        return draft.tokens.squeeze(1)  # never used
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ Shapes: B rows of the cache, N rows of one forward, Q new tokens of each of thes
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 
-# Attention that can be expressed as a 4D mask over slots. Everything else is refused by `check_decoder`.
+# Attention that can be expressed as a 4D mask over slots.
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -33,12 +33,10 @@ class RaggedDecoder:
         num_slots (`int`):
             L, the longest sequence of positions a row can have.
 
-    Raises:
-        `ValueError`: if the model cannot be run on such a cache (see [`check_decoder`]).
+    Whether a model can be run so is for `admission.prove` to say.
     """
 
     def __init__(self, model: nn.Module, num_rows: int, num_slots: int):
-        check_decoder(model)
         self.model = model
         self.num_rows, self.num_slots = num_rows, num_slots
         self.window = _Window()
@@ -53,11 +51,11 @@ class RaggedDecoder:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         *,
-        first_row: int = 0,
+        rows: list[int] | None = None,
         num_slots_in_use: int | None = None,
         without_logits: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Feeds `tokens` (N, Q) at `positions` (N, Q) to the rows from `first_row` on, attending to earlier slots.
+        """Feeds `tokens` (N, Q) at `positions` (N, Q) to the cache's `rows`, by default the first N, attending to earlier slots.
 
         `num_slots_in_use` is an upper bound, known without asking the device, of the highest position plus one: the
         attention reads no slot beyond it. `without_logits` saves the head's work in a prefill.
@@ -66,11 +64,11 @@ class RaggedDecoder:
         with `without_logits` these are (N, 0, H) and (N, 0, V).
         """
         num_slots_in_use = min(num_slots_in_use or self.num_slots, self.num_slots)
-        self.window.set(first_row, positions, num_slots_in_use)
+        self.window.set(rows or range(len(tokens)), positions, num_slots_in_use)
         with (
             attention_implementation(self.model, self.attn_implementation),
             _grouped_queries(is_wanted=tokens.device.type == "cpu" and tokens.shape[1] > 1),
-            _HeadInput(self.model) as head_input,
+            HeadInput(self.model) as head_input,
         ):
             logits = self.model(
                 input_ids=tokens,
@@ -133,13 +131,12 @@ class RaggedLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        row, column, stop = self.window.rows, self.window.positions, self.window.num_slots_in_use
-        here = slice(self.window.first_row, self.window.first_row + key_states.shape[0])
+        row, column, stop = self.window.index, self.window.positions, self.window.num_slots_in_use
         self.keys[row, :, column] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[row, :, column] = value_states.transpose(1, 2).to(
             self.values.dtype
         )  # under autocast not the keys'
-        return self.keys[here, :, :stop], self.values[here, :, :stop]
+        return self.keys[self.window.rows, :, :stop], self.values[self.window.rows, :, :stop]
 
     def move_row(self, source: int, target: int) -> None:
         if self.is_initialized:
@@ -163,27 +160,27 @@ class RaggedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.13
 
 
-@dataclass
 class _Window:
     """Where the current forward reads and writes; shared by all layers of one cache."""
 
-    first_row: int = 0
-    num_slots_in_use: int = 0
-    rows: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
+    def set(self, rows: Sequence[int], positions: torch.Tensor, num_slots_in_use: int) -> None:
+        self.positions, self.num_slots_in_use = positions, num_slots_in_use
+        if isinstance(rows, range) or list(rows) == list(range(rows[0], rows[-1] + 1)):
+            # Neighbours are read where they are.
+            self.rows: slice | torch.Tensor = slice(rows[0], rows[-1] + 1)
+            index = torch.arange(rows[0], rows[-1] + 1, device=positions.device)
+        else:
+            self.rows = index = torch.tensor(rows, device=positions.device)
+        self.index = index[:, None]
 
-    def set(self, first_row: int, positions: torch.Tensor, num_slots_in_use: int) -> None:
-        self.first_row, self.positions, self.num_slots_in_use = first_row, positions, num_slots_in_use
-        self.rows = torch.arange(first_row, first_row + positions.shape[0], device=positions.device)[:, None]
 
-
-class _HeadInput:
+class HeadInput:
     """Catches what goes into the language-model head during one forward, whatever the model calls its parts."""
 
     def __init__(self, model: nn.Module):
         self.head = model.get_output_embeddings()
 
-    def __enter__(self) -> "_HeadInput":
+    def __enter__(self) -> "HeadInput":
         self.handle = self.head.register_forward_pre_hook(self._keep)
         return self
 
@@ -192,60 +189,6 @@ class _HeadInput:
 
     def _keep(self, module: nn.Module, args: tuple) -> None:
         self.value = args[0]
-
-
-def check_decoder(model: nn.Module) -> None:
-    """Raises `ValueError` if `model` cannot be sampled from on a [`RaggedDecoder`], saying why and what can be done."""
-    config = model.config.get_text_config()
-    name = f"{type(model).__name__} (model_type={config.model_type!r})"
-    way_out = (
-        "Use a decoder-only model with full or sliding-window attention, or train on given texts with "
-        "rollout='dataset', which needs no sampling."
-    )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder; its prompt is not part of the decoder's sequence. {way_out}")
-    if getattr(model, "_is_stateful", False):
-        raise ValueError(
-            f"{name} has recurrent or linear-attention layers, whose state cannot go back to an earlier token when a "
-            f"draft is rejected. {way_out}"
-        )
-    if config.model_type == "bloom" or getattr(config, "alibi", False):
-        raise ValueError(
-            f"{name} adds ALiBi biases to its attention, which it makes from a two-dimensional mask only. {way_out}"
-        )
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        raise ValueError(
-            f"{name} has local layers that take a block for the last tokens of every row, and rows here have lengths of "
-            f"their own. {way_out}"
-        )
-    check_one_device(name, model)
-    unknown = set(getattr(config, "layer_types", None) or []) - {FULL, SLIDING}
-    if unknown:
-        raise ValueError(
-            f"{name} has layers of kind {sorted(unknown)}, which a mask over slots cannot express. {way_out}"
-        )
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"{name} has no language-model head (get_output_embeddings() is None). {way_out}")
-    check_adapter(getattr(model, "active_peft_config", None))
-
-
-def check_one_device(name: str, model: nn.Module) -> None:
-    """Raises `ValueError` for a model that its `device_map` spreads: caches, heads and losses are on one device."""
-    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
-    if len(devices) > 1 or "disk" in devices:
-        raise ValueError(
-            f"{name} is split over {sorted(devices)} by its device_map, and each process needs it on one device. Leave "
-            "device_map out; to spread a model over GPUs use DeepSpeed ZeRO-3 or FSDP2 (examples/accelerate)."
-        )
-
-
-def check_adapter(peft_config) -> None:
-    """Raises `ValueError` for an adapter (a `PeftConfig`, or `None`) that adds tokens to the sequence."""
-    if peft_config is not None and peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{peft_config.peft_type} is a prompt-learning adapter, whose virtual tokens shift every position. Use LoRA or "
-            "another adapter that leaves the sequence as it is."
-        )
 
 
 def sampling_attention(model: nn.Module) -> str:
@@ -274,6 +217,19 @@ def attention_implementation(model: nn.Module, name: str):
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
+
+
+@contextmanager
+def eval_mode(model: nn.Module):
+    """Eval mode for a while, with each module's own mode put back. In training mode dropout would act, and layers with
+    gradient checkpointing would silently drop the cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

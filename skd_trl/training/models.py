@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import create_model_from_path, get_config_model_id
-from ..sampling.ragged_cache import check_one_device
+from ..sampling.admission import check_one_device
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from .._compat import get_config_model_id
 from ..loss.lm_head import LMHead
-from ..sampling.inputs import positions_of
+from ..sampling.admission import positions_of
 from ..skd_config import SKDConfig
 from .distributed import is_sharded
 

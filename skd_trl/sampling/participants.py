@@ -1,0 +1,238 @@
+"""Who takes part in writing responses: a participant owns its model, prompts, positions and cache, and how it goes back.
+
+The student's part is `step`, the teacher's `judge`; both are told with `keep` what became of a block. Between
+`begin_round` and `keep` a participant neither asks the device for a number nor makes a tensor whose shape depends on data:
+a round can be captured. What decides shapes (`admit`, `prefill`, `move_row`, `begin_round`) is outside it.
+
+A new kind (a model behind a server, one with recurrent state) is a subclass of `Participant`. The base class does nothing: it
+takes the place of a student that drafts nothing and of a teacher that judges nothing.
+
+Shapes: B prompts, R places of the cache, N places in use, G draft, Q tokens of a prefill, V vocabulary, H hidden.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from .acceptance import Judgement
+from .admission import positions_of, prove
+from .compiled_step import CompiledStudent
+from .prefill import cost_of_forward, prefill_groups
+from .prompts import Prompts
+from .ragged_cache import RaggedDecoder, eval_mode
+from .sampling_params import SamplingParams, draw
+
+
+class Participant:
+    """Takes part by doing nothing: proposes no token and judges none.
+
+    Args:
+        sampling ([`SamplingParams`], *optional*): how its draws are shaped.
+    """
+
+    vocab_size: int | None = None  # how many ids its distributions are over, if it has any
+
+    def __init__(self, sampling: SamplingParams = SamplingParams()):  # noqa: B008 (frozen)
+        self.sampling = sampling
+
+    def check(self, name: str, prompts: Prompts, max_new_tokens: int) -> None:
+        """Raises `ValueError`, calling it `name`, if it cannot continue the student's `prompts` by so many tokens."""
+
+    @contextmanager
+    def session(self, prompts: Prompts, num_places: int, max_new_tokens: int, keeps_shape: bool):
+        """The time of one sampling; whatever it allocates and changes is given back afterwards. `prompts` are the student's. With
+        `keeps_shape` every round reads all slots."""
+        self.device = prompts.ids.device
+        yield
+
+    def admit(self, places: list[int], prompts: list[int]) -> list[Callable[[], None]]:
+        """Takes these prompts into these places. Returns the forwards that fill the cache with them, the longest last."""
+        return []
+
+    def prefill(self, forwards: list[Callable[[], None]], num_forwards: int) -> None:
+        """Runs these forwards, and idle ones before them if other ranks run more."""
+
+    def move_row(self, source: int, target: int) -> None:
+        """Gives the row in place `source` the place `target`."""
+
+    def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
+        """Sets the shapes of a round of N = `num_rows` places: `rows` are (prompt, tokens written) of those in use."""
+        self.num_rows = num_rows
+
+    def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws one token more for every row, from `uniforms` (N,): the tokens (N,), -100 for none, and the raw logits (N, V)
+        they were drawn from. The first step of a round is fed with the last token kept, each other one with the token drawn
+        before."""
+        return torch.full_like(uniforms, -100, dtype=torch.long), uniforms.new_empty(self.num_rows, 0)
+
+    def judge(self, proposals: torch.Tensor) -> Judgement:
+        """The distributions by which the `proposals` (N, G) are judged, in one forward: fed with the last token kept and all
+        proposals but the last."""
+        return Judgement(torch.empty((*proposals.shape, 0), device=self.device), {})
+
+    def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
+        """Of `block` (N, G) the first `count` (N,) tokens are kept: goes back to where only these were read."""
+
+    def idle(self) -> None:
+        """One forward of nothing, where other ranks run one and the model's forward is collective."""
+
+
+class LocalParticipant(Participant):
+    """A causal language model of transformers in this process, on a key/value cache in which each row has its own length.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or a `PeftModel` around one): unwrapped. It runs in eval mode; each
+            module's mode is put back afterwards.
+        sampling ([`SamplingParams`], *optional*): how its draws are shaped.
+        prompts ([`Prompts`], *optional*): what it reads instead of the student's prompts, one for each of them.
+        vocab_size (`int`, *optional*): how many of its ids count. Give the number that student and teacher share if their
+            heads are padded to different widths. Defaults to all of them.
+        compiled ([`~skd_trl.sampling.compiled_step.CompiledStudent`], *optional*): runs its steps in static shapes through
+            `torch.compile`. An object that is kept between calls compiles once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        *,
+        prompts: Prompts | None = None,
+        vocab_size: int | None = None,
+        compiled: CompiledStudent | None = None,
+    ):
+        super().__init__(sampling)
+        self.model, self.own_prompts, self.compiled = model, prompts, compiled
+        self.vocab_size = model.config.get_text_config().vocab_size if vocab_size is None else vocab_size
+
+    def check(self, name: str, prompts: Prompts, max_new_tokens: int) -> None:
+        own = prompts if self.own_prompts is None else self.own_prompts
+        if len(own) != len(prompts):
+            raise ValueError(
+                f"The {name} has {len(own)} prompts of its own for {len(prompts)} rows. Give one for each row."
+            )
+        config = self.model.config.get_text_config()
+        if not 0 < self.vocab_size <= config.vocab_size:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} must be between 1 and {config.vocab_size}, all that the {name} has."
+            )
+        room = positions_of(config)
+        if room is not None and own.longest + max_new_tokens > room:
+            raise ValueError(
+                f"The longest prompt has {own.longest} tokens; with max_new_tokens={max_new_tokens} it needs "
+                f"{own.longest + max_new_tokens} positions, but the {name} has {room} to sample in. Shorten prompts or "
+                "max_new_tokens."
+            )
+        if own.largest_id >= self.vocab_size:
+            raise ValueError(
+                f"A prompt of the {name} has token id {own.largest_id}, beyond the {self.vocab_size} ids that both models share."
+            )
+
+    @contextmanager
+    def session(self, prompts: Prompts, num_places: int, max_new_tokens: int, keeps_shape: bool):
+        prove(self.model)
+        self.prompts = prompts if self.own_prompts is None else self.own_prompts
+        self.device = self.prompts.ids.device
+        # The last token of a full row is never fed to a model, so the slot of that one, and what is beyond, needs no room.
+        self.num_slots, self.keeps_shape = self.prompts.longest + max_new_tokens, keeps_shape
+        make_decoder = RaggedDecoder if self.compiled is None else self.compiled.decoder
+        self.decoder = make_decoder(self.model, num_places, self.num_slots)
+        self.last = torch.zeros(num_places, dtype=torch.long, device=self.device)
+        self.length = torch.zeros_like(self.last)  # the position of `last`
+        self.num_shared = 0  # first tokens of all prompts, whose keys and values every place has
+        self.is_new = True
+        try:
+            with eval_mode(self.model):
+                yield
+        finally:
+            del self.decoder
+
+    def admit(self, places: list[int], prompts: list[int]) -> list[Callable[[], None]]:
+        forwards = []
+        if self.is_new and prompts:
+            forwards += self._share_beginning()
+        self.is_new = self.is_new and not prompts
+        if prompts:
+            index, which = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (places, prompts))
+            self.last[index] = self.prompts.ids[which, -1]
+            self.length[index] = self.prompts.lengths[which] - 1
+        lengths = [self.prompts.host_lengths[prompt] - 1 - self.num_shared for prompt in prompts]
+        for group in prefill_groups(lengths, cost_of_forward(self.device)):
+            num_tokens = max(lengths[j] for j in group)
+            if num_tokens > 0:
+                of_group = ([values[j] for j in group] for values in (places, prompts))
+                forwards.append(partial(self._fill, *of_group, num_tokens))
+        return forwards
+
+    def _share_beginning(self) -> list[Callable[[], None]]:
+        """One forward over what all prompts begin with, if that costs less than running it for each of them."""
+        tokens = self.prompts.shared_beginning()
+        if (len(self.prompts) - 1) * tokens.shape[1] < cost_of_forward(self.device):
+            return []
+        self.num_shared = tokens.shape[1]
+
+        def forward():
+            positions = torch.arange(self.num_shared, device=self.device)[None]
+            self.decoder(tokens, positions, num_slots_in_use=self.num_shared, without_logits=True)
+            self.decoder.spread_first_row(self.num_shared)
+
+        return [forward]
+
+    def _fill(self, places: list[int], prompts: list[int], num_tokens: int) -> None:
+        """Runs all but the last token of these prompts, right-padded with anything: what is written beyond the end of a prompt
+        is overwritten before it is read."""
+        start, stop = self.num_shared, self.num_shared + num_tokens
+        tokens = self.prompts.tokens(torch.tensor(prompts, device=self.device), start, stop)
+        positions = torch.arange(start, stop, device=self.device).expand_as(tokens)
+        self.decoder(tokens, positions, rows=places, num_slots_in_use=stop, without_logits=True)
+
+    def prefill(self, forwards: list[Callable[[], None]], num_forwards: int) -> None:
+        # Those that wait do so first: the longest forwards of all ranks then meet.
+        for _ in range(num_forwards - len(forwards)):
+            self.idle()
+        for forward in forwards:
+            forward()
+
+    def move_row(self, source: int, target: int) -> None:
+        self.decoder.move_row(source, target)
+        for values in (self.last, self.length):
+            values[target] = values[source]
+
+    def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
+        super().begin_round(rows, num_rows, num_draft)
+        longest = max(self.prompts.host_lengths[prompt] + num_written for prompt, num_written in rows)
+        self.num_slots_in_use = self.num_slots if self.keeps_shape else min(longest + num_draft - 1, self.num_slots)
+        self.next_input, self.num_ahead = self.last[:num_rows], 0
+
+    def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, positions = self.next_input[:, None], self._positions(self.num_ahead, 1)
+        if self.compiled is not None:
+            logits = self.compiled.step(tokens, positions)
+        else:
+            logits = self.decoder(tokens, positions, num_slots_in_use=self.num_slots_in_use)[1]
+        logits = logits[:, 0, : self.vocab_size]
+        self.next_input, self.num_ahead = draw(logits, self.sampling, uniforms), self.num_ahead + 1
+        return self.next_input, logits
+
+    def judge(self, proposals: torch.Tensor) -> Judgement:
+        inputs = torch.cat([self.last[: self.num_rows, None], proposals[:, :-1]], dim=1)
+        positions = self._positions(0, inputs.shape[1])
+        hidden, logits = self.decoder(inputs, positions, num_slots_in_use=self.num_slots_in_use)
+        return Judgement(logits[..., : self.vocab_size], {"teacher_hidden_states": hidden})
+
+    def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
+        last = self.last[: self.num_rows]
+        kept = block.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1)
+        last.copy_(torch.where(count > 0, kept, last))
+        self.length[: self.num_rows] += count
+
+    def idle(self) -> None:
+        device = next(self.model.parameters()).device
+        self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+
+    def _positions(self, start: int, count: int) -> torch.Tensor:
+        """Positions (N, count) of the inputs `start`, `start + 1`, ... of a block; the first input is the last token kept."""
+        steps = torch.arange(start, start + count, device=self.device)
+        return (self.length[: self.num_rows, None] + steps).clamp(max=self.num_slots - 1)
