@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from skd_trl.sampling.acceptance import AcceptanceRule, Draft
+from skd_trl.sampling.acceptance import AcceptanceRule, Draft, Judgement
 from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
 
 
@@ -57,7 +57,7 @@ def one_by_one(
             draft = Draft(
                 drafted[:, start:],
                 torch.cat(student_logits, dim=1),
-                teacher_logits,
+                Judgement(teacher_logits, {}),
                 student_sampling,
                 teacher_sampling,
                 torch.rand(1, drafted.shape[1] - start),

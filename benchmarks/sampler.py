@@ -8,7 +8,7 @@ Every arm writes `num_tokens` tokens for each prompt (no end of sequence) and en
 from baselines import assisted_generation, generate_then_score, one_by_one, teacher_generate
 from common import Report, load_model, load_prompts, median, parser, prepare, spread, take_turns
 
-from skd_trl import SamplingParams, interleaved_sample
+from skd_trl import Execution, LocalParticipant, SamplingParams, interleaved_sample
 from skd_trl.sampling.acceptance import TopK
 from skd_trl.sampling.draft_length import AutoDraftLength
 
@@ -94,18 +94,15 @@ def measured_policy(args, student, teacher, ids, mask, rule) -> AutoDraftLength:
 
 
 def sample(args, student, teacher, ids, mask, rule, **kwargs):
-    settings = {"max_new_tokens": args.num_tokens, **kwargs}
     return interleaved_sample(
-        student,
-        teacher,
+        LocalParticipant(student, STUDENT_SAMPLING),
+        LocalParticipant(teacher, TEACHER_SAMPLING),
         ids,
         mask,
         accept=rule,
+        max_new_tokens=kwargs.pop("max_new_tokens", args.num_tokens),
         eos_token_ids=[],
-        pad_token_id=0,
-        student_sampling=STUDENT_SAMPLING,
-        teacher_sampling=TEACHER_SAMPLING,
-        **settings,
+        execution=Execution(**kwargs),
     )
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from skd_trl import SamplingParams, interleaved_sample
+from skd_trl import Execution, LocalParticipant, SamplingParams, interleaved_sample
 from skd_trl.sampling.acceptance import Draft, TopK
 
 
@@ -63,18 +63,15 @@ def main(arguments: argparse.Namespace) -> None:
     accept = WatchedTopK(k=arguments.accept_top_k)
     start = time.perf_counter()
     rollout = interleaved_sample(
-        student,
-        teacher,
+        LocalParticipant(student, SamplingParams(arguments.temperature, arguments.top_p)),
+        LocalParticipant(teacher, SamplingParams(arguments.teacher_temperature, arguments.teacher_top_p)),
         prompt.input_ids.to(device),
         prompt.attention_mask.to(device),
         accept=accept,
-        num_draft_tokens=arguments.num_draft_tokens,
         max_new_tokens=arguments.max_new_tokens,
         eos_token_ids=decoding.eos_token_ids,
-        pad_token_id=decoding.pad_token_id,
-        student_sampling=SamplingParams(temperature=arguments.temperature, top_p=arguments.top_p),
-        teacher_sampling=SamplingParams(temperature=arguments.teacher_temperature, top_p=arguments.teacher_top_p),
-        generator=torch.Generator(device).manual_seed(arguments.seed),
+        noise=torch.Generator(device).manual_seed(arguments.seed),
+        execution=Execution(arguments.num_draft_tokens),
     )
     seconds = time.perf_counter() - start
     response = rollout.labels[0][rollout.labels[0] != -100].tolist()

@@ -3,7 +3,8 @@
 from .loss.divergences import DIVERGENCES
 from .loss.gates import GATES
 from .sampling.acceptance import ACCEPTANCE_RULES
-from .sampling.interleaved import interleaved_sample
+from .sampling.interleaved import Execution, interleaved_sample
+from .sampling.participants import LocalParticipant, Participant
 from .sampling.rollout import Rollout
 from .sampling.sampling_params import SamplingParams
 from .skd_config import SKDConfig
@@ -17,7 +18,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ACCEPTANCE_RULES",
     "DIVERGENCES",
+    "Execution",
     "GATES",
+    "LocalParticipant",
+    "Participant",
     "Rollout",
     "SKDConfig",
     "SKDTrainer",

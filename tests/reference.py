@@ -59,14 +59,15 @@ def interleave(
     student_sampling,
     teacher_sampling,
     residual=None,
+    teacher_prompt=None,
 ):
     """One response: `tokens`, `replaced` (bool each). `uniforms` (max_new_tokens, 3): the student's draw, the coin, the
     teacher's draw. `residual(student_probs, teacher_probs)` is what a replacement is drawn from; the teacher's
-    distribution if there is none."""
+    distribution if there is none. `teacher_prompt` is what the teacher reads, if not the student's prompt."""
     tokens, replaced = [], []
     for position in range(max_new_tokens):
         student_probs = probabilities(next_logits(student, prompt + tokens), **student_sampling)
-        teacher_logits = next_logits(teacher, prompt + tokens)
+        teacher_logits = next_logits(teacher, (teacher_prompt or prompt) + tokens)
         teacher_probs = probabilities(teacher_logits, **teacher_sampling)
         u_student, coin, u_teacher = uniforms[position].tolist()
         token = draw(student_probs, u_student)

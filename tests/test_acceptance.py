@@ -6,18 +6,19 @@ import pytest
 import reference
 import torch
 from scipy.stats import chisquare
+from test_sampler import sample
 from tiny import tiny_model
 
-from skd_trl import ACCEPTANCE_RULES, SamplingParams, interleaved_sample
-from skd_trl.sampling.acceptance import Draft
+from skd_trl import ACCEPTANCE_RULES, SamplingParams
+from skd_trl.sampling.acceptance import Draft, Judgement
 
 
 def draft_of(tokens, teacher_logits, student_logits=None, coins=None):
     tokens = torch.tensor(tokens)
     return Draft(
         tokens,
-        student_logits,
-        torch.as_tensor(teacher_logits).float(),
+        torch.zeros(*tokens.shape, 0) if student_logits is None else student_logits,
+        Judgement(torch.as_tensor(teacher_logits).float(), {}),
         SamplingParams(),
         SamplingParams(),
         torch.zeros(tokens.shape) if coins is None else torch.tensor(coins),
@@ -101,12 +102,11 @@ def test_speculative_texts_are_the_teachers_and_mixture_texts_the_mixtures(
     num_texts, prompt = 20_000, [1, 4, 2]
     small = {"vocab_size": 6, "initializer_range": 0.3}
     student, teacher = tiny_model("llama", seed=5, **small), tiny_model("llama", seed=6, **small)
-    ids = torch.tensor([prompt] * num_texts)
-    rollout = interleaved_sample(
-        student, teacher, ids, torch.ones_like(ids), accept=ACCEPTANCE_RULES[name](**kwargs),
-        num_draft_tokens=num_draft_tokens, max_new_tokens=2, eos_token_ids=[], pad_token_id=0,
+    rollout = sample(
+        student, teacher, [prompt] * num_texts, ACCEPTANCE_RULES[name](**kwargs),
+        num_draft_tokens=num_draft_tokens, max_new_tokens=2, eos_token_ids=[],
         student_sampling=SamplingParams(temperature=0.8), teacher_sampling=SamplingParams(top_p=0.9),
-        generator=torch.Generator().manual_seed(num_draft_tokens),
+        noise=torch.Generator().manual_seed(num_draft_tokens),
     )  # fmt: skip
     exact = [reference.in_float64(model) for model in (student, teacher)]
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_sampler import left_padded
+from test_sampler import sample
 from test_skd_trainer import losses, make_trainer
 from tiny import tiny_model
 from torch._dynamo.utils import counters
@@ -13,7 +13,6 @@ from torch._dynamo.utils import counters
 from skd_trl.sampling import compiled_step
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
 from skd_trl.sampling.compiled_step import CompiledStudent
-from skd_trl.sampling.interleaved import interleaved_sample
 
 
 BEGINNING = list(range(100, 120))  # that all prompts share, long enough to be run once
@@ -22,11 +21,10 @@ PROMPTS = [[*BEGINNING, 5, 9, 200], [*BEGINNING, 7], [*BEGINNING, *range(1, 12)]
 
 def texts(student, teacher, prompts=PROMPTS, rule="top_k", **settings):
     arguments = {"k": 60} if rule == "top_k" else {}
-    ids, mask = left_padded(prompts)
     uniforms = torch.rand((len(prompts), 16, 3), generator=torch.Generator().manual_seed(0))
-    return interleaved_sample(
-        student, teacher, ids, mask, accept=ACCEPTANCE_RULES[rule](**arguments), max_new_tokens=16, pad_token_id=256,
-        eos_token_ids=range(0, 259, 9), uniforms=uniforms, **{"max_rows": 2, **settings},
+    return sample(
+        student, teacher, prompts, ACCEPTANCE_RULES[rule](**arguments), max_new_tokens=16,
+        eos_token_ids=range(0, 259, 9), noise=uniforms, **{"max_rows": 2, "num_draft_tokens": 5, **settings},
     ).labels  # fmt: skip
 
 
@@ -52,7 +50,7 @@ def test_compiled_drafts_write_the_texts_of_plain_ones(graphs, architecture, rul
     student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
     plain = texts(student, teacher, rule=rule)
     assert not graphs
-    assert torch.equal(texts(student, teacher, rule=rule, compile_student=True), plain)
+    assert torch.equal(texts(student, teacher, rule=rule, compiled=CompiledStudent()), plain)
     assert graphs
 
 
@@ -60,7 +58,7 @@ def test_an_adapter_is_compiled_with_its_model(graphs):
     student = get_peft_model(tiny_model(seed=1), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     teacher = tiny_model(seed=2)
     plain = texts(student, teacher)
-    assert torch.equal(texts(student, teacher, compile_student=True), plain)
+    assert torch.equal(texts(student, teacher, compiled=CompiledStudent()), plain)
     assert graphs and not torch.equal(texts(tiny_model(seed=1), teacher), plain)
 
 
@@ -68,7 +66,7 @@ def test_slots_beyond_a_models_positions_are_never_used(graphs):
     student, teacher = (tiny_model("gpt2", seed=seed, max_position_embeddings=50) for seed in (1, 2))
     plain = texts(student, teacher)
     kept = CompiledStudent()
-    assert torch.equal(texts(student, teacher, compile_student=kept), plain)
+    assert torch.equal(texts(student, teacher, compiled=kept), plain)
     assert graphs and kept._decoder.num_slots > 50
 
 
@@ -77,7 +75,7 @@ def test_rounds_and_windows_run_the_same_graph_until_one_needs_more_room(graphs)
 
     def compiled_is_plain(prompts, **settings):
         plain = texts(student, teacher, prompts, **settings)
-        assert torch.equal(texts(student, teacher, prompts, compile_student=kept, **settings), plain)
+        assert torch.equal(texts(student, teacher, prompts, compiled=kept, **settings), plain)
         return len(graphs)
 
     first = compiled_is_plain(PROMPTS, max_rows=3)
@@ -144,5 +142,5 @@ def test_torch_compile_takes_the_training_step_and_leaves_sampling_alone(tmp_pat
 def test_the_code_that_torch_compile_makes_writes_the_same_texts():
     torch._dynamo.reset()
     student, teacher = tiny_model(seed=1), tiny_model(seed=2)
-    assert torch.equal(texts(student, teacher, compile_student=True), texts(student, teacher))
+    assert torch.equal(texts(student, teacher, compiled=CompiledStudent()), texts(student, teacher))
     torch._dynamo.reset()

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_sampler import sample
 from tiny import tiny_model
 from trl import TrlParser
 
 from skd_trl import SKDConfig
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
 from skd_trl.sampling.draft_length import AutoDraftLength, DraftLength, ForwardCost, Round, Stopwatch, expected_tokens
-from skd_trl.sampling.interleaved import interleaved_sample
 
 
 class Machine:
@@ -136,14 +136,13 @@ class Erratic(DraftLength):
 
 def test_whatever_the_stopwatch_says_the_texts_are_the_same():
     student, teacher = tiny_model(seed=1), tiny_model(seed=2)
-    ids = torch.randint(0, 250, (4, 6), generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(0, 250, (4, 6), generator=torch.Generator().manual_seed(0)).tolist()
     uniforms = torch.rand((4, 20, 3), generator=torch.Generator().manual_seed(1))
 
     def labels(num_draft_tokens):
-        return interleaved_sample(
-            student, teacher, ids, torch.ones_like(ids), accept=ACCEPTANCE_RULES["top_k"](k=60), uniforms=uniforms,
-            num_draft_tokens=num_draft_tokens, max_new_tokens=20, eos_token_ids=range(0, 259, 9), pad_token_id=256,
-            max_rows=3,
+        return sample(
+            student, teacher, prompts, ACCEPTANCE_RULES["top_k"](k=60), noise=uniforms, max_new_tokens=20,
+            eos_token_ids=range(0, 259, 9), num_draft_tokens=num_draft_tokens, max_rows=3,
         ).labels  # fmt: skip
 
     fixed = labels(3)

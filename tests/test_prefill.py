@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from test_sampler import PROMPTS, responses, sample
 from tiny import ARCHITECTURES, tiny_model
 
-from skd_trl.sampling import rollout
+from skd_trl.sampling import participants
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
+from skd_trl.sampling.admission import prove
 from skd_trl.sampling.prefill import prefill_groups
 
 
@@ -55,12 +56,13 @@ def test_no_prompts_make_no_group():
 def fed(monkeypatch):
     """Runs `sample` on two models; gives its rollout, and for each model the shapes of tokens that it was fed and how many
     of their positions went through its head."""
-    monkeypatch.setattr(rollout, "cost_of_forward", lambda device: 5)
+    monkeypatch.setattr(participants, "cost_of_forward", lambda device: 5)
 
     def run(architecture="llama", **kwargs):
         models, seen = [], []
         for seed in (1, 2):
             model, calls = tiny_model(architecture, seed=seed), []
+            prove(model)  # whose forwards are not to be seen below
             model.get_input_embeddings().register_forward_hook(
                 lambda module, args, out, calls=calls: calls.append([tuple(args[0].shape)])
             )
@@ -82,12 +84,12 @@ def test_prompts_of_like_length_are_prefilled_together_without_logits_and_texts_
 ):
     uniforms = torch.rand((4, 12, 3), generator=torch.Generator().manual_seed(3))
     rule = ACCEPTANCE_RULES["top_k"](k=60)
-    sampled, *calls = fed(architecture, rule=rule, uniforms=uniforms, max_rows=max_rows)
+    sampled, *calls = fed(architecture, rule=rule, noise=uniforms, max_rows=max_rows)
     for seen in calls:
         assert seen[: len(first)] == [(shape, 0) for shape in first]
         assert seen[len(first)][1] > 0
     for row, prompt in enumerate(PROMPTS):
-        alone, *_ = fed(architecture, prompts=[prompt], rule=rule, uniforms=uniforms[row : row + 1])
+        alone, *_ = fed(architecture, prompts=[prompt], rule=rule, noise=uniforms[row : row + 1])
         assert responses(alone) == [responses(sampled)[row]]
 
 
@@ -95,20 +97,25 @@ IDLE = ((1, 1), 1)
 
 
 def test_a_rank_with_fewer_groups_waits_while_others_prefill(fed):
-    def one_more(num_prefills, num_draft):
-        return num_prefills + (num_prefills > 0), num_draft
+    def one_more(*numbers):
+        return *(number + (number > 0) for number in numbers[:2]), numbers[2]
 
     (alone, *calls), (behind, *calls_behind) = (
-        fed(generator=torch.Generator().manual_seed(0), agree=agree) for agree in (lambda *numbers: numbers, one_more)
+        fed(noise=torch.Generator().manual_seed(0), agree=agree) for agree in (lambda *numbers: numbers, one_more)
     )
     assert responses(alone) == responses(behind)
     for seen, seen_behind in zip(calls, calls_behind, strict=True):
         assert seen_behind == [IDLE, *seen]
 
 
-def test_a_group_without_tokens_takes_part_where_forwards_are_collective(fed):
-    prompts = [[7]]  # its only token is fed with the first draft
-    for agree, first in ((None, []), (lambda *numbers: numbers, [IDLE])):
-        _, *calls = fed(prompts=prompts, agree=agree, max_new_tokens=1)
-        for seen in calls:
-            assert seen == [*first, ((1, 1), 1)]
+def test_a_prompt_of_one_token_needs_no_prefill(fed):
+    _, *calls = fed(prompts=[[7]], max_new_tokens=1)
+    assert calls == [[((1, 1), 1)]] * 2
+
+
+def test_a_rank_without_a_prompt_runs_the_forwards_of_the_others(fed):
+    """Two rounds of other ranks: two prefills of the student, one of the teacher, drafts of three and of two tokens."""
+    others = iter([(2, 1, 3), (0, 0, 2), (0, 0, 0)])
+    rollout, *calls = fed(prompts=[], agree=lambda *numbers: next(others))
+    assert calls == [[IDLE] * 7, [IDLE] * 3]
+    assert rollout.input_ids.shape == (0, 0)

@@ -9,26 +9,38 @@ from scipy.stats import chisquare
 from tiny import ARCHITECTURES, tiny_model
 
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
-from skd_trl.sampling.interleaved import interleaved_sample
+from skd_trl.sampling.admission import prove
+from skd_trl.sampling.interleaved import Execution, interleaved_sample
+from skd_trl.sampling.participants import LocalParticipant
 from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
 
 
 PAD, EOS, V = 256, 257, 259
-GREEDY = SamplingParams(temperature=0.0)
+GREEDY, FREE = SamplingParams(temperature=0.0), SamplingParams()
 PROMPTS = [[5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [30, 31, 32, 33, 34]]
 
 
 def left_padded(prompts):
-    width = max(map(len, prompts))
-    ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
+    width = max(map(len, prompts), default=0)
+    ids = [[PAD] * (width - len(p)) + p for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return tuple(torch.tensor(rows, dtype=torch.long).reshape(len(prompts), width) for rows in (ids, mask))
 
 
-def sample(student, teacher, prompts=PROMPTS, rule=None, **kwargs):
-    settings = {"num_draft_tokens": 3, "max_new_tokens": 12, "eos_token_ids": [EOS], "pad_token_id": PAD, **kwargs}
+def sample(
+    student, teacher, prompts=PROMPTS, rule=None, *, student_sampling=FREE, teacher_sampling=FREE,
+    vocab_size=None, compiled=None, noise=None, max_new_tokens=12, eos_token_ids=(EOS,), **execution,
+):  # fmt: skip
+    """`interleaved_sample` on lists of prompts, drafts of three tokens unless told otherwise."""
     return interleaved_sample(
-        student, teacher, *left_padded(prompts), accept=rule or ACCEPTANCE_RULES["top_k"](k=3), **settings
+        LocalParticipant(student, student_sampling, vocab_size=vocab_size, compiled=compiled),
+        LocalParticipant(teacher, teacher_sampling, vocab_size=vocab_size),
+        *left_padded(prompts),
+        accept=rule or ACCEPTANCE_RULES["top_k"](k=3),
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        noise=noise,
+        execution=Execution(**{"num_draft_tokens": 3, **execution}),
     )
 
 
@@ -81,7 +93,7 @@ def test_accepting_only_the_teachers_favourite_greedily_is_the_teachers_greedy_t
 def test_kept_tokens_are_in_the_teachers_top_k_and_saved_hidden_states_are_those_of_a_fresh_forward(pair):
     student, teacher = pair
     k, seen_kept, seen_replaced = 80, 0, 0
-    rollout = sample(student, teacher, rule=ACCEPTANCE_RULES["top_k"](k=k), generator=torch.Generator().manual_seed(0))
+    rollout = sample(student, teacher, rule=ACCEPTANCE_RULES["top_k"](k=k), noise=torch.Generator().manual_seed(0))
     heads_input = []
     hook = teacher.get_output_embeddings().register_forward_pre_hook(lambda module, args: heads_input.append(args[0]))
     for row, prompt in enumerate(PROMPTS):
@@ -127,7 +139,7 @@ def test_every_row_equals_the_one_row_token_at_a_time_cache_free_reference(
         max_rows=max_rows,
         max_new_tokens=20,
         eos_token_ids=eos,
-        uniforms=uniforms,
+        noise=uniforms,
         student_sampling=SamplingParams(**student_sampling),
         teacher_sampling=SamplingParams(**teacher_sampling),
     )
@@ -174,11 +186,11 @@ def test_two_tokens_are_distributed_as_the_algorithm_says_whatever_the_draft_len
     num_texts, prompt = 20_000, [1, 4, 2]
     small = {"vocab_size": 6, "initializer_range": 0.3}
     student, teacher = tiny_model("llama", seed=5, **small), tiny_model("llama", seed=6, **small)
-    rollout = interleaved_sample(
-        student, teacher, *left_padded_rows([prompt] * num_texts), accept=ACCEPTANCE_RULES["top_k"](k=k),
-        num_draft_tokens=num_draft_tokens, max_new_tokens=3, eos_token_ids=[], pad_token_id=0,
+    rollout = sample(
+        student, teacher, [prompt] * num_texts, ACCEPTANCE_RULES["top_k"](k=k),
+        num_draft_tokens=num_draft_tokens, max_new_tokens=3, eos_token_ids=[],
         student_sampling=SamplingParams(**student_sampling), teacher_sampling=SamplingParams(**teacher_sampling),
-        generator=torch.Generator().manual_seed(100 * k + num_draft_tokens),
+        noise=torch.Generator().manual_seed(100 * k + num_draft_tokens),
     )  # fmt: skip
     first, second = rollout.labels[:, len(prompt)], rollout.labels[:, len(prompt) + 1]
     counts = torch.bincount(first * 6 + second, minlength=36).double()
@@ -196,19 +208,14 @@ def test_two_tokens_are_distributed_as_the_algorithm_says_whatever_the_draft_len
     assert chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-5
 
 
-def left_padded_rows(prompts):
-    ids = torch.tensor(prompts)
-    return ids, torch.ones_like(ids)
-
-
 def test_a_rows_text_depends_neither_on_its_neighbours_nor_on_the_draft_length():
     student, teacher = tiny_model("qwen2", seed=1), tiny_model("qwen2", seed=2)
     uniforms = torch.rand((len(PROMPTS), 12, 3), generator=torch.Generator().manual_seed(0))
-    together = responses(sample(student, teacher, uniforms=uniforms, rule=ACCEPTANCE_RULES["top_k"](k=60)))
+    together = responses(sample(student, teacher, noise=uniforms, rule=ACCEPTANCE_RULES["top_k"](k=60)))
     for row, prompt in enumerate(PROMPTS):
         for num_draft_tokens in (1, 2, 12):
             alone = sample(
-                student, teacher, [prompt], uniforms=uniforms[row : row + 1], num_draft_tokens=num_draft_tokens,
+                student, teacher, [prompt], noise=uniforms[row : row + 1], num_draft_tokens=num_draft_tokens,
                 rule=ACCEPTANCE_RULES["top_k"](k=60),
             )  # fmt: skip
             assert responses(alone)[0] == together[row]
@@ -245,10 +252,10 @@ def test_models_come_back_in_the_mode_they_came_in_even_after_an_error():
 
 def test_gradient_checkpointing_and_dropout_do_not_reach_the_sampler():
     student, teacher = tiny_model(seed=1), tiny_model(seed=2)
-    expected = sample(student, teacher, generator=torch.Generator().manual_seed(0)).labels
+    expected = sample(student, teacher, noise=torch.Generator().manual_seed(0)).labels
     student.gradient_checkpointing_enable()
     student.train()
-    assert torch.equal(sample(student, teacher, generator=torch.Generator().manual_seed(0)).labels, expected)
+    assert torch.equal(sample(student, teacher, noise=torch.Generator().manual_seed(0)).labels, expected)
 
 
 def test_an_adapter_takes_part_in_the_draft():
@@ -285,7 +292,7 @@ def test_input_that_cannot_work_is_refused_with_its_number(prompts, kwargs, mess
 def test_right_padded_prompts_and_mismatched_vocabularies_are_refused():
     student, teacher = tiny_model(seed=1), tiny_model(seed=2)
     ids, mask = left_padded(PROMPTS)
-    settings = {"accept": ACCEPTANCE_RULES["always"](), "max_new_tokens": 4, "eos_token_ids": [], "pad_token_id": PAD}
+    settings = {"accept": ACCEPTANCE_RULES["always"](), "max_new_tokens": 4, "eos_token_ids": []}
     with pytest.raises(ValueError, match="not left-padded"):
         interleaved_sample(student, teacher, ids.flip(1), mask.flip(1), **settings)
     with pytest.raises(ValueError, match="259.*300.*vocab_size"):
@@ -305,17 +312,26 @@ def test_an_encoder_decoder_is_refused():
 def test_attention_that_cannot_be_ragged_is_refused():
     from transformers import BloomConfig, BloomForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
+    def gpt_neo(window_size):
+        kinds = [[["global", "local"], 1]]
+        sizes = {"vocab_size": 259, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": window_size}
+        return GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=kinds, max_position_embeddings=64))
+
     bloom = BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=16, n_layer=1, n_head=2))
-    local = GPTNeoForCausalLM(
-        GPTNeoConfig(
-            vocab_size=259, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
-        )
-    )
     split = tiny_model(seed=2)
     split.hf_device_map = {"model": 0, "lm_head": 1}
-    for model, message in ((bloom, "ALiBi"), (local, "local layers"), (split, "split over .'0', '1'")):
+    for model, message in (
+        (bloom, "ALiBi"),
+        (gpt_neo(4), r"needs 23 positions.* student has 4 "),
+        (gpt_neo(22), r"needs 23 positions.* student has 22 "),
+        (split, "split over .'0', '1'"),
+    ):
         with pytest.raises(ValueError, match=message):
             sample(model, tiny_model(seed=2))
+    text = responses(
+        sample(gpt_neo(23), tiny_model(seed=2), rule=ACCEPTANCE_RULES["always"](), student_sampling=GREEDY)
+    )
+    assert len(text) == len(PROMPTS)
 
 
 def test_longrope_models_sample_before_their_frequencies_change_and_not_beyond():
@@ -373,15 +389,16 @@ def test_a_beginning_that_all_prompts_share_is_run_once_and_changes_no_text(
     student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
     uniforms = torch.rand((len(prompts), 12, 3), generator=torch.Generator().manual_seed(3))
     num_tokens = []
+    prove(teacher)
     hook = teacher.get_input_embeddings().register_forward_hook(
         lambda m, args, out: num_tokens.append(args[0].numel())
     )
     rule = ACCEPTANCE_RULES["top_k"](k=60)
-    together = responses(sample(student, teacher, prompts, rule, uniforms=uniforms, max_rows=max_rows), prompts)
+    together = responses(sample(student, teacher, prompts, rule, noise=uniforms, max_rows=max_rows), prompts)
     hook.remove()
     assert num_tokens[0] == (num_shared or 2 * 19)  # one row, or both
     for row, prompt in enumerate(prompts):
-        assert responses(sample(student, teacher, [prompt], rule, uniforms=uniforms[row : row + 1])) == [together[row]]
+        assert responses(sample(student, teacher, [prompt], rule, noise=uniforms[row : row + 1])) == [together[row]]
 
 
 def test_the_environment_is_as_it_was_after_sampling_and_a_choice_of_the_users_stands(monkeypatch):

@@ -119,13 +119,16 @@ def check_adapter(peft_config) -> None:
 def positions_of(config) -> int | None:
     """Positions that sampled texts may use (`None`: no limit known): the model's, and with longrope (Phi-3's long contexts) those
     of its short factors. Beyond them a forward turns every row of the batch by other angles than its cached keys. Llama 4 scales its
-    queries by a position that it reads from the cache, from `floor_scale` positions on."""
+    queries by a position that it reads from the cache, from `floor_scale` positions on. GPT-Neo's local layers take a block for the
+    last tokens of every row, which shows from `window_size` positions on."""
     room = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return min(room, rope.get("original_max_position_embeddings", room))
     if getattr(config, "attn_temperature_tuning", False) and getattr(config, "floor_scale", None):
         return min(room, int(config.floor_scale))
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return min(room, config.window_size)
     return room
 
 

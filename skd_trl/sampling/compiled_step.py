@@ -60,7 +60,7 @@ class CompiledStudent:
         all_tokens, all_positions = (
             torch.cat([values, values[:1].expand(decoder.num_rows - len(values), 1)]) for values in (tokens, positions)
         )
-        decoder.window.set(0, all_positions, decoder.num_slots)
+        decoder.window.set(range(decoder.num_rows), all_positions, decoder.num_slots)
         masks = decoder.masks(all_positions, decoder.num_slots)
         on_cuda = tokens.device.type == "cuda"
         with attention_implementation(decoder.model, decoder.attn_implementation):
