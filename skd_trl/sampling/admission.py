@@ -8,6 +8,7 @@ remain only where so few tokens cannot show the trouble (`positions_of`).
 Shapes: N rows, Q tokens, S tokens of a text, H hidden.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,9 @@ def prove(model: nn.Module) -> Proof:
             raise ValueError(
                 f"{name} does not run on the sampler's cache ({reason}). {_hint(model)}{WAY_OUT}"
             ) from error
-        if not proof.error <= proof.limit:
+        if not math.isfinite(proof.error):
+            raise ValueError(f"{name} has hidden states that are not finite: check its weights for NaN and infinity.")
+        if proof.error > proof.limit:
             raise ValueError(
                 f"{name} gives other hidden states on the sampler's cache than without a cache: they differ by {proof.error:.1e} of the "
                 f"largest, and rounding explains {proof.limit:.1e}. Its responses would not be its own. {_hint(model)}{WAY_OUT}"
@@ -174,13 +177,13 @@ def _run(model: nn.Module) -> Proof:
     feed((0, 1, 2), [new_tokens(BLOCK) for _ in range(3)], KEPT)
     finished += zip(texts, seen, strict=True)
 
-    errors, noise, largest = [], [], 0.0
+    errors, noise, sizes = [], [], []
     for text, hidden in finished:
-        alone = _hidden_states(model, text)
+        alone, beginning = _hidden_states(model, text), _hidden_states(model, text[: len(text) // 2])
         errors.append((torch.stack(hidden).float() - alone).abs().max())
-        noise.append((_hidden_states(model, text[: len(text) // 2]) - alone[: len(text) // 2]).abs().max())
-        largest = max(largest, float(alone.abs().max()))
-    error, own = (float(torch.stack(values).max()) / max(largest, 1e-30) for values in (errors, noise))
+        noise.append((beginning - alone[: len(beginning)]).abs().max())
+        sizes.append(alone.abs().max())
+    error, own = (float(torch.stack(values).max() / torch.stack(sizes).max()) for values in (errors, noise))
     types = [hidden[0].dtype]
     if torch.is_autocast_enabled(device.type):
         types.append(torch.get_autocast_dtype(device.type))
