@@ -23,7 +23,6 @@ with warnings.catch_warnings():
         else:
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = silenced
 
-from trl.data_utils import maybe_convert_to_chatml
 from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
@@ -35,6 +34,5 @@ __all__ = [
     "add_hooks",
     "create_model_from_path",
     "get_config_model_id",
-    "maybe_convert_to_chatml",
     "remove_hooks",
 ]

@@ -638,7 +638,7 @@ def test_a_model_that_is_split_or_not_loaded_is_refused(tmp_path, whose):
 
 
 def test_a_student_given_by_name_is_loaded_onto_one_device(tmp_path, monkeypatch):
-    from skd_trl import models
+    from skd_trl.training import models
 
     tiny_model(seed=1).save_pretrained(tmp_path / "student")
     seen = []

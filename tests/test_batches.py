@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skd_trl.data.collator import DataCollatorForDistillation
+from skd_trl.data.batches import DataCollatorForDistillation
 
 
 PAD = 0
