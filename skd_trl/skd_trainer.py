@@ -48,6 +48,7 @@ from .training.loss_forward import add_loss_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix
 from .training.models import disable_dropout, load_pair, own_arguments, pad_token_id
 from .training.pair_check import room_for_prompts, verify_heads
+from .training.sampled_batches import sampled_batches
 
 
 if TYPE_CHECKING:
@@ -293,8 +294,7 @@ class SKDTrainer(GKDTrainer):
             )
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled)
-        stops = torch.tensor([len(batch[Key.PROMPTS]) for batch in batches]).cumsum(0).tolist()
-        return [sampled.rows(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+        return sampled_batches(sampled, batches)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()

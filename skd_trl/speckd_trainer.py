@@ -225,16 +225,14 @@ class SpecKDTrainer(SKDTrainer):
         metrics.add_mean("token_acceptance_rate", accepted)
         metrics.add_mean("gate_weight", outcome.weight)
         for name, (start, stop) in zip(POSITION_NAMES, POSITION_BINS, strict=True):
-            inside = (tokens.positions >= start) & (tokens.positions < (stop or len(tokens.mask[0])))
+            inside = (tokens.positions >= start) & (tokens.positions < (stop or tokens.shape[1]))
             metrics.add_mean(name, accepted[inside])
         metrics.add_mean("token_acceptance_rate_eos", accepted[self._is_eos(tokens.labels)])
         for name, of in (("accepted", accepted), ("rejected", ~accepted)):
             metrics.add_mean(f"tv_{name}", outcome.statistics["tv"][of])
             metrics.add_mean(f"divergence_{name}", outcome.divergence[of])
-        num_accepted = torch.zeros(len(tokens.mask), device=accepted.device).index_add(
-            0, tokens.rows, accepted.float()
-        )
-        metrics.add_mean("fully_rejected_share", num_accepted[tokens.mask.any(dim=1)] == 0)
+        num_accepted = torch.zeros(tokens.shape[0], device=accepted.device).index_add(0, tokens.rows, accepted.float())
+        metrics.add_mean("fully_rejected_share", num_accepted[tokens.rows.unique()] == 0)
         if Key.COMPARED_ACCEPTED in inputs:
             other = inputs[Key.COMPARED_ACCEPTED]
             metrics.add("gate_overlap", (accepted & other).sum(), (accepted | other).sum())

@@ -1,10 +1,11 @@
 """Prepared rows -> batches, and the response tokens of a batch, which are all that the loss works on.
 
-The layout of every batch and of every rollout: the prompt left-padded into P columns, then the response right-padded
-into T columns, so that sampling continues at one column for all rows. Labels are -100 on prompts and padding.
+Each row of a batch, given or sampled, is [prompt | response | padding]: what a causal model makes of a row then never
+depends on its padding. Labels are -100 on prompts and padding. Prompts to sample responses for are a second, left-padded
+rectangle.
 
-Shapes: B rows, P prompt columns, T response columns (0 when no row has a reference response), N response tokens in all,
-row by row, H hidden.
+Shapes: B rows, S columns of a batch, P columns of its left-padded prompts, T the longest response, N response tokens in
+all, row by row, H hidden.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ IGNORE_INDEX = -100
 class Key(StrEnum):
     """Every entry that a batch can have, with its shape and who puts it there."""
 
-    # The data collator, and with sampled responses the sampling: `torch.long`, (B, P+T)
+    # The data collator, and with sampled responses the sampling: `torch.long`, (B, S)
     INPUT_IDS = "input_ids"
     ATTENTION_MASK = "attention_mask"
     LABELS = "labels"
@@ -29,8 +30,10 @@ class Key(StrEnum):
     PROMPT_ATTENTION_MASK = "prompt_attention_mask"
     # The data collator, of streams: unusable rows before each row, (B,)
     SKIPPED_ROWS = "skipped_rows"
-    # The sampling: where the teacher's token is, `torch.bool`, (B, T)
+    # The sampling: where the teacher's token is, `torch.bool`, (B, T), and the rank of the student's proposal among the teacher's
+    # tokens, `torch.long`, (B, T), -1 where nothing was judged
     REPLACED = "replaced"
+    TEACHER_RANK = "teacher_rank"
     # The teacher's last hidden states: from the sampling, where it judged the responses, (B, T, H)
     TEACHER_HIDDEN_STATES = "teacher_hidden_states"
     # SpecKD: noise of its gates, (N, U), weights of a window that is weighed as a whole, (N,), what the compared gate accepts (N,)
@@ -42,11 +45,9 @@ class Key(StrEnum):
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What both models are called with. Positions are given: with left padding, models with learned positions would
-    otherwise count the padding."""
-    mask = batch[Key.ATTENTION_MASK]
-    position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return {"input_ids": batch[Key.INPUT_IDS], "attention_mask": mask, "position_ids": position_ids}
+    """What both models are called with. Positions are left to the model: padding at the right does not move
+    them, and some models do not count from 0."""
+    return {"input_ids": batch[Key.INPUT_IDS], "attention_mask": batch[Key.ATTENTION_MASK]}
 
 
 @dataclass
@@ -58,10 +59,10 @@ class DataCollatorForDistillation:
         pad_token_id (`int`):
             Id that fills the padding. It may be an end-of-sequence id: masks and labels go by lengths, not by ids.
         pad_to_multiple_of (`int`, *optional*):
-            Rounds P and T up, each to a multiple of this.
+            Rounds S up to a multiple of this.
 
     Returns (of a call):
-        `dict`: `input_ids`, `attention_mask`, `labels` (B, P+T), `prompts`, `prompt_attention_mask` (B, P), all
+        `dict`: `input_ids`, `attention_mask`, `labels` (B, S), `prompts`, `prompt_attention_mask` (B, P), all
         `torch.long`; and for streamed rows `skipped_rows` (B,): how many unusable rows were passed over before each.
     """
 
@@ -78,34 +79,32 @@ class DataCollatorForDistillation:
             raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} must be 1 or more, or None.")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        num_prompt_columns = self._round_up(max(len(row["prompt_ids"]) for row in rows))
-        num_response_columns = self._round_up(max(len(row["response_ids"]) for row in rows))
-        shape = (len(rows), num_prompt_columns + num_response_columns)
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
-        for i, row in enumerate(rows):
-            response_ids = torch.as_tensor(row["response_ids"], dtype=torch.long)
-            start = num_prompt_columns - len(row["prompt_ids"])
-            end = num_prompt_columns + len(response_ids)
-            input_ids[i, start:num_prompt_columns] = torch.as_tensor(row["prompt_ids"], dtype=torch.long)
-            input_ids[i, num_prompt_columns:end] = response_ids
-            labels[i, num_prompt_columns:end] = response_ids
-            attention_mask[i, start:end] = 1
+        texts = [[*row["prompt_ids"], *row["response_ids"]] for row in rows]
+        multiple = self.pad_to_multiple_of or 1
+        num_columns = -(-max(map(len, texts)) // multiple) * multiple
+        num_prompt_columns = max(len(row["prompt_ids"]) for row in rows)
+        input_ids = torch.full((len(rows), num_columns), self.pad_token_id)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        attention_mask = torch.zeros_like(input_ids)
+        prompts = torch.full((len(rows), num_prompt_columns), self.pad_token_id)
+        prompt_attention_mask = torch.zeros_like(prompts)
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            start, end = len(row["prompt_ids"]), len(text)
+            input_ids[i, :end] = torch.as_tensor(text)
+            labels[i, start:end] = input_ids[i, start:end]
+            attention_mask[i, :end] = 1
+            prompts[i, num_prompt_columns - start :] = input_ids[i, :start]
+            prompt_attention_mask[i, num_prompt_columns - start :] = 1
         batch: dict[str, torch.Tensor] = {
             Key.INPUT_IDS: input_ids,
             Key.ATTENTION_MASK: attention_mask,
             Key.LABELS: labels,
-            Key.PROMPTS: input_ids[:, :num_prompt_columns].clone(),
-            Key.PROMPT_ATTENTION_MASK: attention_mask[:, :num_prompt_columns].clone(),
+            Key.PROMPTS: prompts,
+            Key.PROMPT_ATTENTION_MASK: prompt_attention_mask,
         }
         if Key.SKIPPED_ROWS in rows[0]:
             batch[Key.SKIPPED_ROWS] = torch.tensor([row[Key.SKIPPED_ROWS] for row in rows], dtype=torch.long)
         return batch
-
-    def _round_up(self, length: int) -> int:
-        multiple = self.pad_to_multiple_of or 1
-        return -(-length // multiple) * multiple
 
 
 def merge_prompts(prompts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,45 +118,43 @@ def merge_prompts(prompts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[tor
 
 @dataclass(frozen=True)
 class ResponseTokens:
-    """Which places of a batch (B, P+T) hold response tokens, and what they are.
+    """The response tokens of a batch (B, S), and where they are.
 
     Logits at t predict token t+1, so the hidden state of a response's last token and that of the prompt's last but one
     have no business in the loss.
 
     Attributes:
-        mask (`torch.BoolTensor` of shape `(B, T)`): True on response tokens.
         labels (`torch.LongTensor` of shape `(N,)`): the tokens.
+        rows (`torch.LongTensor` of shape `(N,)`): the row that each belongs to.
+        columns (`torch.LongTensor` of shape `(N,)`): its column in the batch.
+        positions (`torch.LongTensor` of shape `(N,)`): its place in its response, from 0.
+        shape (`tuple[int, int]`): (B, T), of values by row and position.
     """
 
-    mask: torch.Tensor
     labels: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    positions: torch.Tensor
+    shape: tuple[int, int]
 
     @classmethod
     def of(cls, batch: dict[str, torch.Tensor]) -> "ResponseTokens":
-        labels = batch[Key.LABELS][:, batch[Key.PROMPTS].shape[1] :]
+        labels = batch[Key.LABELS]
         mask = labels != IGNORE_INDEX
-        return cls(mask, labels[mask])
+        rows, columns = mask.nonzero(as_tuple=True)
+        positions = columns - mask.int().argmax(dim=1)[rows]
+        return cls(labels[mask], rows, columns, positions, (len(labels), int(mask.sum(dim=1).max())))
 
     def predicted_by(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The hidden states (N, H) that predict the tokens, out of those of a whole batch (B, P+T, H)."""
-        return hidden[:, -self.mask.shape[1] - 1 : -1][self.mask]
+        """The hidden states (N, H) that predict the tokens, out of those of a whole batch (B, S, H)."""
+        return hidden[self.rows, self.columns - 1]
 
     def pick(self, values: torch.Tensor) -> torch.Tensor:
         """Values (N, ...) at the tokens, out of those of the responses (B, T, ...)."""
-        return values[self.mask]
+        return values[self.rows, self.positions]
 
     def as_rows(self, values: torch.Tensor) -> torch.Tensor:
         """The inverse of `pick`: (B, T, ...) with 0 on padding, from values (N, ...) at the tokens."""
-        rows = values.new_zeros((*self.mask.shape, *values.shape[1:]))
-        rows[self.mask] = values
+        rows = values.new_zeros((*self.shape, *values.shape[1:]))
+        rows[self.rows, self.positions] = values
         return rows
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """The row that each token belongs to, (N,)."""
-        return self.mask.nonzero()[:, 0]
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """Each token's place in its response, (N,), from 0."""
-        return self.mask.nonzero()[:, 1]

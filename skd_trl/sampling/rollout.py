@@ -14,11 +14,12 @@ from .prefill import cost_of_forward, prefill_groups
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled responses, laid out as a training batch: prompts left-padded, responses right-padded.
+    """Sampled responses, laid out as a training batch: each row is [prompt | response | padding].
 
     Attributes:
-        input_ids, attention_mask, labels (`torch.LongTensor` of shape `(B, P+T)`):
-            T is the longest response; `labels` is -100 on prompts and padding.
+        input_ids, attention_mask, labels (`torch.LongTensor` of shape `(B, S)`):
+            S is the longest row; `labels` is -100 on prompts and padding. The other tensors are counted from the first
+            response token of their row, and T is the longest response.
         replaced (`torch.BoolTensor` of shape `(B, T)`):
             Where the teacher's token stands instead of the student's proposal. False on padding.
         proposals (`torch.LongTensor` of shape `(B, T)`, or `None`):
@@ -26,9 +27,10 @@ class Rollout:
         teacher_rank (`torch.LongTensor` of shape `(B, T)`, or `None`):
             How many tokens the teacher held likelier than the proposal (0: its favourite); -1 on padding. `None` where
             nothing was drafted or nothing was judged.
-        teacher_hidden_states (`torch.Tensor` of shape `(B, T, H)`, or `None`):
-            The teacher's last hidden states that predict each response token, from the verification itself: the loss
-            needs no second forward. 0 on padding. `None` if the teacher did not run (rule `always`).
+        teacher_signal (`dict[str, torch.Tensor]`, of shape `(B, T, ...)` each):
+            What the loss needs of the teacher at each response token, from the verification itself, so that it needs no
+            second forward: `"teacher_hidden_states"` (B, T, H), the last hidden states that predict the token. 0 on
+            padding. Empty if the teacher did not run (rule `always`).
         num_rounds (`int`): rounds, summed over rows. `num_drafted` (`int`): tokens drafted, the dropped ones included.
         num_truncated (`int`): rows cut at `max_new_tokens` before an end-of-sequence token.
     """
@@ -39,26 +41,15 @@ class Rollout:
     replaced: torch.Tensor
     proposals: torch.Tensor | None
     teacher_rank: torch.Tensor | None
-    teacher_hidden_states: torch.Tensor | None
+    teacher_signal: dict[str, torch.Tensor]
     num_rounds: int
     num_drafted: int
     num_truncated: int
 
-    def rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Rows `start` to `stop` as a training batch, without columns that hold only padding: the keys of GKD's batches,
-        `replaced`, and `teacher_hidden_states` where there are any. Prompts in `prompts`, `prompt_attention_mask`."""
-        num_prompt_columns = self.input_ids.shape[1] - self.replaced.shape[1]
-        mask = self.attention_mask[start:stop]
-        skipped = int((mask.sum(dim=0) > 0).int().argmax())
-        longest = int(mask[:, num_prompt_columns:].sum(dim=1).max())
-        columns = slice(skipped, num_prompt_columns + longest)
-        batch = {name: getattr(self, name)[start:stop, columns] for name in ("input_ids", "attention_mask", "labels")}
-        batch["prompts"] = self.input_ids[start:stop, skipped:num_prompt_columns]
-        batch["prompt_attention_mask"] = self.attention_mask[start:stop, skipped:num_prompt_columns]
-        batch["replaced"] = self.replaced[start:stop, :longest]
-        if self.teacher_hidden_states is not None:
-            batch["teacher_hidden_states"] = self.teacher_hidden_states[start:stop, :longest]
-        return batch
+    @property
+    def teacher_hidden_states(self) -> torch.Tensor | None:
+        """The entry (B, T, H) of `teacher_signal`; `None` if the teacher did not run."""
+        return self.teacher_signal.get("teacher_hidden_states")
 
     @property
     def num_tokens(self) -> int:
@@ -210,18 +201,22 @@ class Rows:
         def cut(values, fill):
             return values[:, :num_columns].masked_fill(~written, fill)
 
+        # One run of prompt and response in each row; its first token moves to the first column.
+        ids = torch.cat([prompt_ids, self.tokens[:, :num_columns]], dim=1)
+        lengths = self.prompt_lengths + self.num_written
+        column = torch.arange(int(lengths.max()), device=ids.device)
+        first = prompt_ids.shape[1] - self.prompt_lengths
+        ids = ids.gather(1, (first[:, None] + column).clamp(max=ids.shape[1] - 1))
+        inside = column < lengths[:, None]
+        hidden = None if self.hidden is None else self.hidden[:, :num_columns].masked_fill(~written[..., None], 0.0)
         return Rollout(
-            input_ids=torch.cat(
-                [prompt_ids.masked_fill(prompt_mask == 0, pad_token_id), cut(self.tokens, pad_token_id)], dim=1
-            ),
-            attention_mask=torch.cat([prompt_mask, written.to(prompt_mask.dtype)], dim=1),
-            labels=torch.cat([torch.full_like(prompt_ids, -100), cut(self.tokens, -100)], dim=1),
+            input_ids=ids.masked_fill(~inside, pad_token_id),
+            attention_mask=inside.to(prompt_mask.dtype),
+            labels=ids.masked_fill(~inside | (column < self.prompt_lengths[:, None]), -100),
             replaced=cut(self.replaced, False),
             proposals=cut(self.proposals, -100) if accept.drafts else None,
             teacher_rank=cut(self.teacher_rank, -1) if accept.drafts and accept.judges else None,
-            teacher_hidden_states=(
-                None if self.hidden is None else self.hidden[:, :num_columns].masked_fill(~written[..., None], 0.0)
-            ),
+            teacher_signal={} if hidden is None else {"teacher_hidden_states": hidden},
             num_rounds=self.num_rounds,
             num_drafted=self.num_drafted,
             num_truncated=int((~self.ended).sum()),
