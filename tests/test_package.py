@@ -1,6 +1,11 @@
 """How the package is cut: its public names, which module may know which, and where TRL's moving parts are."""
 
 import ast
+import dataclasses
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +66,32 @@ def test_the_walls_hold(module):
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"_compat"}))
 def test_only_compat_imports_from_trl(module):
     assert not any(name.split(".")[0] == "trl" for name in imports_of(module)[1])
+
+
+def fields_of(config_class):
+    return {
+        f.name: [str(f.type), f.default]
+        for f in dataclasses.fields(config_class)
+        if f.default is not dataclasses.MISSING
+    }
+
+
+def test_where_gkd_is_gone_a_config_with_its_fields_and_a_trainer_on_sft_take_its_place():
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    script = (
+        "import without_gkd, json; from skd_trl import SKDTrainer; from test_package import fields_of; "
+        "from skd_trl._compat import GKDConfig; "
+        "print(json.dumps([fields_of(GKDConfig), [c.__module__ + '.' + c.__name__ for c in SKDTrainer.__mro__[1:3]]]))"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(PACKAGE.parent)])
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr
+    fields, parents = json.loads(process.stdout.splitlines()[-1])
+    assert fields == json.loads(json.dumps(fields_of(gkd.GKDConfig)))
+    assert parents == ["skd_trl._compat.GKDTrainer", "trl.trainer.sft_trainer.SFTTrainer"]
