@@ -1,13 +1,16 @@
 """The only file that imports from `trl.experimental` and from TRL's helpers: what may move between TRL releases.
 
-Tested with the oldest and the newest release that setup.cfg admits. `GKDTrainer` lives in `trl.experimental.gkd`, whose
-contents may change in any release without notice.
+Tested with the oldest and the newest release that setup.cfg admits. `GKDTrainer` lives in `trl.experimental.gkd`, which may
+change or go in any release: TRL promotes or removes its experimental trainers. The trainers here pass over everything that
+GKDTrainer does, so where it is gone, a class of its name and fields on SFTTrainer takes its place.
 """
 
 import os
 import warnings
+from dataclasses import dataclass, field
+from typing import Any
 
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 
 with warnings.catch_warnings():
@@ -17,13 +20,50 @@ with warnings.catch_warnings():
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     try:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
+    except ImportError:
+
+        @dataclass
+        class GKDConfig(SFTConfig):
+            """The fields of TRL's GKDConfig, with its defaults; [`SKDConfig`] says what they do here."""
+
+            _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+            temperature: float = field(default=0.9, metadata={"help": "Temperature of the student's draws."})
+            lmbda: float = field(default=0.5, metadata={"help": "Share of steps trained on sampled responses."})
+            beta: float = field(
+                default=0.5,
+                metadata={"help": "Weight of the teacher in the mixture of divergence 'jsd', in [0, 1]."},
+            )
+            max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of a sampled response."})
+            teacher_model_name_or_path: str | None = field(
+                default=None, metadata={"help": "The teacher's name or path."}
+            )
+            teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+                default=None, metadata={"help": "How to load a teacher that is given by name or path."}
+            )
+            disable_dropout: bool = field(
+                default=True, metadata={"help": "Whether the student trains without dropout."}
+            )
+            seq_kd: bool = field(
+                default=False,
+                metadata={"help": "Whether the teacher writes the responses that are not sampled otherwise."},
+            )
+
+            def __post_init__(self):
+                super().__post_init__()
+                for name in ("lmbda", "beta"):
+                    if not 0.0 <= getattr(self, name) <= 1.0:
+                        raise ValueError(f"{name} must be in the range [0.0, 1.0].")
+
+        class GKDTrainer(SFTTrainer):
+            """Only a name in the trainers' ancestry: nothing of TRL's GKDTrainer runs in them."""
+
     finally:
         if silenced is None:
             del os.environ["TRL_EXPERIMENTAL_SILENCE"]
         else:
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = silenced
 
-from trl.data_utils import maybe_convert_to_chatml
 from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
@@ -35,6 +75,5 @@ __all__ = [
     "add_hooks",
     "create_model_from_path",
     "get_config_model_id",
-    "maybe_convert_to_chatml",
     "remove_hooks",
 ]

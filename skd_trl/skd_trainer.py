@@ -20,9 +20,8 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction
 
 from ._compat import GKDTrainer
-from .data.collator import DataCollatorForDistillation, merge_prompts
+from .data.batches import IGNORE_INDEX, DataCollatorForDistillation, Key, ResponseTokens, merge_prompts, model_inputs
 from .data.dataset import prepare_dataset
-from .data.response_tokens import ResponseTokens
 from .data.vocabulary import check_vocabularies, describe_end_of_sequence_difference, end_of_sequence_ids
 from .loss.distillation_loss import DistillationLoss, distillation_loss
 from .loss.lm_head import LMHead
@@ -33,6 +32,7 @@ from .sampling.participants import LocalParticipant
 from .sampling.ragged_cache import eval_mode
 from .sampling.rollout import Rollout
 from .skd_config import SKDConfig
+from .training.checkpoints import load_draft_length, save_draft_length
 from .training.completions import completion_records, print_completions, save_completions
 from .training.distributed import (
     agree_on_maximum,
@@ -45,11 +45,12 @@ from .training.distributed import (
     student_for_sampling,
     whole_head,
 )
-from .training.draft_length_state import load_draft_length, save_draft_length
-from .training.hidden_states import add_loss_forward, last_hidden_states, model_inputs
+from .training.last_hidden_states import last_hidden_states
+from .training.loss_forward import add_loss_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix
-from .training.models import disable_dropout, load_pair, pad_token_id
-from .training.preparation import own_arguments, room_for_prompts, verify_heads
+from .training.models import disable_dropout, load_pair, own_arguments, pad_token_id
+from .training.pair_check import room_for_prompts, verify_heads
+from .training.sampled_batches import sampled_batches
 
 
 if TYPE_CHECKING:
@@ -244,8 +245,8 @@ class SKDTrainer(GKDTrainer):
         of response tokens they hold on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            if "skipped_rows" in batch:  # of a stream
-                self._ratios["train"].add("skipped_rows", batch.pop("skipped_rows").sum())
+            if Key.SKIPPED_ROWS in batch:  # of a stream
+                self._ratios["train"].add("skipped_rows", batch.pop(Key.SKIPPED_ROWS).sum())
         rollout = self._rollout_of_step(self.state.global_step)
         if batches and rollout != "dataset":
             batches = self._sample(batches, rollout)
@@ -261,7 +262,7 @@ class SKDTrainer(GKDTrainer):
 
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
-        prompts, mask = merge_prompts([(batch["prompts"], batch["prompt_attention_mask"]) for batch in batches])
+        prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
         step, rank = self.state.global_step, self.accelerator.process_index
         noise = torch.rand(
             (len(prompts), self.args.max_new_tokens, 3),
@@ -297,12 +298,11 @@ class SKDTrainer(GKDTrainer):
             )
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled)
-        stops = torch.tensor([len(batch["prompts"]) for batch in batches]).cumsum(0).tolist()
-        return [sampled.rows(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+        return sampled_batches(sampled, batches)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
-        num_tokens = int((inputs["labels"] != -100).sum())
+        num_tokens = int((inputs[Key.LABELS] != IGNORE_INDEX).sum())
         # GKDTrainer's own would sample once more.
         loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         seconds = time.perf_counter() - start
@@ -349,7 +349,7 @@ class SKDTrainer(GKDTrainer):
 
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
         """The loss at the N response tokens of a micro-batch, from both models' hidden states (N, H)."""
-        use_nll = self.args.replaced_loss == "nll" and "replaced" in inputs
+        use_nll = self.args.replaced_loss == "nll" and Key.REPLACED in inputs
         with self._heads() as (student_head, teacher_head):
             return distillation_loss(
                 student_hidden,
@@ -358,7 +358,7 @@ class SKDTrainer(GKDTrainer):
                 teacher_head,
                 divergence=self.divergence,
                 labels=tokens.labels,
-                nll_positions=tokens.pick(inputs["replaced"]) if use_nll else None,
+                nll_positions=tokens.pick(inputs[Key.REPLACED]) if use_nll else None,
                 vocab_size=self.vocab_size,
                 chunk_size=self.args.loss_chunk_size,
                 statistics=self._statistics,
@@ -371,8 +371,8 @@ class SKDTrainer(GKDTrainer):
 
     def _teacher_hidden(self, inputs, tokens: ResponseTokens) -> torch.Tensor:
         """The teacher's hidden states (N, H) that predict the response tokens: from the sampling, if it judged them."""
-        if "teacher_hidden_states" in inputs:
-            return tokens.pick(inputs["teacher_hidden_states"])
+        if Key.TEACHER_HIDDEN_STATES in inputs:
+            return tokens.pick(inputs[Key.TEACHER_HIDDEN_STATES])
         with eval_mode(self.teacher_model):
             hidden = last_hidden_states(self.teacher_model, self._inner_teacher, **model_inputs(inputs))
         return tokens.predicted_by(hidden)

@@ -9,14 +9,13 @@ import textwrap
 import torch
 from accelerate.logging import get_logger
 
-from .data.response_tokens import ResponseTokens
+from .data.batches import IGNORE_INDEX, Key, ResponseTokens, model_inputs
 from .data.vocabulary import describe_end_of_sequence_difference
 from .loss.distillation_loss import DistillationLoss, GateWeights, gate_weights
 from .sampling.ragged_cache import eval_mode
 from .skd_trainer import METRICS, SKDTrainer
 from .speckd_config import SpecKDConfig
 from .training.distributed import gather_rows, keyed_generator
-from .training.hidden_states import model_inputs
 
 
 logger = get_logger(__name__)
@@ -25,7 +24,7 @@ POSITION_BINS = ((0, 8), (8, 32), (32, 128), (128, None))
 POSITION_NAMES = tuple(f"token_acceptance_rate_{a}_{'on' if b is None else b - 1}" for a, b in POSITION_BINS)
 
 # Of a batch, what keeps its own precision in every engine.
-EXACT = ("gate_uniforms", "compared_uniforms", "gate_weight")
+EXACT = (Key.GATE_UNIFORMS, Key.COMPARED_UNIFORMS, Key.GATE_WEIGHT)
 
 
 class SpecKDTrainer(SKDTrainer):
@@ -118,12 +117,12 @@ class SpecKDTrainer(SKDTrainer):
 
     def _add_uniforms(self, batches: list[dict], *key: int | str) -> None:
         """The noise that the gates ask for, token by token in the order of the rows, however they are cut into batches."""
-        for name, gate in (("gate_uniforms", self._gate), ("compared_uniforms", self._compared_gate)):
+        for name, gate in ((Key.GATE_UNIFORMS, self._gate), (Key.COMPARED_UNIFORMS, self._compared_gate)):
             if gate is None or gate.num_uniforms == 0:
                 continue
             generator = keyed_generator(name, self.args.seed, *key)
             for batch in batches:
-                num_tokens = int((batch["labels"] != -100).sum())
+                num_tokens = int((batch[Key.LABELS] != IGNORE_INDEX).sum())
                 batch[name] = torch.rand((num_tokens, gate.num_uniforms), generator=generator)
 
     def _weigh_window(self, batches: list[dict], num_tokens: torch.Tensor) -> torch.Tensor:
@@ -137,17 +136,18 @@ class SpecKDTrainer(SKDTrainer):
                     **model_inputs(batch),
                     loss_fn=lambda states, tokens=tokens: {"hidden": tokens.predicted_by(states)},
                 )
-                batch["teacher_hidden"] = self._teacher_hidden(batch, tokens)
-                hidden.append((student["hidden"], batch["teacher_hidden"]))
+                teacher = self._teacher_hidden(batch, tokens)
+                batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(teacher)
+                hidden.append((student["hidden"], teacher))
         student_hidden, teacher_hidden = map(torch.cat, zip(*hidden, strict=True))
         labels = torch.cat([ResponseTokens.of(batch).labels for batch in batches])
-        uniforms = torch.cat([batch["gate_uniforms"] for batch in batches]) if self._gate.num_uniforms else None
+        uniforms = torch.cat([batch[Key.GATE_UNIFORMS] for batch in batches]) if self._gate.num_uniforms else None
         weights = self._weights(self._gate, student_hidden, teacher_hidden, labels, uniforms)
         sizes = [len(student) for student, _ in hidden]
         for batch, weight, accepted in zip(
             batches, weights.weight.split(sizes), weights.accepted.split(sizes), strict=True
         ):
-            batch["gate_weight"], batch["gate_accepted"] = weight, accepted
+            batch[Key.GATE_WEIGHT], batch[Key.GATE_ACCEPTED] = weight, accepted
         return self._divisor(weights, num_tokens)
 
     @torch.no_grad()
@@ -190,15 +190,12 @@ class SpecKDTrainer(SKDTrainer):
 
     # The loss
 
-    def _teacher_hidden(self, inputs, tokens: ResponseTokens) -> torch.Tensor:
-        return inputs["teacher_hidden"] if "teacher_hidden" in inputs else super()._teacher_hidden(inputs, tokens)
-
     def _token_weights(self, inputs, tokens: ResponseTokens) -> dict:
-        if "gate_weight" in inputs:
-            return {"weights": GateWeights(inputs["gate_weight"], inputs["gate_accepted"])}
+        if Key.GATE_WEIGHT in inputs:
+            return {"weights": GateWeights(inputs[Key.GATE_WEIGHT], inputs[Key.GATE_ACCEPTED])}
         if not self.model.training:  # evaluation: the last step's gate, with noise of its own
             self._add_uniforms([inputs], "eval")
-        uniforms = inputs.get("gate_uniforms")
+        uniforms = inputs.get(Key.GATE_UNIFORMS)
         return {
             "gate": self._gate,
             "uniforms": None if uniforms is None else uniforms.to(tokens.labels.device),
@@ -214,8 +211,8 @@ class SpecKDTrainer(SKDTrainer):
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
         outcome = super()._distillation_loss(student_hidden, teacher_hidden, inputs, tokens)
         if self._compared_gate is not None:
-            uniforms = inputs.get("compared_uniforms")
-            inputs["compared_accepted"] = self._weights(
+            uniforms = inputs.get(Key.COMPARED_UNIFORMS)
+            inputs[Key.COMPARED_ACCEPTED] = self._weights(
                 self._compared_gate, student_hidden.detach(), teacher_hidden, tokens.labels, uniforms
             ).accepted
         return outcome
@@ -228,18 +225,16 @@ class SpecKDTrainer(SKDTrainer):
         metrics.add_mean("token_acceptance_rate", accepted)
         metrics.add_mean("gate_weight", outcome.weight)
         for name, (start, stop) in zip(POSITION_NAMES, POSITION_BINS, strict=True):
-            inside = (tokens.positions >= start) & (tokens.positions < (stop or len(tokens.mask[0])))
+            inside = (tokens.positions >= start) & (tokens.positions < (stop or tokens.shape[1]))
             metrics.add_mean(name, accepted[inside])
         metrics.add_mean("token_acceptance_rate_eos", accepted[self._is_eos(tokens.labels)])
         for name, of in (("accepted", accepted), ("rejected", ~accepted)):
             metrics.add_mean(f"tv_{name}", outcome.statistics["tv"][of])
             metrics.add_mean(f"divergence_{name}", outcome.divergence[of])
-        num_accepted = torch.zeros(len(tokens.mask), device=accepted.device).index_add(
-            0, tokens.rows, accepted.float()
-        )
-        metrics.add_mean("fully_rejected_share", num_accepted[tokens.mask.any(dim=1)] == 0)
-        if "compared_accepted" in inputs:
-            other = inputs["compared_accepted"]
+        num_accepted = torch.zeros(tokens.shape[0], device=accepted.device).index_add(0, tokens.rows, accepted.float())
+        metrics.add_mean("fully_rejected_share", num_accepted[tokens.rows.unique()] == 0)
+        if Key.COMPARED_ACCEPTED in inputs:
+            other = inputs[Key.COMPARED_ACCEPTED]
             metrics.add("gate_overlap", (accepted & other).sum(), (accepted | other).sum())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

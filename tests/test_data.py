@@ -9,7 +9,7 @@ from datasets.distributed import split_dataset_by_node
 from tiny import CHATML, EOS, byte_tokenizer
 from torch.utils.data import DataLoader
 
-from skd_trl.data.collator import DataCollatorForDistillation
+from skd_trl.data.batches import DataCollatorForDistillation
 from skd_trl.data.dataset import MAX_CONSECUTIVE_SKIPS, NOTES, PROBLEMS, prepare_dataset
 from skd_trl.data.tokenization import RowRules
 

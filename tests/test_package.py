@@ -1,6 +1,11 @@
 """How the package is cut: its public names, which module may know which, and where TRL's moving parts are."""
 
 import ast
+import dataclasses
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +16,10 @@ import skd_trl
 PACKAGE = Path(skd_trl.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
-# What the modules of each folder, and on top of all of them the trainers and configurations, may know of the package.
-WALLS = {
-    "sampling": {"sampling"},
-    "loss": {"loss"},
-    "data": {"data", "_compat"},
-    "training": {"training", "sampling", "loss", "data", "_compat", "skd_config"},
-}
+# What each folder may know of the package. Everything else is glue: trainers, configurations, the command line.
+WALLS = {"sampling": {"sampling"}, "loss": {"loss"}, "data": {"data"},
+         "training": {"training", "sampling", "loss", "data", "_compat", "skd_config"}}  # fmt: skip
+ENGINES_AND_TRAINERS = {"trl", "accelerate", "deepspeed"}
 
 
 def imports_of(module):
@@ -55,19 +57,41 @@ def test_the_public_names_are_these():
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.split("/")[0] in WALLS])
-def test_a_folder_knows_what_its_walls_let_it_know(module):
-    assert {name.split("/")[0] for name in imports_of(module)[0]} <= WALLS[module.split("/")[0]]
-
-
-@pytest.mark.parametrize(
-    "module", [module for module in MODULES if module.split("/")[0] in ("sampling", "loss", "data")]
-)
-def test_what_samples_what_weighs_and_what_reads_know_neither_trl_nor_a_trainer(module):
-    others = imports_of(module)[1]
-    assert not any(name.split(".")[0] in ("trl", "accelerate", "deepspeed") for name in others)
-    assert not any("trainer" in name for name in others)
+def test_the_walls_hold(module):
+    folder, (own, others) = module.split("/")[0], imports_of(module)
+    assert {name.split("/")[0] for name in own} <= WALLS[folder]
+    assert folder == "training" or not {name.split(".")[0] for name in others} & ENGINES_AND_TRAINERS
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"_compat"}))
 def test_only_compat_imports_from_trl(module):
     assert not any(name.split(".")[0] == "trl" for name in imports_of(module)[1])
+
+
+def fields_of(config_class):
+    return {
+        f.name: [str(f.type), f.default]
+        for f in dataclasses.fields(config_class)
+        if f.default is not dataclasses.MISSING
+    }
+
+
+def test_where_gkd_is_gone_a_config_with_its_fields_and_a_trainer_on_sft_take_its_place():
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    script = (
+        "import without_gkd, json; from skd_trl import SKDTrainer; from test_package import fields_of; "
+        "from skd_trl._compat import GKDConfig; "
+        "print(json.dumps([fields_of(GKDConfig), [c.__module__ + '.' + c.__name__ for c in SKDTrainer.__mro__[1:3]]]))"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(PACKAGE.parent)])
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr
+    fields, parents = json.loads(process.stdout.splitlines()[-1])
+    assert fields == json.loads(json.dumps(fields_of(gkd.GKDConfig)))
+    assert parents == ["skd_trl._compat.GKDTrainer", "trl.trainer.sft_trainer.SFTTrainer"]

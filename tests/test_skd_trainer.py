@@ -11,7 +11,6 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 from transformers import TrainerCallback
-from trl.experimental.gkd import GKDTrainer
 
 from skd_trl import SKDConfig, SKDTrainer
 from skd_trl.sampling.draft_length import Stopwatch
@@ -140,6 +139,7 @@ def test_the_divisor_is_the_number_of_sampled_response_tokens(tmp_path, rollout)
 def test_on_the_data_sets_responses_loss_and_gradient_are_those_of_gkd_on_full_logits(
     tmp_path, architecture, divergence, beta
 ):
+    gkd = pytest.importorskip("trl.experimental.gkd")
     student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
     plain = copy.deepcopy(student)
     trainer = make_trainer(
@@ -155,7 +155,7 @@ def test_on_the_data_sets_responses_loss_and_gradient_are_those_of_gkd_on_full_l
     }
     with torch.no_grad():
         teacher_logits = teacher(**inputs).logits[:, :-1]
-    expected = GKDTrainer.generalized_jsd_loss(
+    expected = gkd.GKDTrainer.generalized_jsd_loss(
         plain(**inputs).logits[:, :-1], teacher_logits, labels=batch["labels"][:, 1:], beta=beta
     )
     expected.backward()

@@ -13,7 +13,6 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from .._compat import maybe_convert_to_chatml
 from .boundary import EMPTY_REASONING, answer_start, continuation_ids, end_at_eos, ids_after, rendered_ids
 
 
@@ -84,8 +83,8 @@ def _encode(row, tokenizer, rules, formatting_func, notes) -> tuple[list[int], l
         return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
     if images := {"image", "images"} & row.keys():
         raise UnusableRow("form", f"it has a column {images.pop()!r}. Only text is supported: remove the column.")
-    if "conversations" in row:  # from/value turns; TRL's converter renames the keys in place
-        row = maybe_convert_to_chatml({**row, "conversations": [{**turn} for turn in row["conversations"] or []]})
+    if "conversations" in row:
+        row = {**row, "messages": [_with_role_and_content(turn) for turn in row["conversations"] or []]}
     if "messages" in row:
         return _encode_chat(row, row["messages"], tokenizer, rules, notes)
     if "prompt" not in row:
@@ -208,6 +207,12 @@ def _encode_chat(row, messages, tokenizer, rules, notes, continues=False) -> tup
     if EMPTY_REASONING.match(response_text):
         notes.append("empty_reasoning")
     return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
+
+
+def _with_role_and_content(turn: Any) -> Any:
+    """A turn with the keys `from` and `value` renamed; any other as it is."""
+    names = {"from": "role", "value": "content"}
+    return {names.get(key, key): item for key, item in turn.items()} if isinstance(turn, dict) else turn
 
 
 def _without_none(value: Any) -> Any:

@@ -20,21 +20,18 @@ def completion_records(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, ste
     """One record per row: `step`, `prompt`, `response`, `tokens` (each decoded), `replaced` (bool each: the teacher's token) and
     `proposals` (the student's token at each place, decoded; `None` where the student proposed none)."""
     records = []
-    num_prompt_columns = rollout.input_ids.shape[1] - rollout.replaced.shape[1]
     for row in range(len(rollout.input_ids)):
-        is_token = rollout.labels[row] != -100
-        ids = rollout.labels[row, is_token]
-        is_token = is_token[num_prompt_columns:]
-        proposals = rollout.proposals
-        prompt = rollout.input_ids[row, :num_prompt_columns][rollout.attention_mask[row, :num_prompt_columns] == 1]
+        is_response = rollout.labels[row] != -100
+        ids = rollout.labels[row, is_response]
+        prompt = rollout.input_ids[row, (rollout.attention_mask[row] == 1) & ~is_response]
         records.append(
             {
                 "step": step,
                 "prompt": tokenizer.decode(prompt),
                 "response": tokenizer.decode(ids),
                 "tokens": _decode_each(tokenizer, ids),
-                "replaced": rollout.replaced[row, is_token].tolist(),
-                "proposals": None if proposals is None else _decode_each(tokenizer, proposals[row, is_token]),
+                "replaced": rollout.replaced[row, : len(ids)].tolist(),
+                "proposals": _decode_each(tokenizer, rollout.proposals[row, : len(ids)]),
             }
         )
     return records
@@ -71,5 +68,5 @@ def print_completions(records: list[dict], num_rows: int, step: int, console: Co
     console.print(table)
 
 
-def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
-    return [tokenizer.decode([token]) for token in ids.tolist()]
+def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str | None]:
+    return [tokenizer.decode([token]) if token >= 0 else None for token in ids.tolist()]

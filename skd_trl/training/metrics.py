@@ -71,6 +71,6 @@ def add_rollout(metrics: RatioMetrics, rollout: Rollout, seconds: float, num_pro
         metrics.add("draft_length", rollout.num_drafted, rollout.num_rounds)
     metrics.add("sampling_seconds", seconds)
     metrics.add("tokens_per_second", 0.0, seconds / num_processes)
-    if rollout.teacher_rank is not None:
-        metrics.add("acceptance_rate", rollout.num_accepted, num_tokens)
-        metrics.add_mean("teacher_rank", rollout.teacher_rank[rollout.teacher_rank >= 0])
+    judged = rollout.teacher_rank >= 0
+    metrics.add_mean("acceptance_rate", ~rollout.replaced[judged])
+    metrics.add_mean("teacher_rank", rollout.teacher_rank[judged])

@@ -1,4 +1,4 @@
-"""Student, teacher and tokenizer from whatever the caller gives: objects, names or paths. None of the objects changes."""
+"""Student, teacher, tokenizer and arguments from whatever the caller gives: objects, names or paths. None of the objects changes."""
 
 import copy
 from pathlib import Path
@@ -113,6 +113,32 @@ def disable_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
+
+
+def own_arguments(
+    args: "SKDConfig | None", config_class: "type[SKDConfig]", suffix: str, model: nn.Module | str
+) -> "SKDConfig":
+    """A copy of `args` that the trainer may change, the caller's stays as it was; the defaults if there are none.
+
+    Raises:
+        `TypeError`: if `args` has no fields for sampling.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = config_class(f"{name.split('/')[-1] or 'student'}{suffix}")
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__} (the other lacks fields). "
+            "Construct one with the same values."
+        )
+    args = copy.copy(args)
+    for name in ("dataset_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"):
+        setattr(args, name, copy.deepcopy(getattr(args, name)))
+    args.remove_unused_columns = False
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    # Each rank collates its own rows, of streams too: batches of different widths could not be concatenated and sent around.
+    args.accelerator_config.dispatch_batches = False
+    return args
 
 
 def _check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -1,5 +1,6 @@
-"""Last hidden states of a model, whatever wraps it (DDP, DeepSpeed, FSDP, PEFT), without its full logits.
+"""The loss inside the student's forward, between backbone and head, whatever wraps the model (DDP, DeepSpeed, FSDP, PEFT).
 
+There a sharded head's parameters are whole, and the full logits are never built.
 Shapes: B rows, S positions of a batch, H hidden.
 """
 
@@ -61,24 +62,3 @@ def _in_place_of_forward(
         return module(hidden)
     finally:
         restore()
-
-
-@torch.no_grad()
-def last_hidden_states(model: nn.Module, unwrapped: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """The hidden states (B, S, H) that go into the head of `model`, called as it is wrapped; `unwrapped` is what is inside.
-    Nothing about the model is changed, and the head sees no position."""
-    caught = []
-    hook = backbone(unwrapped).register_forward_hook(lambda module, args, output: caught.append(output[0]))
-    try:
-        model(**inputs, use_cache=False, logits_to_keep=inputs["input_ids"].new_empty(0))
-    finally:
-        hook.remove()
-    return caught[0]
-
-
-def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What both models are called with. Positions are given: with left padding, models with learned positions would
-    otherwise count the padding."""
-    mask = inputs["attention_mask"]
-    position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return {"input_ids": inputs["input_ids"], "attention_mask": mask, "position_ids": position_ids}

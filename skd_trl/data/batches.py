@@ -1,0 +1,160 @@
+"""Prepared rows -> batches, and the response tokens of a batch, which are all that the loss works on.
+
+Each row of a batch, given or sampled, is [prompt | response | padding]: what a causal model makes of a row then never
+depends on its padding. Labels are -100 on prompts and padding. Prompts to sample responses for are a second, left-padded
+rectangle.
+
+Shapes: B rows, S columns of a batch, P columns of its left-padded prompts, T the longest response, N response tokens in
+all, row by row, H hidden.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+
+IGNORE_INDEX = -100
+
+
+class Key(StrEnum):
+    """Every entry that a batch can have, with its shape and who puts it there."""
+
+    # The data collator, and with sampled responses the sampling: `torch.long`, (B, S)
+    INPUT_IDS = "input_ids"
+    ATTENTION_MASK = "attention_mask"
+    LABELS = "labels"
+    # The data collator: left-padded prompts to sample responses for, `torch.long`, (B, P)
+    PROMPTS = "prompts"
+    PROMPT_ATTENTION_MASK = "prompt_attention_mask"
+    # The data collator, of streams: unusable rows before each row, (B,)
+    SKIPPED_ROWS = "skipped_rows"
+    # The sampling: where the teacher's token is, `torch.bool`, (B, T), and the rank of the student's proposal among the teacher's
+    # tokens, `torch.long`, (B, T), -1 where nothing was judged
+    REPLACED = "replaced"
+    TEACHER_RANK = "teacher_rank"
+    # The teacher's last hidden states: from the sampling, where it judged the responses, (B, T, H)
+    TEACHER_HIDDEN_STATES = "teacher_hidden_states"
+    # SpecKD: noise of its gates, (N, U), weights of a window that is weighed as a whole, (N,), what the compared gate accepts (N,)
+    GATE_UNIFORMS = "gate_uniforms"
+    COMPARED_UNIFORMS = "compared_uniforms"
+    GATE_WEIGHT = "gate_weight"
+    GATE_ACCEPTED = "gate_accepted"
+    COMPARED_ACCEPTED = "compared_accepted"
+
+
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What both models are called with. Positions are left to the model: padding at the right does not move
+    them, and some models do not count from 0."""
+    return {"input_ids": batch[Key.INPUT_IDS], "attention_mask": batch[Key.ATTENTION_MASK]}
+
+
+@dataclass
+class DataCollatorForDistillation:
+    """
+    Batches of the rows of [`~skd_trl.data.dataset.prepare_dataset`].
+
+    Args:
+        pad_token_id (`int`):
+            Id that fills the padding. It may be an end-of-sequence id: masks and labels go by lengths, not by ids.
+        pad_to_multiple_of (`int`, *optional*):
+            Rounds S up to a multiple of this.
+
+    Returns (of a call):
+        `dict`: `input_ids`, `attention_mask`, `labels` (B, S), `prompts`, `prompt_attention_mask` (B, P), all
+        `torch.long`; and for streamed rows `skipped_rows` (B,): how many unusable rows were passed over before each.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self):
+        if self.pad_token_id is None:
+            raise ValueError(
+                "pad_token_id is None: rows of different lengths cannot be batched. Set `tokenizer.pad_token`, for "
+                "example to `tokenizer.eos_token`."
+            )
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} must be 1 or more, or None.")
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        texts = [[*row["prompt_ids"], *row["response_ids"]] for row in rows]
+        multiple = self.pad_to_multiple_of or 1
+        num_columns = -(-max(map(len, texts)) // multiple) * multiple
+        num_prompt_columns = max(len(row["prompt_ids"]) for row in rows)
+        input_ids = torch.full((len(rows), num_columns), self.pad_token_id)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        attention_mask = torch.zeros_like(input_ids)
+        prompts = torch.full((len(rows), num_prompt_columns), self.pad_token_id)
+        prompt_attention_mask = torch.zeros_like(prompts)
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            start, end = len(row["prompt_ids"]), len(text)
+            input_ids[i, :end] = torch.as_tensor(text)
+            labels[i, start:end] = input_ids[i, start:end]
+            attention_mask[i, :end] = 1
+            prompts[i, num_prompt_columns - start :] = input_ids[i, :start]
+            prompt_attention_mask[i, num_prompt_columns - start :] = 1
+        batch: dict[str, torch.Tensor] = {
+            Key.INPUT_IDS: input_ids,
+            Key.ATTENTION_MASK: attention_mask,
+            Key.LABELS: labels,
+            Key.PROMPTS: prompts,
+            Key.PROMPT_ATTENTION_MASK: prompt_attention_mask,
+        }
+        if Key.SKIPPED_ROWS in rows[0]:
+            batch[Key.SKIPPED_ROWS] = torch.tensor([row[Key.SKIPPED_ROWS] for row in rows], dtype=torch.long)
+        return batch
+
+
+def merge_prompts(prompts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The left-padded prompts and masks, (B, P) each, of several batches as one batch."""
+    width = max(ids.shape[1] for ids, _ in prompts)
+    ids, masks = zip(
+        *((torch.nn.functional.pad(x, (width - x.shape[1], 0)) for x in pair) for pair in prompts), strict=True
+    )
+    return torch.cat(ids), torch.cat(masks)
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The response tokens of a batch (B, S), and where they are.
+
+    Logits at t predict token t+1, so the hidden state of a response's last token and that of the prompt's last but one
+    have no business in the loss.
+
+    Attributes:
+        labels (`torch.LongTensor` of shape `(N,)`): the tokens.
+        rows (`torch.LongTensor` of shape `(N,)`): the row that each belongs to.
+        columns (`torch.LongTensor` of shape `(N,)`): its column in the batch.
+        positions (`torch.LongTensor` of shape `(N,)`): its place in its response, from 0.
+        shape (`tuple[int, int]`): (B, T), of values by row and position.
+    """
+
+    labels: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    positions: torch.Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, batch: dict[str, torch.Tensor]) -> "ResponseTokens":
+        labels = batch[Key.LABELS]
+        mask = labels != IGNORE_INDEX
+        rows, columns = mask.nonzero(as_tuple=True)
+        positions = columns - mask.int().argmax(dim=1)[rows]
+        return cls(labels[mask], rows, columns, positions, (len(labels), int(mask.sum(dim=1).max())))
+
+    def predicted_by(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states (N, H) that predict the tokens, out of those of a whole batch (B, S, H)."""
+        return hidden[self.rows, self.columns - 1]
+
+    def pick(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (N, ...) at the tokens, out of those of the responses (B, T, ...)."""
+        return values[self.rows, self.positions]
+
+    def as_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The inverse of `pick`: (B, T, ...) with 0 on padding, from values (N, ...) at the tokens."""
+        rows = values.new_zeros((*self.shape, *values.shape[1:]))
+        rows[self.rows, self.positions] = values
+        return rows
