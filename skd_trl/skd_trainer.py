@@ -178,8 +178,7 @@ class SKDTrainer(GKDTrainer):
             chat_template_kwargs=args.chat_template_kwargs,
             formatting_func=formatting_func,
         )
-        needs_references = (args.rollout == "dataset" or args.lmbda < 1) and not args.seq_kd
-        train_dataset = self._prepare(train_dataset, needs_response=needs_references, name="train")
+        train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
         eval_dataset = self._prepare_eval(eval_dataset)
@@ -206,7 +205,7 @@ class SKDTrainer(GKDTrainer):
             disable_dropout(self.model)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
-        self.divergence = args.make_divergence()
+        self._enter_step(0, 1)
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._compiled_student = args.compile_student and CompiledStudent()
         check_engine(self.accelerator, args.shard_teacher, args.compile_student)
@@ -241,6 +240,7 @@ class SKDTrainer(GKDTrainer):
         """The micro-batches of one optimizer step, with sampled responses where the step calls for them, and the number
         of response tokens they hold on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._enter_step(self.state.global_step, self.state.max_steps)
         for batch in batches:
             if "skipped_rows" in batch:  # of a stream
                 self._ratios["train"].add("skipped_rows", batch.pop("skipped_rows").sum())
@@ -249,11 +249,16 @@ class SKDTrainer(GKDTrainer):
             batches = self._sample(batches, rollout)
         return batches, self._get_num_items_in_batch(batches, device)
 
+    def _enter_step(self, step: int, num_steps: int) -> None:
+        """Sets what the configuration's schedules say of an optimizer step (0 is the first)."""
+        self._args_of_step = self.args.at(step, num_steps)
+        self.divergence = self._args_of_step.make_divergence()
+
     def _rollout_of_step(self, step: int) -> str:
         """Who writes the responses of a step: a keyed draw, so that ranks agree and a resumed run repeats itself."""
         if self.args.rollout != "dataset":
             draw = torch.rand((), generator=keyed_generator("lmbda", self.args.seed, step)).item()
-            if draw < self.lmbda:
+            if draw < self.args.at(step, self.state.max_steps).lmbda:
                 return self.args.rollout
         return "teacher" if self.seq_kd else "dataset"
 
@@ -278,13 +283,13 @@ class SKDTrainer(GKDTrainer):
                 teacher,
                 prompts,
                 mask,
-                accept=self.args.acceptance_rule(rollout),
+                accept=self._args_of_step.acceptance_rule(rollout),
                 num_draft_tokens=self._draft_length,
                 max_new_tokens=self.args.max_new_tokens,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=pad_token_id(self.processing_class),
-                student_sampling=self.args.student_sampling(),
-                teacher_sampling=self.args.teacher_sampling(),
+                student_sampling=self._args_of_step.student_sampling(),
+                teacher_sampling=self._args_of_step.teacher_sampling(),
                 uniforms=noise,
                 max_rows=self.args.rollout_batch_size,
                 vocab_size=self.vocab_size,
@@ -306,6 +311,14 @@ class SKDTrainer(GKDTrainer):
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
         metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
         return loss
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        # The Trainer pickles its arguments beside the weights, and not every idea given as an object can be pickled.
+        args, self.args = self.args, self.args.described()
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

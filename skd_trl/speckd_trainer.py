@@ -79,24 +79,22 @@ class SpecKDTrainer(SKDTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         config = self.args
-        for name in ("gate_top_k", "gate_top_k_end"):
-            if (getattr(config, name) or 1) > self.vocab_size:
-                raise ValueError(
-                    f"{name}={getattr(config, name)} exceeds the {self.vocab_size} tokens that both models share, so every "
-                    "token would pass. Lower it."
-                )
-        if config.gate_top_k_end is not None and config.gate_top_k_end > config.gate_top_k:
+        largest = config.range_of("gate_top_k")[1]
+        if largest > self.vocab_size:
+            raise ValueError(
+                f"gate_top_k={largest} exceeds the {self.vocab_size} tokens that both models share, so every token would pass. "
+                "Lower it (and gate_top_k_end or its schedule)."
+            )
+        if config.at(1, 2).gate_top_k > config.at(0, 2).gate_top_k:
             logger.warning(
-                f"gate_top_k_end={config.gate_top_k_end} is above gate_top_k={config.gate_top_k}: the gate opens while the "
-                "student comes nearer to the teacher and needs it less. The usual schedule goes the other way."
+                f"gate_top_k ends at {largest}, above its start: the gate opens while the student comes nearer to the teacher "
+                "and needs it less. The usual schedule goes the other way."
             )
         if 0 < config.max_steps <= config.gate_warmup_steps:
             logger.warning(
                 f"gate_warmup_steps={config.gate_warmup_steps} is not below max_steps={config.max_steps}: the gate never "
                 "closes fully. Shorten the warm-up."
             )
-        self._gate = config.make_gate(0, 1)
-        self._compared_gate = config.make_compared_gate() if config.gate_compare else None
         difference = describe_end_of_sequence_difference(
             self._inner_student(), self._inner_teacher, self.processing_class
         )
@@ -107,9 +105,13 @@ class SpecKDTrainer(SKDTrainer):
 
     # One optimizer step: its noise, and where the divisor depends on the weights, its weights
 
+    def _enter_step(self, step: int, num_steps: int) -> None:
+        super()._enter_step(step, num_steps)
+        self._gate = self._args_of_step.make_gate()
+        self._compared_gate = self._args_of_step.make_compared_gate()
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         step = self.state.global_step
-        self._gate = self.args.make_gate(step, self.state.max_steps)
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._add_uniforms(batches, step, self.accelerator.process_index)
         if batches and (self.args.gate_normalizer != "all" or self._gate.select is not None):

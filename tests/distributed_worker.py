@@ -173,13 +173,14 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
         "gradient_checkpointing": False,
         "learning_rate": 1e-3,
         "ddp_timeout": 60,
-        "accept_top_k": 80,
         "num_draft_tokens": 5,  # "auto" follows a stopwatch, which no comparison should
         "temperature": 1.0,
         "student_top_p": 1.0,
         "teacher_temperature": 1.0,
         "teacher_top_p": 1.0,
     }
+    if settings.get("rollout") not in ("dataset", "student", "teacher") and "gate" not in settings:
+        defaults["accept_top_k"] = 80
     from_path = settings.pop("from_path", False)
     if from_path:
         student, teacher = (str(directory / which) for which in ("student", "teacher"))

@@ -133,13 +133,13 @@ def test_the_gate_closes_over_its_warm_up_and_follows_its_schedule_for_k():
     config = SpecKDConfig(
         "x", use_cpu=True, bf16=False, gate_top_k=20, gate_top_k_end=10, gate_warmup_steps=4, gate_floor=0.2
     )
-    floors = [config.make_gate(step, 11).floor for step in range(6)]
+    floors = [config.at(step, 11).make_gate().floor for step in range(6)]
     assert floors == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
     # One student token of rank 14 in the teacher: inside at k = 20, 19, ..., 15, outside from there on.
     student, teacher = torch.zeros(1, 40), torch.arange(40.0).flip(0)[None]
     student[0, 14] = 1.0
     accepted = [
-        config.make_gate(step, 11)(student_logits=student, teacher_logits=teacher).item() == 1.0
+        config.at(step, 11).make_gate()(student_logits=student, teacher_logits=teacher).item() == 1.0
         for step in range(4, 11)
     ]
     assert accepted == [True, True, False, False, False, False, False]
