@@ -1,9 +1,9 @@
 """Configuration of `SpecKDTrainer`: SKDConfig and the gate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .loss.gates import GATES, Gate, make_gate
+from .loss.gates import GATE_CONTROLS, GATES, Gate
 from .skd_config import ROLLOUTS, SKDConfig, check_choice, check_positive
 
 
@@ -55,7 +55,10 @@ class SpecKDConfig(SKDConfig):
     )
     gate: str = field(
         default="greedy_top_k",
-        metadata={"help": "Which tokens the loss listens to (paper: greedy_top_k).", "choices": list(GATES)},
+        metadata={
+            "help": "Which tokens the loss listens to (paper: greedy_top_k).",
+            "choices": [*GATES, *GATE_CONTROLS],
+        },
     )
     gate_top_k: int = field(
         default=5, metadata={"help": "k of the gates greedy_top_k and spec_k (paper: 5), also inside the controls."}
@@ -87,10 +90,10 @@ class SpecKDConfig(SKDConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("gate", self.gate, GATES)
+        check_choice("gate", self.gate, [*GATES, *GATE_CONTROLS])
         check_choice("gate_normalizer", self.gate_normalizer, NORMALIZERS)
         if self.gate_compare is not None:
-            check_choice("gate_compare", self.gate_compare, GATES)
+            check_choice("gate_compare", self.gate_compare, [*GATES, *GATE_CONTROLS])
         check_positive("gate_top_k", self.gate_top_k)
         check_positive("gate_top_k_end", self.gate_top_k_end)
         if not 0.0 <= self.gate_floor <= 1.0:
@@ -111,14 +114,17 @@ class SpecKDConfig(SKDConfig):
             k = round(k + (self.gate_top_k_end - k) * min(step / max(num_steps - 1, 1), 1.0))
         closed = min(step / self.gate_warmup_steps, 1.0) if self.gate_warmup_steps else 1.0
         floor = 1 - closed * (1 - self.gate_floor)
-        return make_gate(
-            self.gate, floor=floor, **self._top_k(self.gate, self.gate_kwargs, k), **(self.gate_kwargs or {})
-        )
+        return replace(self._gate(self.gate, k, self.gate_kwargs, floor=floor), keep_eos=self.gate_keep_eos)
 
     def make_compared_gate(self) -> Gate:
-        return make_gate(self.gate_compare, **self._top_k(self.gate_compare, None, self.gate_top_k))
+        return replace(self._gate(self.gate_compare, self.gate_top_k, None), keep_eos=self.gate_keep_eos)
 
     @staticmethod
-    def _top_k(gate: str, kwargs: dict | None, k: int) -> dict[str, int]:
-        inner = (kwargs or {}).get("gate", "greedy_top_k") if gate in ("random", "inverted", "same_mean") else gate
-        return {"k": k} if inner in ("greedy_top_k", "spec_k") else {}
+    def _gate(name: str, k: int, kwargs: dict | None, **floor: float) -> Gate:
+        """The named gate, or the named control of the gate that `kwargs` names."""
+        kwargs = dict(kwargs or {})
+        inner = kwargs.pop("gate", "greedy_top_k") if name in GATE_CONTROLS else name
+        check_choice("gate", inner, GATES)
+        top_k = {"k": k} if inner in ("greedy_top_k", "spec_k") else {}
+        gate = GATES[inner](**floor, **top_k, **kwargs)
+        return GATE_CONTROLS[name](gate) if name in GATE_CONTROLS else gate
