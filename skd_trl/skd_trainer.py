@@ -25,7 +25,10 @@ from .data.dataset import prepare_dataset
 from .data.response_tokens import ResponseTokens
 from .data.vocabulary import check_vocabularies, describe_end_of_sequence_difference, end_of_sequence_ids
 from .loss.distillation_loss import DistillationLoss, distillation_loss
+from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
+from .loss.response_facts import ResponseFacts
+from .loss.teacher_signal import HiddenStates
 from .sampling.compiled_step import CompiledStudent
 from .sampling.interleaved import eval_mode, interleaved_sample
 from .sampling.ragged_cache import check_adapter, check_decoder
@@ -358,25 +361,32 @@ class SKDTrainer(GKDTrainer):
 
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
         """The loss at the N response tokens of a micro-batch, from both models' hidden states (N, H)."""
-        use_nll = self.args.replaced_loss == "nll" and "replaced" in inputs
         with self._heads() as (student_head, teacher_head):
             return distillation_loss(
-                student_hidden,
-                student_head,
-                teacher_hidden,
-                teacher_head,
+                HiddenStates(student_hidden, student_head),
+                HiddenStates(teacher_hidden, teacher_head),
+                self._facts(inputs, tokens),
                 divergence=self.divergence,
-                labels=tokens.labels,
-                nll_positions=tokens.pick(inputs["replaced"]) if use_nll else None,
+                gate=self._gate_for(inputs),
+                replaced_loss=self.args.replaced_loss,
                 vocab_size=self.vocab_size,
                 chunk_size=self.args.loss_chunk_size,
                 statistics=self._statistics,
-                **self._token_weights(inputs, tokens),
             )
 
-    def _token_weights(self, inputs, tokens: ResponseTokens) -> dict:
-        """What says how much each token counts, as arguments of `distillation_loss`: here nothing, all count alike."""
-        return {}
+    def _facts(self, inputs, tokens: ResponseTokens) -> ResponseFacts:
+        """What is known of the N response tokens of a micro-batch besides the models' distributions."""
+        sampled = {name: tokens.pick(inputs[name]) for name in ("replaced", "teacher_rank") if name in inputs}
+        return ResponseFacts.of(
+            tokens.labels, position=tokens.positions, is_end=self._is_eos(tokens.labels), **sampled
+        )
+
+    def _is_eos(self, labels: torch.Tensor) -> torch.Tensor:
+        return torch.isin(labels, torch.tensor(self.eos_token_ids, device=labels.device))
+
+    def _gate_for(self, inputs) -> Gate | GateWeights | None:
+        """How much each token of a micro-batch counts: here all alike."""
+        return None
 
     def _teacher_hidden(self, inputs, tokens: ResponseTokens) -> torch.Tensor:
         """The teacher's hidden states (N, H) that predict the response tokens: from the sampling, if it judged them."""

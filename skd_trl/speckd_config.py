@@ -1,10 +1,10 @@
 """Configuration of `SpecKDTrainer`: SKDConfig and the gate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .ideas import IdeaField, make_idea, numbers_of
-from .loss.gates import GATES, Gate
+from .loss.gates import GATE_CONTROLS, GATES, Gate
 from .skd_config import ROLLOUTS, SKDConfig, check_choice, check_positive
 
 
@@ -34,13 +34,17 @@ class SpecKDConfig(SKDConfig):
         gate (`str` or [`Gate`], *optional*, defaults to `"greedy_top_k"`):
             Which tokens the loss listens to: a name in `GATES`, `"module:attribute"`, or an object.
         gate_top_k (`int`, *optional*, defaults to `5`):
-            k of the gates `greedy_top_k` and `spec_k` (also inside the controls `random`, `inverted` and `same_mean`).
+            k of the gates `greedy_top_k` and `spec_k`.
         gate_top_k_end (`int`, *optional*):
             k at the last step, reached linearly from `gate_top_k`: short for `schedules={"gate_top_k": {"end": ...}}`.
         gate_floor (`float`, *optional*, defaults to `0.01`):
             Weight of a rejected token (the paper's beta).
         gate_kwargs (`dict`, *optional*):
-            Other parameters of the gate, such as `{"exact": true}` for `spec_k` or `{"gate": "spec_k"}` for `random`.
+            Other parameters of the gate, such as `{"exact": true}` for `spec_k`.
+        gate_control (`str`, *optional*):
+            Puts a control in the gate's place, made of it, to tell a gate's effect from that of a smaller step:
+            `"random"` (the same acceptances, shuffled), `"inverted"` (1 - acceptance) or `"same_mean"` (their mean
+            everywhere).
         gate_normalizer (`str`, *optional*, defaults to `"all"`):
             What the weighted sum is divided by, over the whole optimizer step: `"all"` response tokens, as published (a
             closed gate then also shortens the step); `"accepted"` tokens; or `"mean_one"`, the sum of the weights. The
@@ -71,15 +75,19 @@ class SpecKDConfig(SKDConfig):
             "module:attribute."
         },
     )
-    gate_top_k: int = field(
-        default=5, metadata={"help": "k of the gates greedy_top_k and spec_k (paper: 5), also inside the controls."}
-    )
+    gate_top_k: int = field(default=5, metadata={"help": "k of the gates greedy_top_k and spec_k (paper: 5)."})
     gate_top_k_end: int | None = field(
         default=None, metadata={"help": "k at the last step, reached linearly from gate_top_k. Default: no schedule."}
     )
     gate_floor: float = field(default=0.01, metadata={"help": "Weight of a rejected token (the paper's beta: 0.01)."})
     gate_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Other parameters of the gate, such as {'exact': true} for spec_k."}
+    )
+    gate_control: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Puts a control in the gate's place, made of it: {', '.join(GATE_CONTROLS)}. Default: the gate itself."
+        },
     )
     gate_normalizer: str = field(
         default="all",
@@ -101,13 +109,22 @@ class SpecKDConfig(SKDConfig):
 
     def __post_init__(self):
         check_choice("gate_normalizer", self.gate_normalizer, NORMALIZERS)
+        if isinstance(self.gate, str) and self.gate in GATE_CONTROLS and self.gate not in GATES:
+            raise ValueError(
+                f"gate={self.gate!r} is a control, which is made of a gate: set gate_control={self.gate!r}, and gate to one of "
+                f"{', '.join(GATES)}."
+            )
+        if self.gate_control is not None:
+            check_choice("gate_control", self.gate_control, GATE_CONTROLS)
         check_positive("gate_top_k_end", self.gate_top_k_end)
         if self.gate_warmup_steps < 0:
             raise ValueError(f"gate_warmup_steps={self.gate_warmup_steps} must be 0 (no warm-up) or above.")
         super().__post_init__()
 
     def make_gate(self) -> Gate:
-        return make_idea(GATE, self)
+        gate = make_idea(GATE, self)
+        gate = replace(gate, keep_eos=gate.keep_eos or self.gate_keep_eos)
+        return gate if self.gate_control is None else GATE_CONTROLS[self.gate_control](gate)
 
     def make_compared_gate(self) -> Gate | None:
         return None if self.gate_compare is None else make_idea(COMPARED, self)

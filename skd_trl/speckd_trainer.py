@@ -5,13 +5,17 @@ per token that the gate asks for.
 """
 
 import textwrap
+from dataclasses import replace
 
 import torch
 from accelerate.logging import get_logger
 
 from .data.response_tokens import ResponseTokens
 from .data.vocabulary import describe_end_of_sequence_difference
-from .loss.distillation_loss import DistillationLoss, GateWeights, gate_weights
+from .loss.distillation_loss import DistillationLoss, gate_weights
+from .loss.gates import Gate, GateWeights
+from .loss.response_facts import ResponseFacts
+from .loss.teacher_signal import HiddenStates
 from .sampling.interleaved import eval_mode
 from .skd_trainer import METRICS, SKDTrainer
 from .speckd_config import SpecKDConfig
@@ -24,8 +28,12 @@ logger = get_logger(__name__)
 POSITION_BINS = ((0, 8), (8, 32), (32, 128), (128, None))
 POSITION_NAMES = tuple(f"token_acceptance_rate_{a}_{'on' if b is None else b - 1}" for a, b in POSITION_BINS)
 
-# Of a batch, what keeps its own precision in every engine.
-EXACT = ("gate_uniforms", "compared_uniforms", "gate_weight")
+# Of a batch: the noise of the gate and of the gate that is compared with it, and the gate's weights where known beforehand.
+GATE_NOISE, COMPARED_NOISE, GATE_WEIGHT, GATE_ACCEPTED = (
+    "gate_uniforms", "compared_uniforms", "gate_weight", "gate_accepted"
+)  # fmt: skip
+# What of it keeps its own precision in every engine.
+EXACT = (GATE_NOISE, COMPARED_NOISE, GATE_WEIGHT)
 
 
 class SpecKDTrainer(SKDTrainer):
@@ -120,7 +128,7 @@ class SpecKDTrainer(SKDTrainer):
 
     def _add_uniforms(self, batches: list[dict], *key: int | str) -> None:
         """The noise that the gates ask for, token by token in the order of the rows, however they are cut into batches."""
-        for name, gate in (("gate_uniforms", self._gate), ("compared_uniforms", self._compared_gate)):
+        for name, gate in ((GATE_NOISE, self._gate), (COMPARED_NOISE, self._compared_gate)):
             if gate is None or gate.num_uniforms == 0:
                 continue
             generator = keyed_generator(name, self.args.seed, *key)
@@ -142,29 +150,24 @@ class SpecKDTrainer(SKDTrainer):
                 batch["teacher_hidden"] = self._teacher_hidden(batch, tokens)
                 hidden.append((student["hidden"], batch["teacher_hidden"]))
         student_hidden, teacher_hidden = map(torch.cat, zip(*hidden, strict=True))
-        labels = torch.cat([ResponseTokens.of(batch).labels for batch in batches])
-        uniforms = torch.cat([batch["gate_uniforms"] for batch in batches]) if self._gate.num_uniforms else None
-        weights = self._weights(self._gate, student_hidden, teacher_hidden, labels, uniforms)
+        facts = ResponseFacts.cat([self._facts(batch, ResponseTokens.of(batch)) for batch in batches])
+        weights = self._weights(self._gate, student_hidden, teacher_hidden, facts)
         sizes = [len(student) for student, _ in hidden]
         for batch, weight, accepted in zip(
             batches, weights.weight.split(sizes), weights.accepted.split(sizes), strict=True
         ):
-            batch["gate_weight"], batch["gate_accepted"] = weight, accepted
+            batch[GATE_WEIGHT], batch[GATE_ACCEPTED] = weight, accepted
         return self._divisor(weights, num_tokens)
 
     @torch.no_grad()
-    def _weights(self, gate, student_hidden, teacher_hidden, labels, uniforms) -> GateWeights:
+    def _weights(self, gate: Gate, student_hidden, teacher_hidden, facts: ResponseFacts) -> GateWeights:
         """Weights (N,) of `gate`, without a loss."""
         with self._heads() as (student_head, teacher_head):
             return gate_weights(
-                student_hidden,
-                student_head,
-                teacher_hidden,
-                teacher_head,
+                HiddenStates(student_hidden, student_head),
+                HiddenStates(teacher_hidden, teacher_head),
+                facts,
                 gate=gate,
-                labels=labels,
-                uniforms=None if uniforms is None else uniforms.to(labels.device),
-                keep=self._kept(labels),
                 vocab_size=self.vocab_size,
                 chunk_size=self.args.loss_chunk_size,
                 population=lambda scores: gather_rows(scores, self.accelerator),
@@ -195,30 +198,23 @@ class SpecKDTrainer(SKDTrainer):
     def _teacher_hidden(self, inputs, tokens: ResponseTokens) -> torch.Tensor:
         return inputs["teacher_hidden"] if "teacher_hidden" in inputs else super()._teacher_hidden(inputs, tokens)
 
-    def _token_weights(self, inputs, tokens: ResponseTokens) -> dict:
-        if "gate_weight" in inputs:
-            return {"weights": GateWeights(inputs["gate_weight"], inputs["gate_accepted"])}
-        if not self.model.training:  # evaluation: the last step's gate, with noise of its own
-            self._add_uniforms([inputs], "eval")
-        uniforms = inputs.get("gate_uniforms")
-        return {
-            "gate": self._gate,
-            "uniforms": None if uniforms is None else uniforms.to(tokens.labels.device),
-            "keep": self._kept(tokens.labels),
-        }
+    def _facts(self, inputs, tokens: ResponseTokens, noise: str = GATE_NOISE) -> ResponseFacts:
+        facts = super()._facts(inputs, tokens)
+        return replace(facts, uniforms=inputs[noise].to(facts.labels.device)) if noise in inputs else facts
 
-    def _kept(self, labels: torch.Tensor) -> torch.Tensor | None:
-        return self._is_eos(labels) if self.args.gate_keep_eos else None
-
-    def _is_eos(self, labels: torch.Tensor) -> torch.Tensor:
-        return torch.isin(labels, torch.tensor(self.eos_token_ids, device=labels.device))
+    def _gate_for(self, inputs) -> Gate | GateWeights:
+        return GateWeights(inputs[GATE_WEIGHT], inputs[GATE_ACCEPTED]) if GATE_WEIGHT in inputs else self._gate
 
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
+        if (
+            GATE_WEIGHT not in inputs and not self.model.training
+        ):  # evaluation: the last step's gate, with separate noise
+            self._add_uniforms([inputs], "eval")
         outcome = super()._distillation_loss(student_hidden, teacher_hidden, inputs, tokens)
         if self._compared_gate is not None:
-            uniforms = inputs.get("compared_uniforms")
+            facts = self._facts(inputs, tokens, COMPARED_NOISE)
             inputs["compared_accepted"] = self._weights(
-                self._compared_gate, student_hidden.detach(), teacher_hidden, tokens.labels, uniforms
+                self._compared_gate, student_hidden.detach(), teacher_hidden, facts
             ).accepted
         return outcome
 

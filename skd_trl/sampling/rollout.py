@@ -46,7 +46,7 @@ class Rollout:
 
     def rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """Rows `start` to `stop` as a training batch, without columns that hold only padding: the keys of GKD's batches,
-        `replaced`, and `teacher_hidden_states` where there are any. Prompts in `prompts`, `prompt_attention_mask`."""
+        `replaced`, and `teacher_rank` and `teacher_hidden_states` where there are any. Prompts in `prompts`, `prompt_attention_mask`."""
         num_prompt_columns = self.input_ids.shape[1] - self.replaced.shape[1]
         mask = self.attention_mask[start:stop]
         skipped = int((mask.sum(dim=0) > 0).int().argmax())
@@ -56,6 +56,8 @@ class Rollout:
         batch["prompts"] = self.input_ids[start:stop, skipped:num_prompt_columns]
         batch["prompt_attention_mask"] = self.attention_mask[start:stop, skipped:num_prompt_columns]
         batch["replaced"] = self.replaced[start:stop, :longest]
+        if self.teacher_rank is not None:
+            batch["teacher_rank"] = self.teacher_rank[start:stop, :longest]
         if self.teacher_hidden_states is not None:
             batch["teacher_hidden_states"] = self.teacher_hidden_states[start:stop, :longest]
         return batch
