@@ -82,7 +82,9 @@ def make_idea(field: IdeaField, config: Any) -> Any:
         ]
         raise ValueError(f"{', '.join(given)}: {error}") from error
     if not field.is_idea(idea):
-        raise ValueError(f"{chosen} makes a {type(idea).__name__}, and {field.name} needs {field.kind}.")
+        raise ValueError(
+            f"{chosen} makes an object of type {type(idea).__name__}, and {field.name} needs {field.kind}."
+        )
     return idea
 
 
@@ -196,7 +198,11 @@ def _signature(field: IdeaField, entry: Any) -> dict[str, inspect.Parameter]:
     if field.is_idea(entry):
         return {}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: p for name, p in inspect.signature(entry).parameters.items() if p.kind in named}
+    try:
+        return {name: p for name, p in inspect.signature(entry).parameters.items() if p.kind in named}
+    except ValueError as error:  # some of what is written in C
+        message = f"{field.name}={describe(entry)!r}: {error}, so its parameters are not known. Wrap it in a function."
+        raise ValueError(message) from error
 
 
 def _takes_anything(entry: Any) -> bool:

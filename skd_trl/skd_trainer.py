@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from transformers.trainer_utils import EvalPrediction
 from ._compat import GKDTrainer
 from .data.collator import DataCollatorForDistillation, merge_prompts
 from .data.dataset import prepare_dataset
+from .data.mixed_batches import mix_sampled_rows
 from .data.response_tokens import ResponseTokens
 from .data.vocabulary import check_vocabularies, describe_end_of_sequence_difference, end_of_sequence_ids
 from .loss.distillation_loss import DistillationLoss, distillation_loss
@@ -249,7 +251,7 @@ class SKDTrainer(GKDTrainer):
                 self._ratios["train"].add("skipped_rows", batch.pop("skipped_rows").sum())
         rollout = self._rollout_of_step(self.state.global_step)
         if batches and rollout != "dataset":
-            batches = self._sample(batches, rollout)
+            batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _enter_step(self, step: int, num_steps: int) -> None:
@@ -258,19 +260,48 @@ class SKDTrainer(GKDTrainer):
         self.divergence = self._args_of_step.make_divergence()
 
     def _rollout_of_step(self, step: int) -> str:
-        """Who writes the responses of a step: a keyed draw, so that ranks agree and a resumed run repeats itself."""
-        if self.args.rollout != "dataset":
-            draw = torch.rand((), generator=keyed_generator("lmbda", self.args.seed, step)).item()
-            if draw < self.args.at(step, self.state.max_steps).lmbda:
+        """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
+        lmbda = self.args.at(step, self.state.max_steps).lmbda
+        if self.args.rollout != "dataset" and lmbda > 0:
+            if self.args.lmbda_unit == "prompt" and lmbda < 1:
+                return "mixed"
+            if torch.rand((), generator=keyed_generator("lmbda", self.args.seed, step)).item() < lmbda:
                 return self.args.rollout
         return "teacher" if self.seq_kd else "dataset"
+
+    def _sample_some(self, batches: list[dict]) -> list[dict]:
+        """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
+        row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
+        key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
+        num_rows = sum(len(batch["prompts"]) for batch in batches)
+        is_sampled = torch.rand(num_rows, generator=keyed_generator(*key)) < self._args_of_step.lmbda
+        (most,) = agree_on_maximum(self.accelerator)(int(is_sampled.sum()))
+        if most == 0:
+            return batches
+        prompts, mask = merge_prompts([(batch["prompts"], batch["prompt_attention_mask"]) for batch in batches])
+        chosen = is_sampled.to(prompts.device)
+        if is_sampled.any():
+            some = {"prompts": prompts[chosen], "prompt_attention_mask": mask[chosen]}
+            sampled = self._sample([some], self.args.rollout)
+        else:
+            start, sampled = time.perf_counter(), []
+            unused = self._write(prompts[:1], mask[:1], self.args.rollout, max_new_tokens=1)
+            self._keep_rollout(without_rows(unused), time.perf_counter() - start)
+        return mix_sampled_rows(batches, sampled, is_sampled, self.data_collator)
 
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
         prompts, mask = merge_prompts([(batch["prompts"], batch["prompt_attention_mask"]) for batch in batches])
+        sampled = self._write(prompts, mask, rollout, self.args.max_new_tokens)
+        self._keep_rollout(sampled, time.perf_counter() - start)
+        stops = torch.tensor([len(batch["prompts"]) for batch in batches]).cumsum(0).tolist()
+        return [sampled.rows(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str, max_new_tokens: int) -> Rollout:
+        """Sampled responses to left-padded prompts (B, P); collective where the models are."""
         step, rank = self.state.global_step, self.accelerator.process_index
         noise = torch.rand(
-            (len(prompts), self.args.max_new_tokens, 3),
+            (len(prompts), max_new_tokens, 3),
             generator=keyed_generator("sampling", self.args.seed, step, rank),
         )
         teacher = self.accelerator.unwrap_model(self.teacher_model)
@@ -281,14 +312,14 @@ class SKDTrainer(GKDTrainer):
             nullcontext() if self._compiled_student else torch.compiler.set_stance("force_eager"),
         ):
             collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
-            sampled = interleaved_sample(
+            return interleaved_sample(
                 student,
                 teacher,
                 prompts,
                 mask,
                 accept=self._args_of_step.acceptance_rule(rollout),
                 num_draft_tokens=self._draft_length,
-                max_new_tokens=self.args.max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=pad_token_id(self.processing_class),
                 student_sampling=self._args_of_step.student_sampling(),
@@ -299,10 +330,10 @@ class SKDTrainer(GKDTrainer):
                 agree=agree_on_maximum(self.accelerator) if collective else None,
                 compile_student=self._compiled_student,
             )
-        add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
-        self._keep_completions(sampled)
-        stops = torch.tensor([len(batch["prompts"]) for batch in batches]).cumsum(0).tolist()
-        return [sampled.rows(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+    def _keep_rollout(self, rollout: Rollout, seconds: float) -> None:
+        add_rollout(self._ratios["train"], rollout, seconds, self.accelerator.num_processes)
+        self._keep_completions(rollout)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
@@ -430,3 +461,14 @@ class SKDTrainer(GKDTrainer):
         metrics = self._ratios[mode].compute(self.accelerator)
         logs.update(with_prefix(metrics, "eval_" if mode == "eval" else ""))
         super().log(logs, start_time)
+
+
+def without_rows(rollout: Rollout) -> Rollout:
+    """A rollout of no rows, with the fields of `rollout`."""
+
+    def emptied(value):
+        if isinstance(value, dict):
+            return {name: emptied(entry) for name, entry in value.items()}
+        return value[:0] if isinstance(value, torch.Tensor) else 0 if isinstance(value, int) else value
+
+    return replace(rollout, **{field.name: emptied(getattr(rollout, field.name)) for field in fields(rollout)})

@@ -97,6 +97,7 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-refused_head"] = {**DATASET, "lora": True, "lora_kwargs": head, "refused": "target_modules"}
     for mode in ("ddp", "zero3", "fsdp2"):
         own = {} if mode == "ddp" else {"ds3_gather_for_generation": False}
+        cases[f"{mode}-per_prompt-sampled"] = {"max_steps": 3, "lmbda": 0.3, "lmbda_unit": "prompt", **own}
         in_turn = {"rows": LONG_ROWS, "train_sampling_strategy": "sequential"}
         cases[f"{mode}-long_prompts-sampled"] = {**SAMPLED, **own, **in_turn}
     cases["ddp-same_prompts-sampled"] = cases["ddp-same_prompts_again-sampled"] = {**SAMPLED, "rows": SAME_ROWS}
