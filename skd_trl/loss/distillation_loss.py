@@ -104,7 +104,7 @@ def distillation_loss(
     _check_positions(student=student, teacher=teacher, facts=facts, gate=gate)
     whole_student, whole_teacher = _prepared(student, teacher, vocab_size)
 
-    gradients, trainable = None, _trainable(student) if torch.is_grad_enabled() else []
+    gradients, trainable = None, _trainable(student)
     if trainable:
         # Whether weights of 0 are worth looking for, which makes the host wait for the device.
         skip_zeros = gate.floor == 0 if isinstance(gate, Gate) else gate is not None and bool((gate.weight == 0).any())
@@ -159,6 +159,9 @@ def gate_weights(
 
 
 def _trainable(student: HiddenStates) -> list[Tensor]:
+    """The tensors that want a gradient from this call."""
+    if not torch.is_grad_enabled():
+        return []
     return ([student.states] if student.states.requires_grad else []) + student.head.trainable_parameters()
 
 
@@ -194,7 +197,7 @@ def _chunk(
             ones = torch.ones(len(facts), device=raw.device)
             weights = GateWeights(ones, ones.bool())
         else:
-            weights = gate
+            weights = GateWeights(gate.weight.detach(), gate.accepted)
 
     with torch.set_grad_enabled(learning), without_autocast:
         # Log-probabilities are logits too, so a plain function of logits only costs a second log-softmax.
