@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .chunks import chunks
-from .divergences import at_labels, log_probs
+from .divergences import at_labels
 from .gates import Gate, GateWeights
 from .head_gradients import AttachGradients, HeadGradients
 from .response_facts import ResponseFacts
@@ -148,7 +148,7 @@ def gate_weights(
     table: dict[str, Tensor] = {}
     for rows in chunks(len(facts), vocab_size, student.states.device, chunk_size):
         logits = student.head.logits(student.states[rows], vocab_size)
-        distributions = teacher[rows].compare(logits, log_probs(logits), facts.labels[rows])
+        distributions = teacher[rows].compare(logits, facts.labels[rows])
         with torch.autocast(logits.device.type, enabled=False):
             _move(table, rows, {"scores": gate.scores(distributions, facts[rows])}, len(facts))
         del logits, distributions  # or the next chunk's would be beside them
@@ -186,9 +186,7 @@ def _chunk(
     without_autocast = torch.autocast(raw.device.type, enabled=False)  # it would take some reductions to bf16
 
     with torch.set_grad_enabled(learning):
-        student_logits = student.head.shape_logits(raw_leaf)
-        student_log_probs = log_probs(student_logits)
-        distributions = teacher.compare(student_logits, student_log_probs, facts.labels)
+        distributions = teacher.compare(student.head.shape_logits(raw_leaf), facts.labels)
 
     with torch.no_grad(), without_autocast:
         if isinstance(gate, Gate):
@@ -204,7 +202,8 @@ def _chunk(
         of_log_probs = getattr(divergence, "from_log_probs", divergence)
         values = of_log_probs(distributions.student_log_probs, distributions.teacher_log_probs)
         if replaced_loss == "nll":
-            values = torch.where(facts.replaced, -at_labels(student_log_probs, facts.labels), values)
+            nll = -at_labels(distributions.all_student_log_probs, facts.labels)
+            values = torch.where(facts.replaced, nll, values)
     if gradients is not None:
         (raw_gradient,) = torch.autograd.grad(values, raw_leaf, weights.weight.to(values.dtype))
         gradients.add(rows, hidden, raw, raw_gradient, weights.weight)
