@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .chunks import chunks
-from .divergences import at_labels, log_probs
+from .divergences import at_labels
 from .gates import Gate, GateWeights
 from .head_gradients import AttachGradients, HeadGradients
 from .response_facts import ResponseFacts
@@ -104,7 +104,7 @@ def distillation_loss(
     _check_positions(student=student, teacher=teacher, facts=facts, gate=gate)
     whole_student, whole_teacher = _prepared(student, teacher, vocab_size)
 
-    gradients, trainable = None, _trainable(student) if torch.is_grad_enabled() else []
+    gradients, trainable = None, _trainable(student)
     if trainable:
         # Whether weights of 0 are worth looking for, which makes the host wait for the device.
         skip_zeros = gate.floor == 0 if isinstance(gate, Gate) else gate is not None and bool((gate.weight == 0).any())
@@ -148,7 +148,7 @@ def gate_weights(
     table: dict[str, Tensor] = {}
     for rows in chunks(len(facts), vocab_size, student.states.device, chunk_size):
         logits = student.head.logits(student.states[rows], vocab_size)
-        distributions = teacher[rows].compare(logits, log_probs(logits), facts.labels[rows])
+        distributions = teacher[rows].compare(logits, facts.labels[rows])
         with torch.autocast(logits.device.type, enabled=False):
             _move(table, rows, {"scores": gate.scores(distributions, facts[rows])}, len(facts))
         del logits, distributions  # or the next chunk's would be beside them
@@ -159,6 +159,9 @@ def gate_weights(
 
 
 def _trainable(student: HiddenStates) -> list[Tensor]:
+    """The tensors that want a gradient from this call."""
+    if not torch.is_grad_enabled():
+        return []
     return ([student.states] if student.states.requires_grad else []) + student.head.trainable_parameters()
 
 
@@ -183,9 +186,7 @@ def _chunk(
     without_autocast = torch.autocast(raw.device.type, enabled=False)  # it would take some reductions to bf16
 
     with torch.set_grad_enabled(learning):
-        student_logits = student.head.shape_logits(raw_leaf)
-        student_log_probs = log_probs(student_logits)
-        distributions = teacher.compare(student_logits, student_log_probs, facts.labels)
+        distributions = teacher.compare(student.head.shape_logits(raw_leaf), facts.labels)
 
     with torch.no_grad(), without_autocast:
         if isinstance(gate, Gate):
@@ -194,14 +195,15 @@ def _chunk(
             ones = torch.ones(len(facts), device=raw.device)
             weights = GateWeights(ones, ones.bool())
         else:
-            weights = gate
+            weights = GateWeights(gate.weight.detach(), gate.accepted)
 
     with torch.set_grad_enabled(learning), without_autocast:
         # Log-probabilities are logits too, so a plain function of logits only costs a second log-softmax.
         of_log_probs = getattr(divergence, "from_log_probs", divergence)
         values = of_log_probs(distributions.student_log_probs, distributions.teacher_log_probs)
         if replaced_loss == "nll":
-            values = torch.where(facts.replaced, -at_labels(student_log_probs, facts.labels), values)
+            nll = -at_labels(distributions.all_student_log_probs, facts.labels)
+            values = torch.where(facts.replaced, nll, values)
     if gradients is not None:
         (raw_gradient,) = torch.autograd.grad(values, raw_leaf, weights.weight.to(values.dtype))
         gradients.add(rows, hidden, raw, raw_gradient, weights.weight)

@@ -46,8 +46,9 @@ class TeacherSignal(ABC):
         """What can be done once for all chunks: the same signal, cut to the shared vocabulary."""
 
     @abstractmethod
-    def compare(self, student_logits: Tensor, student_log_probs: Tensor, labels: Tensor) -> TokenDistributions:
-        """Both models' distributions over the same outcomes, from the student's over the vocabulary, both `(N, V)`."""
+    def compare(self, student_logits: Tensor, labels: Tensor) -> TokenDistributions:
+        """Both models' distributions over the same outcomes, at positions of these logits `(N, V)` and labels `(N,)`;
+        differentiable in the student's logits."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,10 @@ class HiddenStates(TeacherSignal):
     def prepared(self, vocab_size: int) -> "HiddenStates":
         return replace(self, head=self.head.prepared(vocab_size))
 
-    def compare(self, student_logits: Tensor, student_log_probs: Tensor, labels: Tensor) -> TokenDistributions:
+    def compare(self, student_logits: Tensor, labels: Tensor) -> TokenDistributions:
         with torch.no_grad():
             teacher_logits = self.head.logits(self.states, student_logits.shape[-1])
-            teacher_log_probs = log_probs(teacher_logits)
-        return TokenDistributions(student_logits, teacher_logits, student_log_probs, teacher_log_probs, labels)
+        return TokenDistributions.from_logits(student_logits, teacher_logits, labels)
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,13 @@ class TopLogProbs(TeacherSignal):
             )
         return self
 
-    def compare(self, student_logits: Tensor, student_log_probs: Tensor, labels: Tensor) -> CoarseDistributions:
-        student = student_log_probs.gather(-1, self.ids)
+    def compare(self, student_logits: Tensor, labels: Tensor) -> CoarseDistributions:
+        all_student = log_probs(student_logits)
+        student = all_student.gather(-1, self.ids)
         teacher = ranked = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32))
-        if self.ids.shape[-1] < student_log_probs.shape[-1]:
+        if self.ids.shape[-1] < all_student.shape[-1]:
             # Not log(1 - sum), which has no digits left where the student is sure of the k tokens.
-            rest = student_log_probs.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)
+            rest = all_student.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)
             student = torch.cat([student, rest], dim=-1)
             # All that is known of the teacher's rest is what the k leave, a figure with the rounding of their sum: below
             # this it would be noise or the logarithm of nothing. In float64 the sum adds no rounding to theirs.
@@ -151,7 +152,7 @@ class TopLogProbs(TeacherSignal):
             teacher = torch.cat([teacher, rest], dim=-1)
         label_log_probs = self.label_log_probs.to(teacher.dtype)
         return CoarseDistributions(
-            student_logits, ranked, student, teacher, labels, self.ids, student_log_probs, label_log_probs
+            student_logits, ranked, all_student, student, teacher, labels, self.ids, label_log_probs
         )
 
 

@@ -21,12 +21,14 @@ from .response_facts import ResponseFacts
 @dataclass(frozen=True)
 class TokenDistributions:
     """
-    Both models' next-token distributions at N positions. Inside a loss `student_log_probs` carry its gradient; gates and
+    Both models' next-token distributions at N positions. Inside a loss the student's log-probabilities carry its gradient; gates and
     statistics are computed without.
 
     Attributes:
         student_logits (`Tensor` `(N, V)`), teacher_logits (`Tensor` `(N, K)`):
             What ranks are read from: log-probabilities may tie where logits do not.
+        all_student_log_probs (`Tensor` `(N, V)`):
+            The student's log-probabilities of all tokens, fp32 at least.
         student_log_probs, teacher_log_probs (`Tensor` `(N, K)`):
             Log-probabilities of the outcomes, fp32 at least.
         labels (`Tensor` `(N,)`):
@@ -35,13 +37,16 @@ class TokenDistributions:
 
     student_logits: Tensor
     teacher_logits: Tensor
+    all_student_log_probs: Tensor
     student_log_probs: Tensor
     teacher_log_probs: Tensor
     labels: Tensor
 
     @classmethod
     def from_logits(cls, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> "TokenDistributions":
-        return cls(student_logits, teacher_logits, log_probs(student_logits), log_probs(teacher_logits), labels)
+        """Where the outcomes are the tokens."""
+        student_log_probs, teacher_log_probs = log_probs(student_logits), log_probs(teacher_logits)
+        return cls(student_logits, teacher_logits, student_log_probs, student_log_probs, teacher_log_probs, labels)
 
     def __len__(self) -> int:
         return len(self.student_logits)
@@ -67,7 +72,7 @@ class TokenDistributions:
     @cached_property
     def student_label_log_probs(self) -> Tensor:
         """log q(y) of the response's token y, `(N,)`."""
-        return at_labels(self.student_log_probs, self.labels)
+        return at_labels(self.all_student_log_probs, self.labels)
 
     @cached_property
     def teacher_label_log_probs(self) -> Tensor:
@@ -114,23 +119,16 @@ class CoarseDistributions(TokenDistributions):
     Attributes:
         ids (`Tensor` `(N, k)`):
             The known tokens. `teacher_logits` are their log-probabilities, and minus infinity for the rest.
-        all_student_log_probs (`Tensor` `(N, V)`):
-            The student's own, not coarsened.
         label_log_probs (`Tensor` `(N,)`):
             The teacher's of the response's tokens.
     """
 
     ids: Tensor
-    all_student_log_probs: Tensor
     label_log_probs: Tensor
 
     def outcome_of(self, tokens: Tensor) -> Tensor:
         is_known = self.ids == tokens[:, None]
         return torch.where(is_known.any(-1), is_known.int().argmax(-1), self.ids.shape[-1])
-
-    @property
-    def student_label_log_probs(self) -> Tensor:
-        return at_labels(self.all_student_log_probs, self.labels)
 
     @property
     def teacher_label_log_probs(self) -> Tensor:
