@@ -41,12 +41,18 @@ def imports_of(module):
 def test_the_public_names_are_these():
     assert sorted(skd_trl.__all__) == [
         "ACCEPTANCE_RULES",
+        "AcceptanceRule",
         "DIVERGENCES",
+        "Divergence",
+        "Draft",
         "GATES",
+        "Gate",
+        "ResponseFacts",
         "Rollout",
         "SKDConfig",
         "SKDTrainer",
         "SamplingParams",
+        "Schedule",
         "SpecKDConfig",
         "SpecKDTrainer",
         "interleaved_sample",
