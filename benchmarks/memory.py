@@ -19,6 +19,8 @@ from trl.experimental.gkd import GKDTrainer
 from skd_trl.loss.distillation_loss import distillation_loss
 from skd_trl.loss.divergences import jsd
 from skd_trl.loss.lm_head import LMHead
+from skd_trl.loss.response_facts import ResponseFacts
+from skd_trl.loss.teacher_signal import HiddenStates
 
 
 def main() -> None:
@@ -113,8 +115,8 @@ def our_loss(student_hidden, teacher_hidden, heads, labels) -> torch.Tensor:
     where = labels != -100
     student, teacher = (LMHead(weight=head.weight) for head in heads)
     outcome = distillation_loss(
-        student_hidden[where], student, teacher_hidden[where], teacher,
-        divergence=jsd(0.5), labels=labels[where], vocab_size=len(heads[0].weight),
+        HiddenStates(student_hidden[where], student), HiddenStates(teacher_hidden[where], teacher),
+        ResponseFacts.of(labels[where]), divergence=jsd(0.5), vocab_size=len(heads[0].weight),
         statistics=("student_entropy", "teacher_entropy"),  # SKDTrainer's
     )  # fmt: skip
     return outcome.loss / where.sum()

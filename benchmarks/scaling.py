@@ -20,6 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from skd_trl.loss.distillation_loss import distillation_loss
 from skd_trl.loss.divergences import forward_kl
 from skd_trl.loss.lm_head import LMHead
+from skd_trl.loss.response_facts import ResponseFacts
+from skd_trl.loss.teacher_signal import HiddenStates
 
 
 def main() -> None:
@@ -134,10 +136,16 @@ def loss(pair, num_positions: int, vocab_size: int) -> Callable[[], int]:
         torch.randn(num_positions, head.weight.shape[1], generator=generator) for head in (student, teacher)
     )
 
+    facts = ResponseFacts.of(torch.randint(vocab_size, (num_positions,), generator=generator))
+
     def arm() -> int:
         hidden = student_hidden.clone().requires_grad_()
         outcome = distillation_loss(
-            hidden, student, teacher_hidden, teacher, divergence=forward_kl(), vocab_size=vocab_size
+            HiddenStates(hidden, student),
+            HiddenStates(teacher_hidden, teacher),
+            facts,
+            divergence=forward_kl(),
+            vocab_size=vocab_size,
         )
         torch.autograd.grad(outcome.loss, [hidden, student.weight])
         return num_positions

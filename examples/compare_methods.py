@@ -25,14 +25,13 @@ import numpy as np
 
 
 GATE = {"gate": "greedy_top_k", "gate_top_k": 5, "gate_floor": 0.01}
-NAMED = {"gate_kwargs": {"gate": "greedy_top_k"}, "gate_top_k": 5, "gate_floor": 0.01}
 UNGATED = {"gate": "greedy_top_k", "gate_top_k": 5, "gate_floor": 1.0}
 ARMS = {
     "on-policy": {"rollout": "student", **UNGATED},
     "SpecKD": {"rollout": "student", **GATE},
-    "random gate": {"rollout": "student", **NAMED, "gate": "random"},
-    "inverted gate": {"rollout": "student", **NAMED, "gate": "inverted"},
-    "same mean weight": {"rollout": "student", **NAMED, "gate": "same_mean"},
+    "random gate": {"rollout": "student", **GATE, "gate_control": "random"},
+    "inverted gate": {"rollout": "student", **GATE, "gate_control": "inverted"},
+    "same mean weight": {"rollout": "student", **GATE, "gate_control": "same_mean"},
     "SKD": {"rollout": "interleaved", **UNGATED},
     "SKD + SpecKD": {"rollout": "interleaved", **GATE},
 }

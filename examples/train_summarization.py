@@ -255,12 +255,13 @@ def settings_of(script_args, training_args, student: str, teacher: str) -> dict[
         "divergence",
     ]
     names += ["gate", "gate_top_k", "gate_floor"] if script_args.trainer == "speckd" else []
+    shown = training_args.to_dict()
     return {
         "trainer": script_args.trainer,
         "student": student,
         "teacher": teacher,
         "dataset": script_args.dataset_name,
-        **{name: getattr(training_args, name) for name in names},
+        **{name: shown[name] for name in names},
         "learning_rate": training_args.learning_rate,
         "rows_per_step": training_args.train_batch_size
         * training_args.gradient_accumulation_steps

@@ -1,12 +1,14 @@
 """Speculative knowledge distillation for TRL: SKD and SpecKD as subclasses of `GKDTrainer`."""
 
-from .loss.divergences import DIVERGENCES
-from .loss.gates import GATES
-from .sampling.acceptance import ACCEPTANCE_RULES
+from .loss.divergences import DIVERGENCES, Divergence
+from .loss.gates import GATES, Gate
+from .loss.response_facts import ResponseFacts
+from .sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant, Participant
 from .sampling.rollout import Rollout
 from .sampling.sampling_params import SamplingParams
+from .schedules import Schedule
 from .skd_config import SKDConfig
 from .skd_trainer import SKDTrainer
 from .speckd_config import SpecKDConfig
@@ -17,15 +19,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACCEPTANCE_RULES",
+    "AcceptanceRule",
     "DIVERGENCES",
+    "Divergence",
+    "Draft",
     "Execution",
     "GATES",
+    "Gate",
     "LocalParticipant",
     "Participant",
+    "ResponseFacts",
     "Rollout",
     "SKDConfig",
     "SKDTrainer",
     "SamplingParams",
+    "Schedule",
     "SpecKDConfig",
     "SpecKDTrainer",
     "interleaved_sample",

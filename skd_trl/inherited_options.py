@@ -35,15 +35,7 @@ def check_inherited_options(args: Any) -> None:
         value = getattr(args, name, neutral[0])
         if value not in neutral:
             raise ValueError(f"{name}={value!r} would have no effect here. {advice}")
-    if (
-        args.beta not in (0.5, {"forward_kl": 0.0, "reverse_kl": 1.0}.get(args.divergence))
-        and args.divergence != "jsd"
-    ):
-        raise ValueError(
-            f"beta={args.beta} would have no effect: it belongs to divergence='jsd' (GKDTrainer's loss), and divergence is "
-            f"{args.divergence!r}. Set divergence='jsd', or leave beta at 0.5."
-        )
-    if args.seq_kd and args.rollout != "dataset" and args.lmbda == 1:
+    if args.seq_kd and args.rollout != "dataset" and args.range_of("lmbda")[0] == 1:
         raise ValueError(
             "seq_kd=True would have no effect: it makes the teacher write the responses of the other steps, and with lmbda=1 "
             "there are none. Set rollout='teacher' for the teacher's texts alone, or lmbda below 1."

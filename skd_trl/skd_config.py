@@ -1,18 +1,52 @@
-"""Configuration of `SKDTrainer`: GKDConfig's fields keep their meaning, and what interleaved sampling adds stands here."""
+"""Configuration of `SKDTrainer`: GKDConfig's fields keep their meaning, and what interleaved sampling adds is here."""
 
-from dataclasses import dataclass, field
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from ._compat import GKDConfig
+from .ideas import IdeaField, Number, check_used, default_of, describe, is_default, make_idea, numbers_of
 from .inherited_options import check_inherited_options
-from .loss.divergences import DIVERGENCES
+from .loss.divergences import DIVERGENCES, Divergence
 from .sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .sampling.draft_length import AUTO, DraftLength
 from .sampling.sampling_params import SamplingParams
+from .schedules import Schedule
 
 
 ROLLOUTS = ("interleaved", "student", "teacher", "dataset")
 REPLACED_LOSSES = ("divergence", "nll")
+LMBDA_UNITS = ("step", "prompt")
+
+
+def is_divergence(value: Any) -> bool:
+    """Whether `value` is a divergence, or any function of two required arguments, the student's logits and the teacher's."""
+    if isinstance(value, Divergence) or not callable(value) or inspect.isclass(value):
+        return isinstance(value, Divergence)
+    parameters = inspect.signature(value).parameters.values()
+    return (
+        sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 2
+    )
+
+
+ACCEPT = IdeaField(
+    "accept",
+    ACCEPTANCE_RULES,
+    "an AcceptanceRule",
+    lambda value: isinstance(value, AcceptanceRule),
+    {"k": "accept_top_k"},
+)
+DIVERGENCE = IdeaField(
+    "divergence",
+    DIVERGENCES,
+    "a Divergence or a function of student and teacher logits",
+    is_divergence,
+    {"beta": "beta"},
+)
 
 
 @dataclass
@@ -31,8 +65,12 @@ class SKDConfig(GKDConfig):
         lmbda (`float`, *optional*, defaults to `1.0`):
             Share of optimizer steps trained on sampled responses. The other steps train on the data set's own, or with
             `seq_kd` on the teacher's.
-        accept (`str`, *optional*, defaults to `"top_k"`):
-            Rule by which a proposal of the student stands, one of `ACCEPTANCE_RULES`.
+        lmbda_unit (`str`, *optional*, defaults to `"step"`):
+            What `lmbda` is a share of: `"step"`, whole optimizer steps (GKD), or `"prompt"`, the prompts of each step
+            (ImitKD).
+        accept (`str` or [`AcceptanceRule`], *optional*, defaults to `"top_k"`):
+            Rule by which a proposal of the student is accepted: a name in `ACCEPTANCE_RULES`, `"module:attribute"`, or an
+            object.
         accept_top_k (`int`, *optional*, defaults to `25`):
             K of the `top_k` rule.
         accept_kwargs (`dict`, *optional*):
@@ -47,13 +85,19 @@ class SKDConfig(GKDConfig):
             Temperature (0: greedy) and nucleus of the student's draws.
         teacher_temperature (`float`, *optional*, defaults to `0.2`), teacher_top_p (`float`, *optional*, defaults to `0.5`):
             The same for the teacher's.
-        divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            One of `DIVERGENCES`. The inherited `beta` belongs to `"jsd"`.
+        divergence (`str` or `Callable`, *optional*, defaults to `"forward_kl"`):
+            A name in `DIVERGENCES`, `"module:attribute"`, or a function of student and teacher logits (N, V) that returns
+            (N,). The inherited `beta` belongs to `"jsd"`.
         divergence_kwargs (`dict`, *optional*):
             Parameters of the other divergences, such as `{"alpha": 0.1}` for `skew_forward_kl`.
         replaced_loss (`str`, *optional*, defaults to `"divergence"`):
             Loss at replaced tokens: the divergence as everywhere (SKD), or `"nll"`, the negative log-likelihood of the
             teacher's token (CA-OPD, IPD).
+        schedules (`dict`, *optional*):
+            Numbers that move over the training, by name: a [`Schedule`] or its fields, such as
+            `{"accept_top_k": {"end": 5, "shape": "cosine", "hold": 0.2}, "accept_kwargs.alpha": {"start": 0.5, "end": 0.25}}`.
+            `start` is by default the field's own value. Also of `lmbda`: `{"start": 0.0, "end": 1.0, "shape": "step", "hold":
+            0.3}` is the SKD paper's mixed training, supervised first and on-policy after.
         loss_chunk_size (`int`, *optional*):
             Positions whose logits are in memory at once. By default chosen so that they take about 64 MiB (on CPU 16 to 30).
         rollout_batch_size (`int`, *optional*):
@@ -83,7 +127,13 @@ class SKDConfig(GKDConfig):
             its own. Under ZeRO-3 and FSDP2 it always is.
     """
 
-    _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + ["accept_kwargs", "divergence_kwargs", "chat_template_kwargs"]
+    _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + [
+        "accept_kwargs",
+        "divergence_kwargs",
+        "chat_template_kwargs",
+        "schedules",
+    ]
+    _IDEA_FIELDS = ("accept", "divergence")
 
     rollout: str = field(
         default="interleaved",
@@ -100,20 +150,31 @@ class SKDConfig(GKDConfig):
             "own responses, or with seq_kd on the teacher's."
         },
     )
-    accept: str = field(
+    lmbda_unit: str = field(
+        default="step",
+        metadata={
+            "help": "What lmbda is a share of: 'step', whole optimizer steps (GKD), or 'prompt', the prompts of each step "
+            "(ImitKD).",
+            "choices": list(LMBDA_UNITS),
+        },
+    )
+    # HfArgumentParser reads a value as text only if None is admitted too.
+    accept: AcceptanceRule | str | None = field(
         default="top_k",
-        metadata={"help": "Rule by which a proposal of the student stands.", "choices": list(ACCEPTANCE_RULES)},
+        metadata={
+            "help": f"Rule by which a proposal of the student is accepted: {', '.join(ACCEPTANCE_RULES)}, a name that you "
+            "registered, or module:attribute."
+        },
     )
     accept_top_k: int = field(
         default=25,
         metadata={
-            "help": "A proposal stands if it is among this many likeliest tokens of the teacher (K; paper: 25)."
+            "help": "A proposal is accepted if it is among this many of the teacher's most probable tokens (K; paper: 25)."
         },
     )
     accept_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Parameters of the other acceptance rules, such as {'alpha': 0.25}."}
     )
-    # HfArgumentParser reads a value as text only if None is admitted too.
     num_draft_tokens: int | str | None = field(
         default=None,
         metadata={
@@ -134,11 +195,11 @@ class SKDConfig(GKDConfig):
     teacher_top_p: float = field(
         default=0.5, metadata={"help": "Nucleus of the teacher's draws (authors' setting: 0.5)."}
     )
-    divergence: str = field(
+    divergence: Callable[..., Tensor] | str | None = field(
         default="forward_kl",
         metadata={
-            "help": "Divergence from the teacher at each token (paper: forward_kl).",
-            "choices": list(DIVERGENCES),
+            "help": f"Divergence from the teacher at each token (paper: forward_kl): {', '.join(DIVERGENCES)}, a name that you "
+            "registered, or module:attribute."
         },
     )
     divergence_kwargs: dict[str, Any] | str | None = field(
@@ -150,6 +211,13 @@ class SKDConfig(GKDConfig):
             "help": "Loss at replaced tokens: 'divergence' as everywhere (SKD), or 'nll', the negative log-likelihood of "
             "the teacher's token.",
             "choices": list(REPLACED_LOSSES),
+        },
+    )
+    schedules: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Numbers that move over the training, such as {'accept_top_k': {'end': 5, 'shape': 'cosine', 'hold': 0.2}}; "
+            "shape is linear, cosine or step, hold the share of steps before the number moves."
         },
     )
     loss_chunk_size: int | None = field(
@@ -213,8 +281,7 @@ class SKDConfig(GKDConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choice("rollout", self.rollout, ROLLOUTS)
-        check_choice("accept", self.accept, ACCEPTANCE_RULES)
-        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_choice("lmbda_unit", self.lmbda_unit, LMBDA_UNITS)
         check_choice("replaced_loss", self.replaced_loss, REPLACED_LOSSES)
         if isinstance(self.num_draft_tokens, str) and self.num_draft_tokens.isdecimal():
             self.num_draft_tokens = int(self.num_draft_tokens)
@@ -223,6 +290,7 @@ class SKDConfig(GKDConfig):
                 "num_draft_tokens='auto' follows measured times, which differ from run to run; with full_determinism=True "
                 "give a number (the paper's is 5)."
             )
+        self._check_ideas()
         check_inherited_options(self)
         self.draft_length()
         for name in ("max_new_tokens", "log_completions_steps", "num_completions_to_print"):
@@ -243,17 +311,60 @@ class SKDConfig(GKDConfig):
                 f"max_prompt_length={self.max_prompt_length} leaves no room for a response in max_length={self.max_length}. "
                 "Raise max_length, lower max_prompt_length, or set max_response_length."
             )
-        # What these factories refuse is reported with the field it came from.
+
+    def _check_ideas(self) -> None:
+        """Makes all ideas once, with every number at the start of its schedule and at the end."""
+        schedules = self.resolved_schedules()
+        for end in ("start", "end"):
+            config = self._with({path: getattr(schedule, end) for path, schedule in schedules.items()})
+            try:
+                if not 0.0 <= config.lmbda <= 1.0:
+                    raise ValueError(f"lmbda={config.lmbda} must be a share, from 0 to 1.")
+                for idea_field in self._ideas:
+                    make_idea(idea_field, config)
+                config._check_sampling()
+            except ValueError as error:
+                raise ValueError(f"{f'schedules, at their {end}: ' if schedules else ''}{error}") from error
+        check_used(self, self._ideas)
+        if ACCEPT not in self._ideas:
+            for name in ("accept", "accept_top_k", "accept_kwargs"):
+                if not is_default(self, name):
+                    raise ValueError(
+                        f"{name}={describe(getattr(self, name))!r} would have no effect: no proposal is judged with "
+                        f"rollout={self.rollout!r} and lmbda={self.lmbda}. Set rollout='interleaved', or leave it at "
+                        f"{default_of(self, name)!r}."
+                    )
+        if self.replaced_loss == "nll" and not self._replaces:
+            raise ValueError(
+                f"replaced_loss='nll' would have no effect: the teacher replaces no token with rollout={self.rollout!r}, "
+                f"accept={describe(self.accept)!r} and lmbda={self.lmbda}. Set rollout='interleaved' and a rule that judges, or "
+                "leave it at 'divergence'."
+            )
+        if self.lmbda_unit == "prompt" and (self.rollout == "dataset" or self.seq_kd):
+            raise ValueError(
+                "lmbda_unit='prompt' gives some prompts of a step a sampled response and the others the data set's; with "
+                f"rollout={self.rollout!r} and seq_kd={self.seq_kd} there are not both. Leave it at 'step'."
+            )
+
+    def _check_sampling(self) -> None:
         for fields, make in (
             ("temperature, student_top_p", self.student_sampling),
             ("teacher_temperature, teacher_top_p", self.teacher_sampling),
-            ("accept, accept_top_k, accept_kwargs", self.acceptance_rule),
-            ("divergence, divergence_kwargs, beta", self.make_divergence),
         ):
             try:
                 make()
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{fields}: {error}") from error
+
+    @property
+    def _ideas(self) -> list[IdeaField]:
+        """The fields whose ideas this run uses."""
+        return [ACCEPT, DIVERGENCE] if "interleaved" in self.rollouts else [DIVERGENCE]
+
+    @property
+    def _replaces(self) -> bool:
+        """Whether the teacher writes any token of a response."""
+        return "teacher" in self.rollouts or ("interleaved" in self.rollouts and make_idea(ACCEPT, self).judges)
 
     def student_sampling(self) -> SamplingParams:
         return SamplingParams(temperature=self.temperature, top_p=self.student_top_p)
@@ -263,9 +374,8 @@ class SKDConfig(GKDConfig):
 
     def acceptance_rule(self, rollout: str = "interleaved") -> AcceptanceRule:
         """The rule that makes responses as `rollout` names them."""
-        name = {"student": "always", "teacher": "never"}.get(rollout, self.accept)
-        kwargs = {"k": self.accept_top_k} if name == "top_k" else {}
-        return ACCEPTANCE_RULES[name](**kwargs, **((self.accept_kwargs or {}) if name == self.accept else {}))
+        fixed = {"student": "always", "teacher": "never"}
+        return ACCEPTANCE_RULES[fixed[rollout]]() if rollout in fixed else make_idea(ACCEPT, self)
 
     def draft_length(self) -> DraftLength:
         """A new policy, which has measured nothing yet."""
@@ -273,14 +383,108 @@ class SKDConfig(GKDConfig):
             return DraftLength.of(5 if self.full_determinism else AUTO)
         return DraftLength.of(self.num_draft_tokens)
 
-    def make_divergence(self):
-        kwargs = {"beta": self.beta} if self.divergence == "jsd" else {}
-        return DIVERGENCES[self.divergence](**kwargs, **(self.divergence_kwargs or {}))
+    def make_divergence(self) -> Callable[..., Tensor]:
+        return make_idea(DIVERGENCE, self)
+
+    # What moves over the training
+
+    def at(self, step: int, num_steps: int):
+        """This configuration at an optimizer step (0 is the first) of `num_steps`: a copy with each scheduled number at its
+        value of that step, and without schedules."""
+        schedules = self.resolved_schedules()
+        return self._with({path: schedule.at(step, num_steps) for path, schedule in schedules.items()})
+
+    def range_of(self, name: str) -> tuple[float, float]:
+        """The lowest and the highest value that a number has in the training."""
+        settings, value = self._schedule_settings(), getattr(self, name)
+        if name not in settings:
+            return value, value
+        schedule = Schedule.of(settings[name], value)
+        return min(schedule.start, schedule.end), max(schedule.start, schedule.end)
+
+    def resolved_schedules(self) -> dict[str, Schedule]:
+        """The schedules by the number that each moves.
+
+        Raises:
+            `ValueError`: for a name that is no number, or none that this run uses; for a start beside another value of the field.
+        """
+        numbers, schedules = self._numbers(), {}
+        for path, setting in self._schedule_settings().items():
+            if path not in numbers:
+                raise ValueError(f"schedules: {path!r} is no number that this run uses; it uses {', '.join(numbers)}.")
+            try:
+                schedules[path] = Schedule.of(setting, numbers[path].value)
+            except ValueError as error:
+                raise ValueError(f"schedules, {path!r}: {error}") from error
+            name, _, parameter = path.partition(".")
+            is_given = parameter in (getattr(self, name) or {}) if parameter else not is_default(self, name)
+            if path in (self.schedules or {}) and is_given and schedules[path].start != numbers[path].value:
+                raise ValueError(
+                    f"schedules: {path!r} starts at {schedules[path].start}, and {path} is {numbers[path].value}. Leave one of "
+                    "them out."
+                )
+        return schedules
+
+    def _schedule_settings(self) -> dict[str, Any]:
+        if not isinstance(self.schedules or {}, dict):
+            raise ValueError(f"schedules={self.schedules!r} is not a dict; write it as {{'lmbda': {{'end': 1.0}}}}.")
+        return dict(self.schedules or {})
+
+    def _numbers(self) -> dict[str, Number]:
+        """The numbers that a schedule may move: those that this run uses."""
+        numbers = {"lmbda": Number(self.lmbda, False)} if self.rollout != "dataset" else {}
+        names = ("temperature", "student_top_p") if self.rollout in ("interleaved", "student") else ()
+        if self.rollout in ("interleaved", "teacher") or self.seq_kd:
+            names += ("teacher_temperature", "teacher_top_p")
+        numbers |= {name: Number(getattr(self, name), False) for name in names}
+        for idea_field in self._ideas:
+            numbers |= numbers_of(idea_field, self)
+        return numbers
+
+    def _with(self, values: dict[str, float]):
+        """A copy with numbers replaced, whole ones rounded, and without schedules."""
+        config, numbers = copy.copy(self), self._numbers()
+        config.schedules = None
+        for path, value in values.items():
+            name, _, parameter = path.partition(".")
+            value = round(value) if numbers[path].is_whole else float(value)
+            setattr(config, name, {**(getattr(config, name) or {}), parameter: value} if parameter else value)
+        return config
+
+    # What others make of it
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`~transformers.TrainingArguments.to_dict`], with ideas given as objects shown by their name or repr."""
+        settings = super().to_dict()
+        for name in self._IDEA_FIELDS:
+            settings[name] = describe(settings[name])
+        if settings["schedules"]:
+            settings["schedules"] = {
+                path: asdict(setting) if isinstance(setting, Schedule) else setting
+                for path, setting in settings["schedules"].items()
+            }
+        return settings
+
+    def described(self):
+        """A copy in which ideas given as objects are what `to_dict` shows: what can be pickled, and read without their code."""
+        config = copy.copy(self)
+        for name in self._IDEA_FIELDS:
+            setattr(config, name, describe(getattr(self, name)))
+        return config
+
+    @property
+    def rollouts(self) -> set[str]:
+        """All that write responses in this run, as `rollout` names them."""
+        others = "teacher" if self.seq_kd else "dataset"
+        if self.rollout == "dataset":
+            return {others}
+        lowest, highest = self.range_of("lmbda")
+        return ({self.rollout} if highest > 0 else set()) | ({others} if lowest < 1 else set())
 
     @property
     def samples(self) -> bool:
         """Whether any step trains on sampled responses."""
-        return (self.rollout != "dataset" and self.lmbda > 0) or self.seq_kd
+        return self.rollouts != {"dataset"}
 
     @property
     def prompt_limit(self) -> int | None:

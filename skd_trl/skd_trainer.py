@@ -22,9 +22,13 @@ from transformers.trainer_utils import EvalPrediction
 from ._compat import GKDTrainer
 from .data.batches import IGNORE_INDEX, DataCollatorForDistillation, Key, ResponseTokens, merge_prompts, model_inputs
 from .data.dataset import prepare_dataset
+from .data.mixed_batches import mix_sampled_rows
 from .data.vocabulary import check_vocabularies, describe_end_of_sequence_difference, end_of_sequence_ids
 from .loss.distillation_loss import DistillationLoss, distillation_loss
+from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
+from .loss.response_facts import ResponseFacts
+from .loss.teacher_signal import HiddenStates
 from .sampling.admission import check_adapter, check_kind
 from .sampling.compiled_step import CompiledStudent
 from .sampling.interleaved import Execution, interleaved_sample
@@ -181,8 +185,7 @@ class SKDTrainer(GKDTrainer):
             chat_template_kwargs=args.chat_template_kwargs,
             formatting_func=formatting_func,
         )
-        needs_references = (args.rollout == "dataset" or args.lmbda < 1) and not args.seq_kd
-        train_dataset = self._prepare(train_dataset, needs_response=needs_references, name="train")
+        train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
         eval_dataset = self._prepare_eval(eval_dataset)
@@ -209,7 +212,7 @@ class SKDTrainer(GKDTrainer):
             disable_dropout(self.model)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
-        self.divergence = args.make_divergence()
+        self._enter_step(0, 1)
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._compiled_student = args.compile_student and CompiledStudent()
         check_engine(self.accelerator, args.shard_teacher, args.compile_student)
@@ -244,25 +247,51 @@ class SKDTrainer(GKDTrainer):
         """The micro-batches of one optimizer step, with sampled responses where the step calls for them, and the number
         of response tokens they hold on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._enter_step(self.state.global_step, self.state.max_steps)
         for batch in batches:
             if Key.SKIPPED_ROWS in batch:  # of a stream
                 self._ratios["train"].add("skipped_rows", batch.pop(Key.SKIPPED_ROWS).sum())
         rollout = self._rollout_of_step(self.state.global_step)
         if batches and rollout != "dataset":
-            batches = self._sample(batches, rollout)
+            batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
+    def _enter_step(self, step: int, num_steps: int) -> None:
+        """Sets what the configuration's schedules say of an optimizer step (0 is the first)."""
+        self._args_of_step = self.args.at(step, num_steps)
+        self.divergence = self._args_of_step.make_divergence()
+
     def _rollout_of_step(self, step: int) -> str:
-        """Who writes the responses of a step: a keyed draw, so that ranks agree and a resumed run repeats itself."""
-        if self.args.rollout != "dataset":
-            draw = torch.rand((), generator=keyed_generator("lmbda", self.args.seed, step)).item()
-            if draw < self.lmbda:
+        """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
+        lmbda = self.args.at(step, self.state.max_steps).lmbda
+        if self.args.rollout != "dataset" and lmbda > 0:
+            if self.args.lmbda_unit == "prompt" and lmbda < 1:
+                return "mixed"
+            if torch.rand((), generator=keyed_generator("lmbda", self.args.seed, step)).item() < lmbda:
                 return self.args.rollout
         return "teacher" if self.seq_kd else "dataset"
+
+    def _sample_some(self, batches: list[dict]) -> list[dict]:
+        """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
+        row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
+        key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
+        prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
+        is_sampled = torch.rand(len(prompts), generator=keyed_generator(*key)) < self._args_of_step.lmbda
+        chosen = is_sampled.to(prompts.device)
+        some = {Key.PROMPTS: prompts[chosen], Key.PROMPT_ATTENTION_MASK: mask[chosen]}
+        sampled = self._sample([some], self.args.rollout)
+        return mix_sampled_rows(batches, sampled, is_sampled, self.data_collator)
 
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
         prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
+        sampled = self._write(prompts, mask, rollout)
+        add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
+        self._keep_completions(sampled)
+        return sampled_batches(sampled, batches)
+
+    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str) -> Rollout:
+        """Sampled responses to left-padded prompts (B, P), of which a rank may have none; collective where the models are."""
         step, rank = self.state.global_step, self.accelerator.process_index
         noise = torch.rand(
             (len(prompts), self.args.max_new_tokens, 3),
@@ -276,17 +305,17 @@ class SKDTrainer(GKDTrainer):
             nullcontext() if self._compiled_student else torch.compiler.set_stance("force_eager"),
         ):
             collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
-            sampled = interleaved_sample(
+            return interleaved_sample(
                 LocalParticipant(
                     student,
-                    self.args.student_sampling(),
+                    self._args_of_step.student_sampling(),
                     vocab_size=self.vocab_size,
                     compiled=self._compiled_student or None,
                 ),
-                LocalParticipant(teacher, self.args.teacher_sampling(), vocab_size=self.vocab_size),
+                LocalParticipant(teacher, self._args_of_step.teacher_sampling(), vocab_size=self.vocab_size),
                 prompts,
                 mask,
-                accept=self.args.acceptance_rule(rollout),
+                accept=self._args_of_step.acceptance_rule(rollout),
                 max_new_tokens=self.args.max_new_tokens,
                 eos_token_ids=self.eos_token_ids,
                 noise=noise,
@@ -296,9 +325,6 @@ class SKDTrainer(GKDTrainer):
                     agree_on_maximum(self.accelerator) if collective else None,
                 ),
             )
-        add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
-        self._keep_completions(sampled)
-        return sampled_batches(sampled, batches)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
@@ -310,6 +336,14 @@ class SKDTrainer(GKDTrainer):
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
         metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
         return loss
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        # The Trainer pickles its arguments beside the weights, and not every idea given as an object can be pickled.
+        args, self.args = self.args, self.args.described()
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -349,25 +383,32 @@ class SKDTrainer(GKDTrainer):
 
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
         """The loss at the N response tokens of a micro-batch, from both models' hidden states (N, H)."""
-        use_nll = self.args.replaced_loss == "nll" and Key.REPLACED in inputs
         with self._heads() as (student_head, teacher_head):
             return distillation_loss(
-                student_hidden,
-                student_head,
-                teacher_hidden,
-                teacher_head,
+                HiddenStates(student_hidden, student_head),
+                HiddenStates(teacher_hidden, teacher_head),
+                self._facts(inputs, tokens),
                 divergence=self.divergence,
-                labels=tokens.labels,
-                nll_positions=tokens.pick(inputs[Key.REPLACED]) if use_nll else None,
+                gate=self._gate_for(inputs),
+                replaced_loss=self.args.replaced_loss,
                 vocab_size=self.vocab_size,
                 chunk_size=self.args.loss_chunk_size,
                 statistics=self._statistics,
-                **self._token_weights(inputs, tokens),
             )
 
-    def _token_weights(self, inputs, tokens: ResponseTokens) -> dict:
-        """What says how much each token counts, as arguments of `distillation_loss`: here nothing, all count alike."""
-        return {}
+    def _facts(self, inputs, tokens: ResponseTokens) -> ResponseFacts:
+        """What is known of the N response tokens of a micro-batch besides the models' distributions."""
+        sampled = {name: tokens.pick(inputs[name]) for name in ("replaced", "teacher_rank") if name in inputs}
+        return ResponseFacts.of(
+            tokens.labels, position=tokens.positions, is_end=self._is_eos(tokens.labels), **sampled
+        )
+
+    def _is_eos(self, labels: torch.Tensor) -> torch.Tensor:
+        return torch.isin(labels, torch.tensor(self.eos_token_ids, device=labels.device))
+
+    def _gate_for(self, inputs) -> Gate | GateWeights | None:
+        """How much each token of a micro-batch counts: here all alike."""
+        return None
 
     def _teacher_hidden(self, inputs, tokens: ResponseTokens) -> torch.Tensor:
         """The teacher's hidden states (N, H) that predict the response tokens: from the sampling, if it judged them."""

@@ -1,13 +1,22 @@
 """Configuration of `SpecKDTrainer`: SKDConfig and the gate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .loss.gates import GATES, Gate, make_gate
+from .ideas import IdeaField, make_idea, numbers_of
+from .loss.gates import GATE_CONTROLS, GATES, Gate
 from .skd_config import ROLLOUTS, SKDConfig, check_choice, check_positive
 
 
 NORMALIZERS = ("all", "accepted", "mean_one")
+
+
+def is_gate(value: Any) -> bool:
+    return isinstance(value, Gate)
+
+
+GATE = IdeaField("gate", GATES, "a Gate", is_gate, {"k": "gate_top_k", "floor": "gate_floor"})
+COMPARED = IdeaField("gate_compare", GATES, "a Gate", is_gate, {"k": "gate_top_k"})
 
 
 @dataclass
@@ -22,16 +31,20 @@ class SpecKDConfig(SKDConfig):
         rollout (`str`, *optional*, defaults to `"student"`):
             Who writes the responses that the gate weighs; any of `SKDConfig`'s. With `"interleaved"` SKD makes the data
             and SpecKD the loss.
-        gate (`str`, *optional*, defaults to `"greedy_top_k"`):
-            Which tokens the loss listens to, one of `GATES`.
+        gate (`str` or [`Gate`], *optional*, defaults to `"greedy_top_k"`):
+            Which tokens the loss listens to: a name in `GATES`, `"module:attribute"`, or an object.
         gate_top_k (`int`, *optional*, defaults to `5`):
-            k of the gates `greedy_top_k` and `spec_k` (also inside the controls `random`, `inverted` and `same_mean`).
+            k of the gates `greedy_top_k` and `spec_k`.
         gate_top_k_end (`int`, *optional*):
-            k at the last step, reached linearly from `gate_top_k`.
+            k at the last step, reached linearly from `gate_top_k`: short for `schedules={"gate_top_k": {"end": ...}}`.
         gate_floor (`float`, *optional*, defaults to `0.01`):
             Weight of a rejected token (the paper's beta).
         gate_kwargs (`dict`, *optional*):
-            Other parameters of the gate, such as `{"exact": true}` for `spec_k` or `{"gate": "spec_k"}` for `random`.
+            Other parameters of the gate, such as `{"exact": true}` for `spec_k`.
+        gate_control (`str`, *optional*):
+            Puts a control in the gate's place, made of it, to tell a gate's effect from that of a smaller step:
+            `"random"` (the same acceptances, shuffled), `"inverted"` (1 - acceptance) or `"same_mean"` (their mean
+            everywhere).
         gate_normalizer (`str`, *optional*, defaults to `"all"`):
             What the weighted sum is divided by, over the whole optimizer step: `"all"` response tokens, as published (a
             closed gate then also shortens the step); `"accepted"` tokens; or `"mean_one"`, the sum of the weights. The
@@ -39,12 +52,14 @@ class SpecKDConfig(SKDConfig):
         gate_keep_eos (`bool`, *optional*, defaults to `False`):
             Whether end-of-sequence tokens always weigh 1. A gate that rejects them teaches the student not to stop.
         gate_warmup_steps (`int`, *optional*, defaults to `0`):
-            Steps over which the gate closes linearly, from weights of 1 to its own.
-        gate_compare (`str`, *optional*):
+            Steps over which the gate closes linearly, from weights of 1 to its own: short for
+            `schedules={"gate_floor": {"start": 1.0, "end": gate_floor, "num_steps": ...}}`.
+        gate_compare (`str` or [`Gate`], *optional*):
             A second gate, computed beside the first for the metric `gate_overlap` only.
     """
 
     _VALID_DICT_FIELDS = SKDConfig._VALID_DICT_FIELDS + ["gate_kwargs"]
+    _IDEA_FIELDS = (*SKDConfig._IDEA_FIELDS, "gate", "gate_compare")
 
     rollout: str = field(
         default="student",
@@ -53,19 +68,26 @@ class SpecKDConfig(SKDConfig):
             "choices": list(ROLLOUTS),
         },
     )
-    gate: str = field(
+    gate: Gate | str | None = field(
         default="greedy_top_k",
-        metadata={"help": "Which tokens the loss listens to (paper: greedy_top_k).", "choices": list(GATES)},
+        metadata={
+            "help": f"Which tokens the loss listens to (paper: greedy_top_k): {', '.join(GATES)}, a name that you registered, or "
+            "module:attribute."
+        },
     )
-    gate_top_k: int = field(
-        default=5, metadata={"help": "k of the gates greedy_top_k and spec_k (paper: 5), also inside the controls."}
-    )
+    gate_top_k: int = field(default=5, metadata={"help": "k of the gates greedy_top_k and spec_k (paper: 5)."})
     gate_top_k_end: int | None = field(
         default=None, metadata={"help": "k at the last step, reached linearly from gate_top_k. Default: no schedule."}
     )
     gate_floor: float = field(default=0.01, metadata={"help": "Weight of a rejected token (the paper's beta: 0.01)."})
     gate_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Other parameters of the gate, such as {'exact': true} for spec_k."}
+    )
+    gate_control: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Puts a control in the gate's place, made of it: {', '.join(GATE_CONTROLS)}. Default: the gate itself."
+        },
     )
     gate_normalizer: str = field(
         default="all",
@@ -81,44 +103,54 @@ class SpecKDConfig(SKDConfig):
     gate_warmup_steps: int = field(
         default=0, metadata={"help": "Steps over which the gate closes linearly, from weights of 1 to its own."}
     )
-    gate_compare: str | None = field(
+    gate_compare: Gate | str | None = field(
         default=None, metadata={"help": "A second gate, computed for the metric gate_overlap only."}
     )
 
     def __post_init__(self):
-        super().__post_init__()
-        check_choice("gate", self.gate, GATES)
         check_choice("gate_normalizer", self.gate_normalizer, NORMALIZERS)
-        if self.gate_compare is not None:
-            check_choice("gate_compare", self.gate_compare, GATES)
-        check_positive("gate_top_k", self.gate_top_k)
-        check_positive("gate_top_k_end", self.gate_top_k_end)
-        if not 0.0 <= self.gate_floor <= 1.0:
+        if isinstance(self.gate, str) and self.gate in GATE_CONTROLS and self.gate not in GATES:
             raise ValueError(
-                f"gate_floor={self.gate_floor} must be from 0 (rejected tokens are ignored) to 1 (the gate is off)."
+                f"gate={self.gate!r} is a control, which is made of a gate: set gate_control={self.gate!r}, and gate to one of "
+                f"{', '.join(GATES)}."
             )
+        if self.gate_control is not None:
+            check_choice("gate_control", self.gate_control, GATE_CONTROLS)
+        check_positive("gate_top_k_end", self.gate_top_k_end)
         if self.gate_warmup_steps < 0:
             raise ValueError(f"gate_warmup_steps={self.gate_warmup_steps} must be 0 (no warm-up) or above.")
-        try:
-            self.make_gate(0, 1)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"gate, gate_kwargs: {error}") from error
+        super().__post_init__()
 
-    def make_gate(self, step: int, num_steps: int) -> Gate:
-        """The gate of an optimizer step (0 is the first) of `num_steps`: k and warm-up as scheduled."""
-        k = self.gate_top_k
+    def make_gate(self) -> Gate:
+        gate = make_idea(GATE, self)
+        gate = replace(gate, keep_eos=gate.keep_eos or self.gate_keep_eos)
+        return gate if self.gate_control is None else GATE_CONTROLS[self.gate_control](gate)
+
+    def make_compared_gate(self) -> Gate | None:
+        return None if self.gate_compare is None else make_idea(COMPARED, self)
+
+    @property
+    def _ideas(self) -> list[IdeaField]:
+        return [*super()._ideas, GATE, *self._compared]
+
+    @property
+    def _compared(self) -> list[IdeaField]:
+        return [] if self.gate_compare is None else [COMPARED]
+
+    def _schedule_settings(self) -> dict[str, Any]:
+        """Those of `schedules`, and those that `gate_top_k_end` and `gate_warmup_steps` are short for."""
+        settings, shorthands = super()._schedule_settings(), {}
         if self.gate_top_k_end is not None:
-            k = round(k + (self.gate_top_k_end - k) * min(step / max(num_steps - 1, 1), 1.0))
-        closed = min(step / self.gate_warmup_steps, 1.0) if self.gate_warmup_steps else 1.0
-        floor = 1 - closed * (1 - self.gate_floor)
-        return make_gate(
-            self.gate, floor=floor, **self._top_k(self.gate, self.gate_kwargs, k), **(self.gate_kwargs or {})
-        )
-
-    def make_compared_gate(self) -> Gate:
-        return make_gate(self.gate_compare, **self._top_k(self.gate_compare, None, self.gate_top_k))
-
-    @staticmethod
-    def _top_k(gate: str, kwargs: dict | None, k: int) -> dict[str, int]:
-        inner = (kwargs or {}).get("gate", "greedy_top_k") if gate in ("random", "inverted", "same_mean") else gate
-        return {"k": k} if inner in ("greedy_top_k", "spec_k") else {}
+            shorthands["gate_top_k_end"] = ("gate_top_k", {"end": self.gate_top_k_end})
+        if self.gate_warmup_steps:
+            warm_up = {"start": 1.0, "end": self.gate_floor, "num_steps": self.gate_warmup_steps}
+            shorthands["gate_warmup_steps"] = ("gate_floor", warm_up)
+        for shorthand, (name, setting) in shorthands.items():
+            if not any(name in numbers_of(idea, self) for idea in (GATE, *self._compared)):
+                raise ValueError(
+                    f"{shorthand} would have no effect: it moves {name}, and gate={self.gate!r} takes none."
+                )
+            if name in settings:
+                raise ValueError(f"{shorthand} and schedules both move {name}. Leave one of them out.")
+            settings[name] = setting
+        return settings

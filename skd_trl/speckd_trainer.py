@@ -5,13 +5,17 @@ per token that the gate asks for.
 """
 
 import textwrap
+from dataclasses import replace
 
 import torch
 from accelerate.logging import get_logger
 
 from .data.batches import IGNORE_INDEX, Key, ResponseTokens, model_inputs
 from .data.vocabulary import describe_end_of_sequence_difference
-from .loss.distillation_loss import DistillationLoss, GateWeights, gate_weights
+from .loss.distillation_loss import DistillationLoss, gate_weights
+from .loss.gates import Gate, GateWeights
+from .loss.response_facts import ResponseFacts
+from .loss.teacher_signal import HiddenStates
 from .sampling.ragged_cache import eval_mode
 from .skd_trainer import METRICS, SKDTrainer
 from .speckd_config import SpecKDConfig
@@ -78,24 +82,22 @@ class SpecKDTrainer(SKDTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         config = self.args
-        for name in ("gate_top_k", "gate_top_k_end"):
-            if (getattr(config, name) or 1) > self.vocab_size:
-                raise ValueError(
-                    f"{name}={getattr(config, name)} exceeds the {self.vocab_size} tokens that both models share, so every "
-                    "token would pass. Lower it."
-                )
-        if config.gate_top_k_end is not None and config.gate_top_k_end > config.gate_top_k:
+        largest = config.range_of("gate_top_k")[1]
+        if largest > self.vocab_size:
+            raise ValueError(
+                f"gate_top_k={largest} exceeds the {self.vocab_size} tokens that both models share, so every token would pass. "
+                "Lower it (and gate_top_k_end or its schedule)."
+            )
+        if config.at(1, 2).gate_top_k > config.at(0, 2).gate_top_k:
             logger.warning(
-                f"gate_top_k_end={config.gate_top_k_end} is above gate_top_k={config.gate_top_k}: the gate opens while the "
-                "student comes nearer to the teacher and needs it less. The usual schedule goes the other way."
+                f"gate_top_k ends at {largest}, above its start: the gate opens while the student comes nearer to the teacher "
+                "and needs it less. The usual schedule goes the other way."
             )
         if 0 < config.max_steps <= config.gate_warmup_steps:
             logger.warning(
                 f"gate_warmup_steps={config.gate_warmup_steps} is not below max_steps={config.max_steps}: the gate never "
                 "closes fully. Shorten the warm-up."
             )
-        self._gate = config.make_gate(0, 1)
-        self._compared_gate = config.make_compared_gate() if config.gate_compare else None
         difference = describe_end_of_sequence_difference(
             self._inner_student(), self._inner_teacher, self.processing_class
         )
@@ -106,9 +108,13 @@ class SpecKDTrainer(SKDTrainer):
 
     # One optimizer step: its noise, and where the divisor depends on the weights, its weights
 
+    def _enter_step(self, step: int, num_steps: int) -> None:
+        super()._enter_step(step, num_steps)
+        self._gate = self._args_of_step.make_gate()
+        self._compared_gate = self._args_of_step.make_compared_gate()
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         step = self.state.global_step
-        self._gate = self.args.make_gate(step, self.state.max_steps)
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._add_uniforms(batches, step, self.accelerator.process_index)
         if batches and (self.args.gate_normalizer != "all" or self._gate.select is not None):
@@ -140,9 +146,8 @@ class SpecKDTrainer(SKDTrainer):
                 batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(teacher)
                 hidden.append((student["hidden"], teacher))
         student_hidden, teacher_hidden = map(torch.cat, zip(*hidden, strict=True))
-        labels = torch.cat([ResponseTokens.of(batch).labels for batch in batches])
-        uniforms = torch.cat([batch[Key.GATE_UNIFORMS] for batch in batches]) if self._gate.num_uniforms else None
-        weights = self._weights(self._gate, student_hidden, teacher_hidden, labels, uniforms)
+        facts = ResponseFacts.cat([self._facts(batch, ResponseTokens.of(batch)) for batch in batches])
+        weights = self._weights(self._gate, student_hidden, teacher_hidden, facts)
         sizes = [len(student) for student, _ in hidden]
         for batch, weight, accepted in zip(
             batches, weights.weight.split(sizes), weights.accepted.split(sizes), strict=True
@@ -151,18 +156,14 @@ class SpecKDTrainer(SKDTrainer):
         return self._divisor(weights, num_tokens)
 
     @torch.no_grad()
-    def _weights(self, gate, student_hidden, teacher_hidden, labels, uniforms) -> GateWeights:
+    def _weights(self, gate: Gate, student_hidden, teacher_hidden, facts: ResponseFacts) -> GateWeights:
         """Weights (N,) of `gate`, without a loss."""
         with self._heads() as (student_head, teacher_head):
             return gate_weights(
-                student_hidden,
-                student_head,
-                teacher_hidden,
-                teacher_head,
+                HiddenStates(student_hidden, student_head),
+                HiddenStates(teacher_hidden, teacher_head),
+                facts,
                 gate=gate,
-                labels=labels,
-                uniforms=None if uniforms is None else uniforms.to(labels.device),
-                keep=self._kept(labels),
                 vocab_size=self.vocab_size,
                 chunk_size=self.args.loss_chunk_size,
                 population=lambda scores: gather_rows(scores, self.accelerator),
@@ -190,30 +191,25 @@ class SpecKDTrainer(SKDTrainer):
 
     # The loss
 
-    def _token_weights(self, inputs, tokens: ResponseTokens) -> dict:
-        if Key.GATE_WEIGHT in inputs:
-            return {"weights": GateWeights(inputs[Key.GATE_WEIGHT], inputs[Key.GATE_ACCEPTED])}
-        if not self.model.training:  # evaluation: the last step's gate, with noise of its own
-            self._add_uniforms([inputs], "eval")
-        uniforms = inputs.get(Key.GATE_UNIFORMS)
-        return {
-            "gate": self._gate,
-            "uniforms": None if uniforms is None else uniforms.to(tokens.labels.device),
-            "keep": self._kept(tokens.labels),
-        }
+    def _facts(self, inputs, tokens: ResponseTokens, noise: str = Key.GATE_UNIFORMS) -> ResponseFacts:
+        facts = super()._facts(inputs, tokens)
+        return replace(facts, uniforms=inputs[noise].to(facts.labels.device)) if noise in inputs else facts
 
-    def _kept(self, labels: torch.Tensor) -> torch.Tensor | None:
-        return self._is_eos(labels) if self.args.gate_keep_eos else None
-
-    def _is_eos(self, labels: torch.Tensor) -> torch.Tensor:
-        return torch.isin(labels, torch.tensor(self.eos_token_ids, device=labels.device))
+    def _gate_for(self, inputs) -> Gate | GateWeights:
+        return (
+            GateWeights(inputs[Key.GATE_WEIGHT], inputs[Key.GATE_ACCEPTED])
+            if Key.GATE_WEIGHT in inputs
+            else self._gate
+        )
 
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
+        if Key.GATE_WEIGHT not in inputs and not self.model.training:
+            self._add_uniforms([inputs], "eval")  # of the last step's gate
         outcome = super()._distillation_loss(student_hidden, teacher_hidden, inputs, tokens)
         if self._compared_gate is not None:
-            uniforms = inputs.get(Key.COMPARED_UNIFORMS)
+            facts = self._facts(inputs, tokens, Key.COMPARED_UNIFORMS)
             inputs[Key.COMPARED_ACCEPTED] = self._weights(
-                self._compared_gate, student_hidden.detach(), teacher_hidden, tokens.labels, uniforms
+                self._compared_gate, student_hidden.detach(), teacher_hidden, facts
             ).accepted
         return outcome
 

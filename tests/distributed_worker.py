@@ -97,6 +97,7 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-refused_head"] = {**DATASET, "lora": True, "lora_kwargs": head, "refused": "target_modules"}
     for mode in ("ddp", "zero3", "fsdp2"):
         own = {} if mode == "ddp" else {"ds3_gather_for_generation": False}
+        cases[f"{mode}-per_prompt-sampled"] = {"max_steps": 3, "lmbda": 0.3, "lmbda_unit": "prompt", **own}
         in_turn = {"rows": LONG_ROWS, "train_sampling_strategy": "sequential"}
         cases[f"{mode}-long_prompts-sampled"] = {**SAMPLED, **own, **in_turn}
     cases["ddp-same_prompts-sampled"] = cases["ddp-same_prompts_again-sampled"] = {**SAMPLED, "rows": SAME_ROWS}
@@ -173,13 +174,14 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
         "gradient_checkpointing": False,
         "learning_rate": 1e-3,
         "ddp_timeout": 60,
-        "accept_top_k": 80,
         "num_draft_tokens": 5,  # "auto" follows a stopwatch, which no comparison should
         "temperature": 1.0,
         "student_top_p": 1.0,
         "teacher_temperature": 1.0,
         "teacher_top_p": 1.0,
     }
+    if settings.get("rollout") not in ("dataset", "student", "teacher") and "gate" not in settings:
+        defaults["accept_top_k"] = 80
     from_path = settings.pop("from_path", False)
     if from_path:
         student, teacher = (str(directory / which) for which in ("student", "teacher"))

@@ -113,6 +113,15 @@ def logits(hidden, weight, bias=None, scale=1.0, softcap=None):
     return raw if softcap is None else softcap * torch.tanh(raw / softcap)
 
 
+def coarsened(probs, ids):
+    """Probabilities `(N, V)` as those of k + 1 outcomes: the `ids` `(N, k)` of each position, and all other tokens in one."""
+    known = probs.gather(-1, ids)
+    if ids.shape[-1] == probs.shape[-1]:
+        return known
+    others = [[token for token in range(probs.shape[-1]) if token not in row] for row in ids.tolist()]
+    return torch.cat([known, probs.gather(-1, torch.tensor(others)).sum(-1, keepdim=True)], -1)
+
+
 def divergence(name, student_logits, teacher_logits, **parameters):
     """Per position `(N,)`, differentiable, from full float64 logits; written with softmax, not log-softmax."""
     q, p = torch.softmax(student_logits, -1), torch.softmax(teacher_logits, -1)

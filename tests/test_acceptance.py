@@ -80,9 +80,9 @@ def test_ranks_are_of_raw_logits_where_warped_ones_would_tie_at_zero():
 @pytest.mark.parametrize(
     "name, kwargs, message",
     [
-        ("top_k", {"k": 0}, "accept_top_k=0.*never"),
-        ("top_k", {"k": -3}, "accept_top_k=-3"),
-        ("top_k", {"k": 2.5}, "accept_top_k=2.5"),
+        ("top_k", {"k": 0}, "k=0.*never"),
+        ("top_k", {"k": -3}, "k=-3"),
+        ("top_k", {"k": 2.5}, "k=2.5"),
         ("top_p", {"p": 0.0}, "p=0.0"),
         ("min_prob", {"alpha": 1.5}, "alpha=1.5"),
         ("mixture", {"gamma": -0.1}, "gamma=-0.1"),

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import reference_losses as reference
@@ -6,8 +7,10 @@ import torch
 
 from skd_trl.loss.distillation_loss import distillation_loss
 from skd_trl.loss.divergences import DIVERGENCES
-from skd_trl.loss.gates import GATES, make_gate
+from skd_trl.loss.gates import GATE_CONTROLS, GATES
 from skd_trl.loss.lm_head import LMHead
+from skd_trl.loss.response_facts import ResponseFacts
+from skd_trl.loss.teacher_signal import HiddenStates
 
 
 # One row per gate (and per variant), with parameters that make it accept some and reject some of the random positions.
@@ -22,21 +25,15 @@ ROWS = [
     ("accept_ratio", {"exact": True}),
     ("entropy_gap", {}),
     ("student_entropy_top", {"share": 0.3}),
-    ("random", {"k": 3}),
-    ("inverted", {"k": 3}),
-    ("same_mean", {"k": 3}),
 ]
 
 
 def _inputs(gate, num_positions=40, vocab_size=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(num_positions, vocab_size, generator=generator) * 1.5 for _ in range(2))
-    return {
-        "student_logits": student,
-        "teacher_logits": teacher,
-        "labels": torch.randint(vocab_size, (num_positions,), generator=generator),
-        "uniforms": torch.rand(num_positions, gate.num_uniforms, generator=generator),
-    }
+    labels = torch.randint(vocab_size, (num_positions,), generator=generator)
+    facts = ResponseFacts.of(labels, uniforms=torch.rand(num_positions, gate.num_uniforms, generator=generator))
+    return {"student_logits": student, "teacher_logits": teacher, "facts": facts}
 
 
 def test_there_is_a_row_for_every_gate():
@@ -46,10 +43,19 @@ def test_there_is_a_row_for_every_gate():
 @pytest.mark.parametrize(("name", "parameters"), ROWS)
 @pytest.mark.parametrize("floor", [0.0, 0.25])
 def test_every_gate_gives_what_its_formula_says_position_by_position(name, parameters, floor):
-    gate = GATES[name](**parameters, floor=floor)
-    inputs = _inputs(gate)
+    _assert_weights_follow_the_formula(GATES[name](**parameters, floor=floor), name, parameters)
+
+
+@pytest.mark.parametrize("name", GATE_CONTROLS)
+def test_every_control_gives_what_its_formula_says_position_by_position(name):
+    _assert_weights_follow_the_formula(GATE_CONTROLS[name](GATES["greedy_top_k"](k=3, floor=0.25)), name, {"k": 3})
+
+
+def _assert_weights_follow_the_formula(gate, name, parameters):
+    inputs, floor = _inputs(gate), gate.floor
     p, q = (inputs[f"{role}_logits"].double().softmax(-1) for role in ("teacher", "student"))
-    acceptance = reference.acceptances(name, p, q, inputs["labels"], inputs["uniforms"], **parameters)
+    facts = inputs["facts"]
+    acceptance = reference.acceptances(name, p, q, facts.labels, facts.uniforms, **parameters)
     weights = gate(**inputs)
     assert weights.dtype == torch.float32 and not weights.requires_grad
     assert 0 < acceptance.mean() < 1
@@ -80,9 +86,10 @@ def _five_positions(gate, uniforms=None):
     """Loss and gradient to the student's logits: hidden states are log-probabilities, both heads the identity."""
     student = STUDENT.log().requires_grad_()
     head = LMHead(torch.eye(3))
+    facts = ResponseFacts.of(torch.zeros(5, dtype=torch.long), uniforms=uniforms)
     out = distillation_loss(
-        student, head, TEACHER.log(), head, divergence=DIVERGENCES["forward_kl"](), gate=gate, uniforms=uniforms,
-        vocab_size=3, chunk_size=2,
+        HiddenStates(student, head), HiddenStates(TEACHER.log(), head), facts, divergence=DIVERGENCES["forward_kl"](),
+        gate=gate, vocab_size=3, chunk_size=2,
     )  # fmt: skip
     out.loss.backward()
     return out, student.grad
@@ -154,13 +161,15 @@ def test_sampled_gates_accept_as_often_as_their_exact_weight_says(name, paramete
         student, teacher = (torch.randn(1, 8, generator=generator) * spread for _ in range(2))
         # A label that the student likes more than the teacher does, or accept_ratio would be certain.
         labels = (student.softmax(-1) - teacher.softmax(-1)).argmax(-1)
-        chance = exact(student_logits=student, teacher_logits=teacher, labels=labels).item()
+        chance = exact(student_logits=student, teacher_logits=teacher, facts=ResponseFacts.of(labels)).item()
         share = (
             sampled(
                 student_logits=student.expand(num_draws, -1),
                 teacher_logits=teacher.expand(num_draws, -1),
-                labels=labels.expand(num_draws),
-                uniforms=torch.rand(num_draws, sampled.num_uniforms, generator=generator),
+                facts=ResponseFacts.of(
+                    labels.expand(num_draws),
+                    uniforms=torch.rand(num_draws, sampled.num_uniforms, generator=generator),
+                ),
             )
             .mean()
             .item()
@@ -196,10 +205,11 @@ def test_one_minus_tv_is_exact_spec_k_with_one_draw():
 @pytest.mark.parametrize("inner", [("greedy_top_k", {"k": 3}), ("one_minus_tv", {}), ("accept_ratio", {})])
 def test_the_random_control_has_the_gates_weights_in_another_order(inner):
     name, parameters = inner
-    gate, control = make_gate(name, **parameters), make_gate("random", gate=name, **parameters)
+    gate = GATES[name](**parameters)
+    control = GATE_CONTROLS["random"](gate)
     assert control.num_uniforms == gate.num_uniforms + 1
     inputs = _inputs(control)
-    weights = gate(**{**inputs, "uniforms": inputs["uniforms"][:, :-1]})
+    weights = gate(**{**inputs, "facts": replace(inputs["facts"], uniforms=inputs["facts"].uniforms[:, :-1])})
     shuffled = control(**inputs)
     assert not torch.equal(shuffled, weights)
     torch.testing.assert_close(shuffled.sort().values, weights.sort().values, rtol=0, atol=0)
@@ -208,9 +218,8 @@ def test_the_random_control_has_the_gates_weights_in_another_order(inner):
 @pytest.mark.parametrize("inner", [("greedy_top_k", {"k": 3}), ("hellinger", {}), ("student_entropy_top", {})])
 def test_the_inverted_control_is_loud_where_the_gate_is_quiet(inner):
     name, parameters = inner
-    gate, control = (
-        make_gate(name, **parameters, floor=0.2), make_gate("inverted", gate=name, **parameters, floor=0.2)
-    )  # fmt: skip
+    gate = GATES[name](**parameters, floor=0.2)
+    control = GATE_CONTROLS["inverted"](gate)
     inputs = _inputs(gate)
     torch.testing.assert_close(gate(**inputs) + control(**inputs), torch.full((40,), 1.2), rtol=0, atol=1e-6)
 
@@ -226,9 +235,6 @@ def test_student_entropy_top_keeps_the_share_rounded_up_and_the_least_certain(sh
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_gate("topk"), "gate='topk' is unknown; choose one of greedy_top_k, spec_k"),
-        (lambda: GATES["random"](gate="topk"), "gate='topk' is unknown"),
-        (lambda: GATES["inverted"](gate="topk"), "gate='topk' is unknown"),
         (lambda: GATES["greedy_top_k"](k=0), "k=0 is outside 1..the vocabulary size"),
         (lambda: GATES["spec_k"](k=-3), "k=-3 is outside"),
         (lambda: GATES["greedy_top_k"](floor=-0.1), r"floor=-0.1 is outside \[0, 1\]"),
@@ -239,10 +245,13 @@ def test_student_entropy_top_keeps_the_share_rounded_up_and_the_least_certain(sh
         (lambda: GATES["spec_k"](k=9, exact=True)(**_inputs(GATES["hellinger"]())), "k=9 is outside 1..8"),
         (lambda: GATES["spec_k"](k=2)(**_inputs(GATES["spec_k"](k=3))), r"uniforms has shape \(40, 6\)"),
         (
-            lambda: GATES["random"](k=2)(**{**_inputs(GATES["hellinger"]()), "uniforms": None}),
-            "uniforms has shape None",
+            lambda: GATE_CONTROLS["random"](GATES["greedy_top_k"](k=2))(**_inputs(GATES["hellinger"]())),
+            r"uniforms has shape \(40, 0\), but the gate greedy_top_k \(random\) draws; .*torch.rand\(40, 1\)",
         ),
-        (lambda: GATES["min_prob"]()(**{**_inputs(GATES["hellinger"]()), "labels": None}), "pass labels"),
+        (
+            lambda: GATES["min_prob"]()(**{**_inputs(GATES["hellinger"]()), "facts": None}),
+            "min_prob judges the response's own token.*pass facts=ResponseFacts.of",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_reason(make, message):

@@ -1,5 +1,6 @@
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import reference_losses as reference
@@ -12,24 +13,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from skd_trl.loss import chunks
 from skd_trl.loss.chunks import default_chunk_size
-from skd_trl.loss.distillation_loss import GateWeights, distillation_loss, gate_weights
+from skd_trl.loss.distillation_loss import distillation_loss, gate_weights
 from skd_trl.loss.divergences import DIVERGENCES
-from skd_trl.loss.gates import GATES
+from skd_trl.loss.gates import GATE_CONTROLS, GATES, GateWeights
 from skd_trl.loss.lm_head import LMHead, backbone
-from skd_trl.loss.token_statistics import STATISTICS
+from skd_trl.loss.response_facts import ResponseFacts
+from skd_trl.loss.teacher_signal import HiddenStates
+from skd_trl.loss.token_distributions import STATISTICS
 
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from trl.experimental.gkd import GKDTrainer
 
-GATE_PARAMETERS = {
-    "greedy_top_k": {"k": 3},
-    "min_prob": {"alpha": 0.1},
-    "random": {"k": 3},
-    "inverted": {"k": 3},
-    "same_mean": {"k": 3},
-}
+GATE_PARAMETERS = {"greedy_top_k": {"k": 3}, "min_prob": {"alpha": 0.1}}
+ALL_GATES = [*GATES, *GATE_CONTROLS]
 # fp32 against float64: sums of V = 50 products of order 1, then of N = 17 positions.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -49,10 +47,25 @@ def _hidden(num_positions=17, seed=1):
     return student.requires_grad_(), teacher, labels
 
 
+def _gate(name, **parameters):
+    """The named gate, or the named control of greedy_top_k; all with parameters that accept some and reject some."""
+    if name in GATE_CONTROLS:
+        return GATE_CONTROLS[name](_gate("greedy_top_k", **parameters))
+    return GATES[name](**GATE_PARAMETERS.get(name, {}), **parameters)
+
+
+def _facts(hidden, options):
+    """Facts about the positions of `hidden`, out of the `options` that are about them."""
+    labels = options.pop("labels", torch.zeros(len(hidden), dtype=torch.long))
+    given = {name: options.pop(name) for name in ("uniforms", "replaced", "is_end", "position") if name in options}
+    return ResponseFacts.of(labels, **given)
+
+
 def _ours(student_hidden, student, teacher_hidden, teacher, divergence="forward_kl", **options):
-    options = {"vocab_size": 50, "chunk_size": 5, **options}
+    facts, options = _facts(student_hidden, options), {"vocab_size": 50, "chunk_size": 5, **options}
     divergence = DIVERGENCES[divergence]() if isinstance(divergence, str) else divergence
-    return distillation_loss(student_hidden, student, teacher_hidden, teacher, divergence=divergence, **options)
+    pair = HiddenStates(student_hidden, student), HiddenStates(teacher_hidden, teacher)
+    return distillation_loss(*pair, facts, divergence=divergence, **options)
 
 
 def _gradients(loss, hidden, head):
@@ -63,13 +76,13 @@ def _reference_logits(hidden, head, vocab_size):
     return reference.logits(hidden, head.weight, head.bias, head.scale, head.softcap)[:, :vocab_size]
 
 
-@pytest.mark.parametrize("gate_name", [None, *GATES])
+@pytest.mark.parametrize("gate_name", [None, *ALL_GATES])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_chunks_give_the_value_and_gradient_of_full_logits(gate_name, divergence):
     student, teacher = _heads(softcap=5.0, scale=1.5, bias=True)
     hidden, teacher_hidden, labels = _hidden()
-    gate = GATES[gate_name](**GATE_PARAMETERS.get(gate_name, {})) if gate_name else None
-    uniforms = torch.rand(17, gate.num_uniforms, generator=torch.Generator().manual_seed(2)) if gate else None
+    gate = _gate(gate_name) if gate_name else None
+    uniforms = torch.rand(17, gate.num_uniforms if gate else 0, generator=torch.Generator().manual_seed(2))
     out = _ours(
         hidden,
         student,
@@ -87,7 +100,7 @@ def test_chunks_give_the_value_and_gradient_of_full_logits(gate_name, divergence
     weight = torch.ones(17, dtype=torch.float64)
     if gate:
         p, q = teacher_logits.softmax(-1), logits.detach().softmax(-1)
-        own = GATE_PARAMETERS.get(gate_name, {})
+        own = GATE_PARAMETERS.get("greedy_top_k" if gate_name in GATE_CONTROLS else gate_name, {})
         weight = gate.floor + (1 - gate.floor) * reference.acceptances(gate_name, p, q, labels, uniforms, **own)
     expected = (weight * reference.divergence(divergence, logits, teacher_logits)).sum()
     torch.testing.assert_close(out.weight.double(), weight.double(), **CLOSE)
@@ -98,12 +111,12 @@ def test_chunks_give_the_value_and_gradient_of_full_logits(gate_name, divergence
         torch.testing.assert_close(gradient, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("gate_name", [None, *GATES])
+@pytest.mark.parametrize("gate_name", [None, *ALL_GATES])
 def test_a_positions_values_do_not_depend_on_the_chunk_it_falls_into(gate_name):
     student, teacher = _heads()
     hidden, teacher_hidden, labels = _hidden()
-    gate = GATES[gate_name](**GATE_PARAMETERS.get(gate_name, {})) if gate_name else None
-    uniforms = torch.rand(17, gate.num_uniforms) if gate else None
+    gate = _gate(gate_name) if gate_name else None
+    uniforms = torch.rand(17, gate.num_uniforms if gate else 0)
     options = {"gate": gate, "labels": labels, "uniforms": uniforms, "statistics": STATISTICS}
     whole = _ours(hidden, student, teacher_hidden, teacher, **options, chunk_size=17)
     for chunk_size in (1, 4, None):
@@ -146,7 +159,7 @@ def test_a_gate_over_fp32_states_under_autocast_gives_nearly_the_fp32_gradients(
     gate = GATES["greedy_top_k"](k=3, floor=floor)
     exact = _ours(hidden, student, teacher_hidden, teacher, gate=gate)
     with torch.autocast("cpu", torch.bfloat16):
-        out = _ours(hidden, student, teacher_hidden, teacher, weights=GateWeights(exact.weight, exact.accepted))
+        out = _ours(hidden, student, teacher_hidden, teacher, gate=GateWeights(exact.weight, exact.accepted))
         plain = _ours(hidden, student, teacher_hidden, teacher, gate=gate)  # may judge a close call otherwise
     assert torch.isfinite(plain.loss)
     for found, expected in zip(
@@ -181,37 +194,39 @@ def test_a_gate_that_closes_everything_gives_zero_and_not_nan():
     assert out.loss.item() == 0 and all(gradient.eq(0).all() for gradient in _gradients(out.loss, hidden, student))
 
 
-@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("name", ALL_GATES)
 def test_weights_computed_beforehand_are_the_gates_own(name):
     student, teacher = _heads()
     hidden, teacher_hidden, labels = _hidden()
-    gate = GATES[name](**GATE_PARAMETERS.get(name, {}))
-    keep = torch.arange(17) % 4 == 0
-    options = {"labels": labels, "uniforms": torch.rand(17, gate.num_uniforms), "vocab_size": 50}
-    weights = gate_weights(
-        hidden, student, teacher_hidden, teacher, gate=gate, keep=keep, **options, chunk_size=3
-    )  # fmt: skip
-    at_once = _ours(hidden, student, teacher_hidden, teacher, gate=gate, keep=keep, **options)
-    beforehand = _ours(hidden, student, teacher_hidden, teacher, weights=weights)
+    gate = replace(_gate(name), keep_eos=True)
+    is_end = torch.arange(17) % 4 == 0
+    options = {"labels": labels, "uniforms": torch.rand(17, gate.num_uniforms), "is_end": is_end}
+    pair = HiddenStates(hidden, student), HiddenStates(teacher_hidden, teacher)
+    weights = gate_weights(*pair, _facts(hidden, dict(options)), gate=gate, vocab_size=50, chunk_size=3)
+    at_once = _ours(hidden, student, teacher_hidden, teacher, gate=gate, **options)
+    beforehand = _ours(hidden, student, teacher_hidden, teacher, gate=weights)
     torch.testing.assert_close(beforehand.loss, at_once.loss, **CLOSE)
     assert torch.equal(weights.accepted, at_once.accepted) and not weights.weight.requires_grad
-    assert at_once.weight[keep].eq(1).all()
+    assert at_once.weight[is_end].eq(1).all()
 
 
-def test_kept_positions_weigh_one_and_still_count_as_rejected():
+def test_kept_ends_of_sequence_weigh_one_and_still_count_as_rejected():
     student, teacher = _heads()
     hidden, teacher_hidden, _ = _hidden()
     gate = GATES["greedy_top_k"](k=3, floor=0.0)
     plain = _ours(hidden, student, teacher_hidden, teacher, gate=gate)
-    kept = _ours(hidden, student, teacher_hidden, teacher, gate=gate, keep=~plain.accepted)
+    unkept = _ours(hidden, student, teacher_hidden, teacher, gate=gate, is_end=~plain.accepted)
+    assert torch.equal(unkept.weight, plain.weight)
+    gate = replace(gate, keep_eos=True)
+    kept = _ours(hidden, student, teacher_hidden, teacher, gate=gate, is_end=~plain.accepted)
     assert kept.weight.eq(1).all() and torch.equal(kept.accepted, plain.accepted)
 
 
-def test_at_nll_positions_the_loss_is_the_labels_negative_log_likelihood():
+def test_at_replaced_tokens_the_loss_is_their_negative_log_likelihood_if_asked_for():
     student, teacher = _heads()
     hidden, teacher_hidden, labels = _hidden()
     replaced = torch.arange(17) % 3 == 0
-    out = _ours(hidden, student, teacher_hidden, teacher, labels=labels, nll_positions=replaced)
+    out = _ours(hidden, student, teacher_hidden, teacher, labels=labels, replaced=replaced, replaced_loss="nll")
     logits, teacher_logits = (
         _reference_logits(hidden, student, 50), _reference_logits(teacher_hidden, teacher, 50).detach()
     )  # fmt: skip
@@ -321,8 +336,8 @@ def test_the_heads_are_never_called_as_modules():
 def test_without_positions_the_loss_is_zero_and_every_parameter_gets_a_zero_gradient():
     student, teacher = _heads(bias=True)
     hidden, teacher_hidden, labels = _hidden(num_positions=0)
-    for name in GATES:
-        gate = GATES[name]()
+    for name in ALL_GATES:
+        gate = _gate(name)
         out = _ours(
             hidden,
             student,
@@ -431,13 +446,11 @@ def test_peak_memory_is_at_most_a_quarter_of_gkd_trainers():
     def ours():
         positions = labels[:, 1:] != -100
         out = distillation_loss(
-            hidden[:, :-1][positions],
-            LMHead(weight),
-            teacher_hidden[:, :-1][positions],
-            LMHead(teacher_weight),
+            HiddenStates(hidden[:, :-1][positions], LMHead(weight)),
+            HiddenStates(teacher_hidden[:, :-1][positions], LMHead(teacher_weight)),
+            ResponseFacts.of(labels[:, 1:][positions]),
             divergence=DIVERGENCES["jsd"](),
             gate=GATES["hellinger"](),
-            labels=labels[:, 1:][positions],
             vocab_size=vocab_size,
             statistics=STATISTICS,
         )
@@ -490,16 +503,13 @@ def test_gradients_are_handed_out_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": torch.zeros(3, dtype=torch.long)}, "'student_hidden': 17.*'labels': 3"),
-        ({"nll_positions": torch.ones(17, dtype=torch.bool)}, "pass labels"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "'student': 17, 'teacher': 17, 'facts': 3"),
+        ({"gate": GateWeights(torch.ones(3), torch.ones(3).bool())}, "'facts': 17, 'gate': 3"),
+        ({"uniforms": torch.ones(3, 1)}, "'labels': 17.*'uniforms': 3"),
+        ({"replaced_loss": "sft"}, "replaced_loss='sft' is unknown; choose one of divergence, nll"),
         ({"vocab_size": 51}, "student's head has 50 rows, fewer than vocab_size=51"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"statistics": ["entropy"]}, r"\['entropy'\] do not exist; there are .*'tv'"),
-        ({"statistics": ["tv", "correct"]}, r"\['correct'\] are about the response's tokens; pass labels"),
-        (
-            {"gate": GATES["hellinger"](), "weights": GateWeights(torch.ones(17), torch.ones(17).bool())},
-            "Both gate and weights",
-        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_reason(options, message):

@@ -56,13 +56,14 @@ def make_trainer(tmp_path, rows=ROWS, model=None, teacher=None, trainer_class=SK
         "max_length": 128,
         "disable_tqdm": True,
         "gradient_checkpointing": False,
-        "accept_top_k": 80,  # of 259: two random models agree on some tokens and not on others
         "num_draft_tokens": 5,  # "auto" follows a stopwatch, which no test should
         "temperature": 1.0,
         "student_top_p": 1.0,
         "teacher_temperature": 1.0,
         "teacher_top_p": 1.0,
     }
+    if settings.get("rollout", trainer_class._config_class.rollout) == "interleaved" and "accept" not in settings:
+        defaults["accept_top_k"] = 80  # of 259: two random models agree on some tokens and not on others
     return trainer_class(
         model=tiny_model(seed=1) if model is None else model,
         teacher_model=tiny_model(seed=2) if teacher is None else teacher,
@@ -143,8 +144,8 @@ def test_on_the_data_sets_responses_loss_and_gradient_are_those_of_gkd_on_full_l
     student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
     plain = copy.deepcopy(student)
     trainer = make_trainer(
-        tmp_path, model=student, teacher=teacher, rollout="dataset", divergence=divergence, beta=beta, max_grad_norm=0.0,
-        per_device_train_batch_size=8, loss_chunk_size=5,
+        tmp_path, model=student, teacher=teacher, rollout="dataset", divergence=divergence, max_grad_norm=0.0,
+        per_device_train_batch_size=8, loss_chunk_size=5, **({"beta": beta} if divergence == "jsd" else {}),
     )  # fmt: skip
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     mask = batch["attention_mask"]

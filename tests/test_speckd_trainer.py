@@ -10,6 +10,7 @@ from peft import LoraConfig
 from test_skd_trainer import ROWS, KillAfter, Killed, losses, make_trainer, update_of
 
 from skd_trl import GATES, SKDTrainer, SpecKDConfig, SpecKDTrainer
+from skd_trl.loss.gates import GATE_CONTROLS
 
 
 ROLLOUTS = ["dataset", "student", "teacher", "interleaved"]
@@ -33,15 +34,13 @@ def test_a_gate_of_ones_is_the_ungated_loss_and_update_bit_for_bit(tmp_path, rol
 GATE_SETTINGS = {
     "spec_k": {"gate_top_k": 2},
     "greedy_top_k": {"gate_top_k": 60},
-    "random": {"gate_top_k": 60},
-    "inverted": {"gate_top_k": 60},
-    "same_mean": {"gate_top_k": 60},
+    **{control: {"gate": "greedy_top_k", "gate_control": control, "gate_top_k": 60} for control in GATE_CONTROLS},
     "min_prob": {"gate_kwargs": {"alpha": 0.01}},
 }
 
 
 @pytest.mark.parametrize("normalizer", ["all", "accepted", "mean_one"])
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", [*GATES, *GATE_CONTROLS])
 def test_eight_rows_give_one_gated_update_however_they_are_accumulated(tmp_path, gate, normalizer):
     settings = {
         "rollout": "interleaved", "gate": gate, "gate_normalizer": normalizer, "max_grad_norm": 0.0,
@@ -133,13 +132,13 @@ def test_the_gate_closes_over_its_warm_up_and_follows_its_schedule_for_k():
     config = SpecKDConfig(
         "x", use_cpu=True, bf16=False, gate_top_k=20, gate_top_k_end=10, gate_warmup_steps=4, gate_floor=0.2
     )
-    floors = [config.make_gate(step, 11).floor for step in range(6)]
+    floors = [config.at(step, 11).make_gate().floor for step in range(6)]
     assert floors == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
     # One student token of rank 14 in the teacher: inside at k = 20, 19, ..., 15, outside from there on.
     student, teacher = torch.zeros(1, 40), torch.arange(40.0).flip(0)[None]
     student[0, 14] = 1.0
     accepted = [
-        config.make_gate(step, 11)(student_logits=student, teacher_logits=teacher).item() == 1.0
+        config.at(step, 11).make_gate()(student_logits=student, teacher_logits=teacher).item() == 1.0
         for step in range(4, 11)
     ]
     assert accepted == [True, True, False, False, False, False, False]
@@ -216,7 +215,8 @@ def test_a_killed_run_with_a_drawn_gate_resumes_with_the_same_losses(tmp_path):
         ({"gate_normalizer": "mean"}, "gate_normalizer='mean' is unknown"),
         ({"gate_warmup_steps": -1}, "gate_warmup_steps=-1"),
         ({"gate_kwargs": {"width": 3}}, "gate_kwargs.*width"),
-        ({"gate": "random", "gate_kwargs": {"gate": "topk"}}, "gate_kwargs.*topk"),
+        ({"gate": "random"}, "gate='random' is a control.*gate_control='random'"),
+        ({"gate_control": "shuffled"}, "gate_control='shuffled' is unknown; choose one of random"),
         ({"gate_compare": "topk"}, "gate_compare='topk'"),
     ],
 )

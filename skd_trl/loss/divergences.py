@@ -22,11 +22,15 @@ class Divergence:
 
     Attributes:
         from_log_probs (`Callable[[Tensor, Tensor], Tensor]`):
-            Takes the student's and the teacher's log-probabilities `(N, V)`, returns nats `(N,)`. The loss calls this,
-            so that a softmax is taken once for divergence, gate and statistics.
+            Takes the student's and the teacher's log-probabilities `(N, V)`, returns nats `(N,)`. The loss calls this:
+            one softmax serves divergence, gate and statistics. Where only the teacher's k most probable tokens are
+            known, the V outcomes are these and the rest in one.
+        needs_top_k (`float`):
+            The smallest such k it can be computed from; `math.inf` for one that needs the full vocabulary.
     """
 
     from_log_probs: Callable[[Tensor, Tensor], Tensor]
+    needs_top_k: float = 1
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Divergence of `student_logits` from `teacher_logits`, both `(N, V)` of any float type: `(N,)` nats, fp32."""

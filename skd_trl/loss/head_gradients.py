@@ -16,27 +16,26 @@ from .lm_head import LMHead
 class HeadGradients:
     """Sums the gradients of the student's hidden states and trainable head tensors over chunks."""
 
-    def __init__(self, hidden: Tensor, head: LMHead, prepared: LMHead):
-        self.head, self.prepared = head, prepared
+    def __init__(self, hidden: Tensor, head: LMHead, prepared: LMHead, skip_zeros: bool):
+        self.head, self.prepared, self.skip_zeros = head, prepared, skip_zeros
         self.hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
         self.trained = {id(parameter) for parameter in head.trainable_parameters()}
         self.sums: dict[int, Tensor] = {}  # by the same ids, made when first needed
 
-    def add(
-        self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor, weight: Tensor | None = None
-    ) -> None:
+    def add(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor, weight: Tensor) -> None:
         """Takes raw logits (with their graph where the head is a module) and the loss's gradient to them. Positions of
-        `weight` 0 have none: where they are many enough to pay for a copy of the others, the products leave them out."""
+        `weight` 0 have none: with `skip_zeros`, and where they are many enough to pay for a copy of the others, the products
+        leave them out."""
         if self.head.module is not None:
             self._add_through_module(rows, hidden, raw, raw_gradient)
             return
         matrix, bias = self.prepared.weight, self.head.bias
         assert matrix is not None and self.head.weight is not None
         where: slice | Tensor = rows
-        if weight is not None:
-            heard = weight.nonzero().squeeze(-1)
-            if 4 * len(heard) <= 3 * len(weight):
-                where, hidden, raw_gradient = rows.start + heard, hidden[heard], raw_gradient[heard]
+        if self.skip_zeros:
+            weighed = weight.nonzero().squeeze(-1)
+            if 4 * len(weighed) <= 3 * len(weight):
+                where, hidden, raw_gradient = rows.start + weighed, hidden[weighed], raw_gradient[weighed]
         if self.hidden is not None:
             self.hidden[where] = (raw_gradient @ matrix).to(self.hidden.dtype)
         if id(self.head.weight) in self.trained:
@@ -56,7 +55,7 @@ class HeadGradients:
 
     def _add_product(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
         """Adds left @ right (V, H) to the gradient of `parameter`, whose rows beyond V have none. A head is the largest
-        tensor there is, so that each pass over it that can be saved is saved."""
+        tensor there is: each pass over it that can be saved is saved."""
         is_whole, sum_ = len(left) == len(parameter), self.sums.get(id(parameter))
         if sum_ is None and is_whole:
             self.sums[id(parameter)] = (left @ right).to(_sum_type(parameter))
@@ -78,7 +77,7 @@ class HeadGradients:
 
 
 class AttachGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were computed along with it. They are scaled where they lie, so that `backward` works
+    """Gives a loss the gradients that were computed along with it. They are scaled where they lie, so `backward` works
     once, like that of any graph that is not retained."""
 
     @staticmethod
@@ -92,7 +91,7 @@ class AttachGradients(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 "The gradients of this loss were handed out by an earlier backward, and are not kept: call backward once, "
-                "on a sum of losses if need be, or compute the loss anew."
+                "on a sum of losses if need be, or compute the loss again."
             )
         gradients, ctx.gradients = ctx.gradients, None
         return None, None, *(gradient.mul_(loss_gradient) for gradient in gradients)

@@ -10,7 +10,7 @@ wrong, hence `LMHead.verify`, which compares with the model's own logits once.
 Shapes: N positions, H hidden, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ class LMHead:
             `softcap * tanh(logits / softcap)`, after the scale (gemma's `final_logit_softcapping`).
         module (`nn.Module` or `None`):
             The head to call where it is more than a weight and a bias, e.g. under LoRA.
+        vocab_size (`int` or `None`):
+            The first logits of `module` that are kept; `None` keeps all.
 
     To use other tensors in the place of the model's (a DTensor made full), `dataclasses.replace(head, weight=...)`:
     the loss is differentiated with respect to what the head holds.
@@ -48,11 +50,12 @@ class LMHead:
     scale: float = 1.0
     softcap: float | None = None
     module: nn.Module | None = None
+    vocab_size: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "LMHead":
         """
-        The head of `model` (a transformers or peft model, unwrapped), as it is now: make it anew for each step,
+        The head of `model` (a transformers or peft model, unwrapped), as it is now: make it again for each step,
         because FSDP swaps parameters and adapters are switched on and off.
 
         Raises:
@@ -85,19 +88,18 @@ class LMHead:
     def prepared(self, vocab_size: int | None = None) -> "LMHead":
         """This head cut to its first `vocab_size` rows and, under autocast, cast once for all chunks."""
         if self.module is not None:
-            return self
+            return replace(self, vocab_size=vocab_size)
         assert self.weight is not None  # a head is either its module or its tensors
         dtype = _compute_dtype(self.weight)
         bias = None if self.bias is None else self.bias[:vocab_size].to(dtype)
         return LMHead(self.weight[:vocab_size].to(dtype), bias, self.scale, self.softcap)
 
-    def project(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
+    def project(self, hidden: Tensor) -> Tensor:
         """Raw logits `(N, V)` of `hidden` `(N, H)`, in the model's type, before scale and soft-capping."""
         if self.module is not None:
-            return self.module(hidden)[..., :vocab_size]
+            return self.module(hidden)[..., : self.vocab_size]
         assert self.weight is not None
-        bias = None if self.bias is None else self.bias[:vocab_size]
-        return F.linear(hidden.to(self.weight.dtype), self.weight[:vocab_size], bias)
+        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
     def shape_logits(self, raw: Tensor) -> Tensor:
         """The model's logits `(N, V)`, fp32 at least, from raw ones."""
@@ -110,7 +112,7 @@ class LMHead:
 
     def logits(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
         """The model's logits `(N, vocab_size)`, fp32 at least, from its last hidden states `(N, H)`."""
-        return self.shape_logits(self.prepared(vocab_size).project(hidden, vocab_size))
+        return self.shape_logits(self.prepared(vocab_size).project(hidden))
 
     @torch.no_grad()
     def verify(self, model: PreTrainedModel) -> bool:

@@ -126,7 +126,7 @@ class TopK(AcceptanceRule):
     def __post_init__(self):
         if not isinstance(self.k, int) or self.k < 1:
             raise ValueError(
-                f"accept_top_k={self.k!r}: the top_k rule needs a whole number of at least 1. For the teacher's own "
+                f"k={self.k!r}: the top_k rule needs a whole number of at least 1. For the teacher's own "
                 "text (the limit K = 0) use accept='never'."
             )
 

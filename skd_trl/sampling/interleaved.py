@@ -137,7 +137,10 @@ def interleaved_sample(
             stopwatch, num_live = Stopwatch(prompt_ids.device), len(rows.live)
             interleave_round(student, teacher, rows, accept, num_draft, stopwatch)
             rows.read(num_draft if accept.drafts else 0)  # the one wait for the device
-            draft_length.observe(Round(num_live, num_draft, *stopwatch.seconds(), rows.num_judged, rows.num_accepted))
+            student_seconds, teacher_seconds = stopwatch.seconds()
+            draft_length.observe(
+                Round(num_live, num_draft, student_seconds, teacher_seconds, rows.num_judged, rows.num_accepted)
+            )
 
 
 def interleave_round(

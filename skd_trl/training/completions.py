@@ -24,6 +24,7 @@ def completion_records(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, ste
         is_response = rollout.labels[row] != -100
         ids = rollout.labels[row, is_response]
         prompt = rollout.input_ids[row, (rollout.attention_mask[row] == 1) & ~is_response]
+        proposals = rollout.proposals[row, : len(ids)]
         records.append(
             {
                 "step": step,
@@ -31,7 +32,7 @@ def completion_records(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, ste
                 "response": tokenizer.decode(ids),
                 "tokens": _decode_each(tokenizer, ids),
                 "replaced": rollout.replaced[row, : len(ids)].tolist(),
-                "proposals": _decode_each(tokenizer, rollout.proposals[row, : len(ids)]),
+                "proposals": _decode_each(tokenizer, proposals) if (proposals >= 0).all() else None,
             }
         )
     return records
@@ -68,5 +69,5 @@ def print_completions(records: list[dict], num_rows: int, step: int, console: Co
     console.print(table)
 
 
-def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str | None]:
-    return [tokenizer.decode([token]) if token >= 0 else None for token in ids.tolist()]
+def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    return [tokenizer.decode([token]) for token in ids.tolist()]

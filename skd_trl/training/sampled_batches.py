@@ -21,8 +21,8 @@ def sampled_batches(rollout: Rollout, batches: list[dict[str, torch.Tensor]]) ->
     sampled, start = [], 0
     for batch, size in zip(batches, sizes, strict=True):
         rows, start = slice(start, start + size), start + size
-        num_columns = int(rollout.attention_mask[rows].sum(dim=1).max())
-        num_positions = int((rollout.labels[rows] != IGNORE_INDEX).sum(dim=1).max())
+        num_columns = int(rollout.attention_mask[rows].sum(dim=1).max()) if size > 0 else 0
+        num_positions = int((rollout.labels[rows] != IGNORE_INDEX).sum(dim=1).max()) if size > 0 else 0
         sampled.append(
             {
                 Key.PROMPTS: batch[Key.PROMPTS],
