@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, TrlParser
 
 
 with warnings.catch_warnings():
@@ -72,6 +72,7 @@ __all__ = [
     "GKDConfig",
     "GKDTrainer",
     "SFTTrainer",
+    "TrlParser",
     "add_hooks",
     "create_model_from_path",
     "get_config_model_id",

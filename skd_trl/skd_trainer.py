@@ -23,13 +23,12 @@ from ._compat import GKDTrainer
 from .data.batches import IGNORE_INDEX, DataCollatorForDistillation, Key, ResponseTokens, merge_prompts, model_inputs
 from .data.dataset import prepare_dataset
 from .data.mixed_batches import mix_sampled_rows
-from .data.vocabulary import check_vocabularies, describe_end_of_sequence_difference, end_of_sequence_ids
+from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
 from .loss.distillation_loss import DistillationLoss, distillation_loss
 from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
 from .loss.response_facts import ResponseFacts
 from .loss.teacher_signal import HiddenStates
-from .sampling.admission import check_adapter, check_kind
 from .sampling.compiled_step import CompiledStudent
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant
@@ -41,8 +40,6 @@ from .training.completions import completion_records, print_completions, save_co
 from .training.distributed import (
     agree_on_maximum,
     bound_waits,
-    check_engine,
-    check_head,
     is_sharded,
     keyed_generator,
     prepare_teacher,
@@ -53,7 +50,7 @@ from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import add_loss_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix
 from .training.models import disable_dropout, load_pair, own_arguments, pad_token_id
-from .training.pair_check import room_for_prompts, verify_heads
+from .training.pair_check import check_launch, check_pair, require, room_for_prompts
 from .training.sampled_batches import sampled_batches
 
 
@@ -162,19 +159,9 @@ class SKDTrainer(GKDTrainer):
     ):
         args = own_arguments(args, self._config_class, f"-{self._name}", model)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
-        for adapter in (peft_config, getattr(student, "active_peft_config", None)):
-            check_adapter(adapter)
-        if args.samples:
-            check_kind(student)
-            check_kind(teacher)
-        teacher_revision = (args.teacher_model_init_kwargs or {}).get("revision")
-        self.vocab_size = check_vocabularies(
-            student, teacher, tokenizer, revision=teacher_revision, trust_remote_code=args.trust_remote_code
-        )
+        require(check_pair(student, teacher, tokenizer, args, peft_config))
+        self.vocab_size = shared_vocab_size(student, teacher)
         self.eos_token_ids = end_of_sequence_ids(student, teacher, tokenizer)
-        difference = describe_end_of_sequence_difference(student, teacher, tokenizer)
-        if difference:
-            logger.warning(difference)
         self._prepare = partial(
             prepare_dataset,
             tokenizer=tokenizer,
@@ -215,11 +202,8 @@ class SKDTrainer(GKDTrainer):
         self._enter_step(0, 1)
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._compiled_student = args.compile_student and CompiledStudent()
-        check_engine(self.accelerator, args.shard_teacher, args.compile_student)
+        require(check_launch(self._inner_student(), teacher, args, self.accelerator))
         add_loss_forward(self._inner_student())
-        verify_heads(self._inner_student(), teacher)
-        check_head(LMHead.of(self._inner_student()), "student", self.accelerator)
-        check_head(LMHead.of(teacher), "teacher", self.accelerator)
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
         bound_waits(args.ddp_timeout)

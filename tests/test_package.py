@@ -78,11 +78,8 @@ def test_only_compat_imports_from_trl(module):
 
 
 def fields_of(config_class):
-    return {
-        f.name: [str(f.type), f.default]
-        for f in dataclasses.fields(config_class)
-        if f.default is not dataclasses.MISSING
-    }
+    missing = dataclasses.MISSING
+    return {f.name: None if f.default is missing else repr(f.default) for f in dataclasses.fields(config_class)}
 
 
 def test_where_gkd_is_gone_a_config_with_its_fields_and_a_trainer_on_sft_take_its_place():
@@ -102,5 +99,5 @@ def test_where_gkd_is_gone_a_config_with_its_fields_and_a_trainer_on_sft_take_it
     )
     assert process.returncode == 0, process.stderr
     fields, parents = json.loads(process.stdout.splitlines()[-1])
-    assert fields == json.loads(json.dumps(fields_of(gkd.GKDConfig)))
+    assert fields == fields_of(gkd.GKDConfig)
     assert parents == ["skd_trl._compat.GKDTrainer", "trl.trainer.sft_trainer.SFTTrainer"]

@@ -64,15 +64,20 @@ def _as_set(ids: Any) -> set[int]:
     return {int(i) for i in ids if i is not None and i >= 0}  # some converted configs say -1 for none
 
 
+def shared_vocab_size(student_model: PreTrainedModel, teacher_model: PreTrainedModel) -> int:
+    """The smaller of the two vocabularies: ids below it are compared. From the configs, as heads may be sharded."""
+    return min(model.config.get_text_config().vocab_size for model in (student_model, teacher_model))
+
+
 def check_vocabularies(
     student_model: PreTrainedModel,
     teacher_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     **loading: Any,
-) -> int:
+) -> str | None:
     """
-    Size of the vocabulary that student and teacher share: ids below it mean the same to both.
+    Refuses a pair whose ids, below [`shared_vocab_size`], do not mean the same to both.
 
     Args:
         student_model, teacher_model ([`~transformers.PreTrainedModel`]):
@@ -85,7 +90,7 @@ def check_vocabularies(
             How to load it: `revision`, `trust_remote_code`.
 
     Returns:
-        `int`: the smaller of the two vocabulary sizes.
+        `str`: what remains doubtful, for a warning; `None` if nothing does.
 
     Raises:
         `ValueError`: if the tokenizers differ, or if the student's tokenizer has ids that the teacher lacks.
@@ -94,7 +99,7 @@ def check_vocabularies(
     change how text is split; they are warned about.
     """
     sizes = [model.config.get_text_config().vocab_size for model in (student_model, teacher_model)]
-    shared_size = min(sizes)
+    shared_size = shared_vocab_size(student_model, teacher_model)
     found = f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}."
     if teacher_tokenizer is None:
         teacher_tokenizer = _load_tokenizer(teacher_model, **loading)
@@ -112,18 +117,17 @@ def check_vocabularies(
             f"{missing[0][0]}, {missing[0][1]!r}), so the teacher cannot judge texts that hold them. {_advice()}"
         )
     if teacher_tokenizer is None:
-        logger.warning(
+        return (
             f"{found} No tokenizer was found for the teacher, so it was not verified that an id means the same token "
             "to both models. If their tokenizers differ, the result is meaningless."
         )
-        return shared_size
     if extra := sorted(set(tokenizer.get_vocab()) ^ set(teacher_tokenizer.get_vocab())):
-        logger.warning(
+        return (
             f"The tokenizers of student and teacher agree except for {len(extra)} tokens that only one of them has "
             f"({', '.join(map(repr, extra[:5]))}{', ...' if len(extra) > 5 else ''}). To the other model they are "
             "untrained ids: keep them out of the data."
         )
-    return shared_size
+    return None
 
 
 def _advice() -> str:

@@ -58,8 +58,11 @@ def prove(model: nn.Module) -> Proof:
     Raises:
         `ValueError`: if it cannot be sampled from, with the figure or the reason.
     """
-    if model not in _PROVEN:
-        check_kind(model)
+    check_kind(model)
+    base = (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # which an adapter may be put around later
+    if base not in _PROVEN:
         name = _name(model)
         try:
             with eval_mode(model), _short_windows(model):
@@ -78,8 +81,8 @@ def prove(model: nn.Module) -> Proof:
                 f"{name} gives other hidden states on the sampler's cache than without a cache: they differ by {proof.error:.1e} of the "
                 f"largest, and rounding explains {proof.limit:.1e}. Its responses would not be its own. {_hint(model)}{WAY_OUT}"
             )
-        _PROVEN[model] = proof
-    return _PROVEN[model]
+        _PROVEN[base] = proof
+    return _PROVEN[base]
 
 
 def check_kind(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import create_model_from_path, get_config_model_id
-from ..sampling.admission import check_one_device
 
 
 if TYPE_CHECKING:
@@ -25,8 +24,7 @@ def load_pair(
     """Student, teacher and tokenizer, loaded where names were given.
 
     Raises:
-        `ValueError`: if one of them is missing, or the teacher shares weights with the student, or both objects and ways to
-            load them were given, or a model is split over devices or not loaded at all.
+        `ValueError`: if one of them is missing, or both are one object, or both an object and ways to load it were given.
     """
     if model is None:
         raise ValueError("model is None: give the student, a model or its name or path.")
@@ -48,9 +46,6 @@ def load_pair(
     tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
     student = _load_student(model, args) if isinstance(model, str) else model
     teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
-    _check_apart(student, teacher)
-    for name, loaded in (("student", student), ("teacher", teacher)):
-        _check_placed(name, loaded)
     return student, teacher, tokenizer
 
 
@@ -139,25 +134,6 @@ def own_arguments(
     # Each rank collates its own rows, of streams too: batches of different widths could not be concatenated and sent around.
     args.accelerator_config.dispatch_batches = False
     return args
-
-
-def _check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    of_student = {id(parameter) for parameter in student.parameters()}
-    if any(id(parameter) in of_student for parameter in teacher.parameters()):
-        raise ValueError(
-            "The teacher shares weights with the student (an adapter is put into the model that it is given, so that model is "
-            "then the student too), and would change with every step. Load it a second time for the teacher."
-        )
-
-
-def _check_placed(name: str, model: PreTrainedModel) -> None:
-    check_one_device(f"The {name}", model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            f"The {name} has weights on the meta device, that is none, in this process. Under FSDP set "
-            "fsdp_cpu_ram_efficient_loading: false in the accelerate config (examples/accelerate/fsdp2.yaml), or load the model "
-            "before the trainer is made."
-        )
 
 
 def _load_student(name: str, args: "SKDConfig") -> PreTrainedModel:

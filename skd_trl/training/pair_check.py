@@ -1,15 +1,213 @@
-"""What student and teacher have to have before training: room for the prompts, heads that do what the loss takes them to do."""
+"""Does this pair work? Every check of models, tokenizer and settings that comes before training, by topic.
 
-from transformers import PreTrainedModel
+`check_pair` needs the loaded pair alone; `check_launch` what a launcher has set up around it. A check returns a verdict with
+its detail, or raises `ValueError` for a pair that cannot be trained: what was found, why it cannot work, what to change. The
+trainers raise the first refusal; `python -m skd_trl check` prints all findings.
 
+Shapes: T tokens of a row, H hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.vocabulary import (
+    check_vocabularies,
+    describe_end_of_sequence_difference,
+    end_of_sequence_ids,
+    shared_vocab_size,
+)
 from ..loss.lm_head import LMHead
-from ..sampling.admission import positions_of
+from ..sampling.admission import check_adapter, check_kind, check_one_device, positions_of, prove
+from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
 from ..skd_config import SKDConfig
-from .distributed import is_sharded
+from .distributed import check_engine, check_head, is_sharded
+from .last_hidden_states import last_hidden_states
+from .models import pad_token_id
+
+
+logger = get_logger(__name__)
+
+
+class Verdict(StrEnum):
+    GOOD = "good"
+    WARNING = "warning"
+    REFUSED = "refused"
+    UNCHECKED = "not checked"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found about one topic; `detail` is a sentence for people."""
+
+    topic: str
+    verdict: Verdict
+    detail: str
+
+
+def check_pair(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SKDConfig | None = None,
+    peft_config: Any = None,
+) -> list[Finding]:
+    """One finding for each of `PAIR_CHECKS`, in their order, on the models as they were loaded: not wrapped, not moved.
+
+    Args:
+        student, teacher ([`~transformers.PreTrainedModel`]): the pair; a `PeftModel` may be the student.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
+        args ([`SKDConfig`], *optional*): how they will be trained; by default a default configuration.
+        peft_config ([`~peft.PeftConfig`], *optional*): the adapter that the student will get.
+
+    Both models run a few tokens, unless something shards their parameters.
+    """
+    if args is None:
+        args = SKDConfig("unused", bf16=False, use_cpu=not torch.cuda.is_available())
+    pair = Pair(student, teacher, tokenizer, args, peft_config)
+    return [_finding(topic, check, pair) for topic, check in PAIR_CHECKS.items()]
+
+
+def check_launch(
+    student: PreTrainedModel, teacher: PreTrainedModel, args: SKDConfig, accelerator: Accelerator
+) -> list[Finding]:
+    """One finding: whether the engine that was launched can train the pair. `student` has its adapter by then."""
+    return [_finding("engine", _check_engine, student, teacher, args, accelerator)]
+
+
+def require(findings: list[Finding]) -> None:
+    """Logs warnings, and raises `ValueError` with the detail of the first refusal."""
+    for finding in findings:
+        if finding.verdict == Verdict.REFUSED:
+            raise ValueError(finding.detail)
+        if finding.verdict == Verdict.WARNING:
+            logger.warning(finding.detail)
+
+
+def _finding(topic: str, check: Callable[..., tuple[Verdict, str]], *args) -> Finding:
+    try:
+        return Finding(topic, *check(*args))
+    except ValueError as error:
+        return Finding(topic, Verdict.REFUSED, str(error))
+    except Exception as error:  # whatever a model raises that cannot run on plain rows of tokens
+        logger.debug(f"The check of {topic} failed.", exc_info=True)
+        return Finding(
+            topic,
+            Verdict.REFUSED,
+            f"The check of {topic} ended with {type(error).__name__}: {error}. Training would fail in the same way: use "
+            "causal language models that take rows of input_ids and an attention_mask, or report this pair.",
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What the checks look at."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    args: SKDConfig
+    peft_config: Any
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        return {"student": self.student, "teacher": self.teacher}
+
+
+def _check_placement(pair: Pair) -> tuple[Verdict, str]:
+    of_student = {id(parameter) for parameter in pair.student.parameters()}
+    if any(id(parameter) in of_student for parameter in pair.teacher.parameters()):
+        raise ValueError(
+            "The teacher shares weights with the student (an adapter is put into the model that it is given, so that model is "
+            "then the student too), and would change with every step. Load it a second time for the teacher."
+        )
+    for name, model in pair.models.items():
+        check_one_device(f"The {name}", model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"The {name} has weights on the meta device, that is none, in this process. Under FSDP set "
+                "fsdp_cpu_ram_efficient_loading: false in the accelerate config (examples/accelerate/fsdp2.yaml), or load the "
+                "model before the trainer is made."
+            )
+    return Verdict.GOOD, "Two models with weights of their own, each on one device."
+
+
+def _check_adapters(pair: Pair) -> tuple[Verdict, str]:
+    adapters = [pair.peft_config, *(getattr(model, "active_peft_config", None) for model in pair.models.values())]
+    for adapter in adapters:
+        check_adapter(adapter)
+    kinds = [
+        str(getattr(adapter.peft_type, "value", adapter.peft_type)) for adapter in adapters if adapter is not None
+    ]
+    return Verdict.GOOD, f"{', '.join(kinds) or 'None'}; no adapter adds tokens."
+
+
+def _check_sampling(pair: Pair) -> tuple[Verdict, str]:
+    if not pair.args.samples:
+        return Verdict.UNCHECKED, "No step of this run samples responses (rollout='dataset' or lmbda=0)."
+    if any(map(is_sharded, pair.models.values())):
+        for model in pair.models.values():
+            check_kind(model)
+        return (
+            Verdict.UNCHECKED,
+            "Parameters are sharded: the models are proved at the first sampling, when an engine runs them.",
+        )
+    proofs = {name: prove(model) for name, model in pair.models.items()}
+    figures = "; ".join(
+        f"{name} {proof.error:.1e} (rounding: below {proof.limit:.1e})" for name, proof in proofs.items()
+    )
+    return Verdict.GOOD, f"Hidden states on the sampler's cache are those without a cache: {figures}."
+
+
+def _check_vocabulary(pair: Pair) -> tuple[Verdict, str]:
+    loading: Any = pair.args.teacher_model_init_kwargs or {}
+    doubt = check_vocabularies(
+        pair.student,
+        pair.teacher,
+        pair.tokenizer,
+        revision=loading.get("revision"),
+        trust_remote_code=pair.args.trust_remote_code,
+    )
+    sizes = [model.config.get_text_config().vocab_size for model in pair.models.values()]
+    shared = f"The student's head has {sizes[0]} ids, the teacher's {sizes[1]}; the first {min(sizes)} are compared."
+    return (Verdict.GOOD, shared) if doubt is None else (Verdict.WARNING, doubt)
+
+
+def _check_ends(pair: Pair) -> tuple[Verdict, str]:
+    ids = end_of_sequence_ids(pair.student, pair.teacher, pair.tokenizer)
+    if not ids:
+        return Verdict.WARNING, (
+            "Neither model nor the tokenizer names an end of sequence, so every response runs to max_new_tokens. Set "
+            "`tokenizer.eos_token`, or `generation_config.eos_token_id` of the models."
+        )
+    difference = describe_end_of_sequence_difference(pair.student, pair.teacher, pair.tokenizer)
+    if difference is not None:
+        return Verdict.WARNING, difference
+    return Verdict.GOOD, "Responses end at " + ", ".join(
+        f"{i} ({pair.tokenizer.convert_ids_to_tokens(i)!r})" for i in ids
+    )
+
+
+def _check_room(pair: Pair) -> tuple[Verdict, str]:
+    room = room_for_prompts(pair.args, pair.student, pair.teacher)
+    beside = f"beside max_new_tokens={pair.args.max_new_tokens}"
+    if room is None:
+        return Verdict.GOOD, f"Neither model nor the settings limit the prompts {beside}."
+    return Verdict.GOOD, f"Prompts of up to {room} tokens {beside}; rows with longer ones are left out."
 
 
 def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
-    """The longest prompt that both models have positions for, or a lower limit that `args` sets."""
+    """The longest prompt that both models have positions for, or a lower limit that `args` sets; `None` is no limit.
+
+    Raises:
+        `ValueError`: if the response takes all positions of a model.
+    """
     limits = [] if args.prompt_limit is None else [args.prompt_limit]
     for name, model in (("student", student), ("teacher", teacher)):
         config = model.config.get_text_config()
@@ -25,12 +223,83 @@ def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrai
     return min(limits, default=None)
 
 
-def verify_heads(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raises `ValueError` if a head's logits are not the model's own (see [`LMHead.verify`])."""
-    for name, model in (("student", student), ("teacher", teacher)):
-        if not is_sharded(model) and not LMHead.of(model).verify(model):
+def _check_heads(pair: Pair) -> tuple[Verdict, str]:
+    for name, model in pair.models.items():
+        if is_sharded(model):
+            return Verdict.UNCHECKED, f"The {name}'s parameters are sharded, and the check would need them whole."
+        with attention_implementation(model, sampling_attention(model)):
+            is_known = LMHead.of(model).verify(model)
+        if not is_known:
             raise ValueError(
                 f"The {name}, {type(model).__name__}, makes its logits from its hidden states in a way that this package does "
                 "not know (something between the last hidden state and the logits, other than a scale and a soft cap), "
                 "so the loss would be computed on wrong logits. Use another architecture, or report this one."
             )
+    return Verdict.GOOD, "The logits that the loss makes from hidden states are the models' own."
+
+
+def _check_padding(pair: Pair) -> tuple[Verdict, str]:
+    """A row is given the same hidden states alone, before padding, and as the beginning of a longer row."""
+    special = set(pair.tokenizer.all_special_ids)
+    ids = [i for i in range(shared_vocab_size(pair.student, pair.teacher)) if i not in special][:11]
+    short, padding = ids[:4], [pad_token_id(pair.tokenizer)] * (len(ids) - 4)
+    errors = []
+    for name, model in pair.models.items():
+        if is_sharded(model):
+            return Verdict.UNCHECKED, f"The {name}'s parameters are sharded, and the check would need them whole."
+        alone = _hidden_states(model, [short], [4])[0]
+        longer, padded = _hidden_states(model, [ids, [*short, *padding]], [len(ids), 4])[:, :4]
+        # Rounding: batches of other shapes are summed in another order.
+        limit = max(1e-3, 16 * torch.finfo(alone.dtype).eps)
+        if (error := _difference(longer, alone)) > limit:
+            raise ValueError(
+                f"The {name}, {type(model).__name__}, is not causal: later tokens change its hidden states by {error:.1%} "
+                f"(rounding: below {limit:.1%}), so it would see the token that it is to predict. Use a causal language "
+                "model; some encoders become one with is_decoder=True in their config."
+            )
+        if (padded_error := _difference(padded, alone)) > limit:
+            raise ValueError(
+                f"The {name}, {type(model).__name__}, computes other hidden states for a row that padding follows, by "
+                f"{padded_error:.1%} (rounding: below {limit:.1%}), so what a row teaches would depend on the longest row "
+                "beside it. Use another architecture, or report this one."
+            )
+        errors += [error, padded_error]
+    return Verdict.GOOD, f"A row's hidden states do not depend on what follows it (difference {max(errors):.1e})."
+
+
+@torch.no_grad()
+def _hidden_states(model: PreTrainedModel, rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
+    input_ids = torch.tensor(rows, device=model.device)
+    columns = torch.arange(input_ids.shape[1], device=model.device)
+    attention_mask = (columns < torch.tensor(lengths, device=model.device)[:, None]).long()
+    # The weights may still be on a CPU, which knows no flash attention.
+    with eval_mode(model), attention_implementation(model, sampling_attention(model)):
+        return last_hidden_states(model, model, input_ids=input_ids, attention_mask=attention_mask)
+
+
+def _difference(hidden: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative difference (T, H), the median of the tokens: rounding sends one of them to other experts at times."""
+    hidden, expected = hidden.float(), expected.float()
+    return ((hidden - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
+
+
+PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
+    "placement": _check_placement,
+    "adapters": _check_adapters,
+    "sampling": _check_sampling,
+    "vocabulary": _check_vocabulary,
+    "ends of sequence": _check_ends,
+    "room for prompts": _check_room,
+    "heads": _check_heads,
+    "padding": _check_padding,
+}
+
+
+def _check_engine(
+    student: PreTrainedModel, teacher: PreTrainedModel, args: SKDConfig, accelerator: Accelerator
+) -> tuple[Verdict, str]:
+    check_engine(accelerator, args.shard_teacher, args.compile_student)
+    for name, model in (("student", student), ("teacher", teacher)):
+        check_head(LMHead.of(model), name, accelerator)
+    kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
+    return Verdict.GOOD, f"{accelerator.num_processes} process(es) of kind {kind}."
