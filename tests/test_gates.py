@@ -104,7 +104,7 @@ def test_greedy_top_k_on_five_positions_by_hand():
     assert out.accepted.tolist() == [True, True, False, False, True]
     torch.testing.assert_close(out.divergence, FORWARD_KL, rtol=0, atol=1e-6)
     assert out.loss.item() == pytest.approx(0.342461, abs=2e-6)
-    # d KL(p||q) / d logits = q - p, times the weight, which has no gradient of its own.
+    # d KL(p||q) / d logits = q - p, times the weight, which is a constant.
     expected = torch.tensor(
         [[0, 0, 0], [0.2, -0.2, 0], [0.004, -0.0025, -0.0015], [-0.002, -0.002, 0.004], [-0.1, 0.3, -0.2]]
     )
@@ -233,7 +233,7 @@ def test_the_random_control_has_the_gates_weights_in_another_order(inner):
 
 
 @pytest.mark.parametrize("inner", [("greedy_top_k", {"k": 3}), ("hellinger", {}), ("student_entropy_top", {})])
-def test_the_inverted_control_is_loud_where_the_gate_is_quiet(inner):
+def test_the_inverted_control_accepts_where_the_gate_rejects(inner):
     name, parameters = inner
     gate = GATES[name](**parameters, floor=0.2)
     control = GATE_CONTROLS["inverted"](gate)

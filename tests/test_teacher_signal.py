@@ -50,7 +50,7 @@ class Pair:
         self.student = HiddenStates(states[0].requires_grad_(), LMHead(weights[0].requires_grad_(), softcap=9.0))
         self.teacher = HiddenStates(states[1], LMHead(weights[1], scale=2.0))
         labels = torch.randint(VOCAB, (num_positions,), generator=generator)
-        # Half of the labels are what the teacher would say, so that some gates accept some.
+        # Half of the labels are what the teacher would say: every gate accepts some.
         labels[::2] = self.teacher.head.logits(states[1])[::2].argmax(-1)
         self.facts = ResponseFacts.of(labels)
 
