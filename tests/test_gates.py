@@ -104,7 +104,7 @@ def test_greedy_top_k_on_five_positions_by_hand():
     assert out.accepted.tolist() == [True, True, False, False, True]
     torch.testing.assert_close(out.divergence, FORWARD_KL, rtol=0, atol=1e-6)
     assert out.loss.item() == pytest.approx(0.342461, abs=2e-6)
-    # d KL(p||q) / d logits = q - p, times the weight, which has no gradient of its own.
+    # d KL(p||q) / d logits = q - p, times the weight, which is a constant.
     expected = torch.tensor(
         [[0, 0, 0], [0.2, -0.2, 0], [0.004, -0.0025, -0.0015], [-0.002, -0.002, 0.004], [-0.1, 0.3, -0.2]]
     )
@@ -178,6 +178,23 @@ def test_sampled_gates_accept_as_often_as_their_exact_weight_says(name, paramete
         assert abs(share - chance) < 4.5 * math.sqrt(chance * (1 - chance) / num_draws)
 
 
+def test_a_uniform_number_that_was_rounded_to_one_draws_no_token_of_probability_zero():
+    # q = (1/2, 1/2, 0), p / q = 1.6, .2 and beyond 1: the draw is token 1, and .5 is not below .2.
+    student, teacher = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.8, 0.1, 0.1]]).log()
+    facts = ResponseFacts.of(torch.tensor([0]), uniforms=torch.tensor([[1.0, 0.5]]))
+    assert GATES["spec_k"](k=1, floor=0.0)(student_logits=student, teacher_logits=teacher, facts=facts).item() == 0
+
+
+def test_controls_keep_what_the_gate_is_beside_its_acceptances():
+    gate = replace(GATES["greedy_top_k"](k=3, floor=0.2), keep_eos=True)
+    for control in GATE_CONTROLS.values():
+        made = control(gate)
+        assert (made.floor, made.keep_eos, made.needs_top_k) == (0.2, True, 3)
+        inputs = _inputs(made)
+        facts = replace(inputs["facts"], is_end=torch.arange(40) % 2 == 0)
+        assert made(**{**inputs, "facts": facts})[::2].eq(1).all()
+
+
 @pytest.mark.parametrize("floor", [0.0, 0.01, 0.3, 1.0])
 def test_accepted_positions_weigh_exactly_one_and_rejected_ones_exactly_the_floor(floor):
     gate = GATES["greedy_top_k"](k=3, floor=floor)
@@ -216,7 +233,7 @@ def test_the_random_control_has_the_gates_weights_in_another_order(inner):
 
 
 @pytest.mark.parametrize("inner", [("greedy_top_k", {"k": 3}), ("hellinger", {}), ("student_entropy_top", {})])
-def test_the_inverted_control_is_loud_where_the_gate_is_quiet(inner):
+def test_the_inverted_control_accepts_where_the_gate_rejects(inner):
     name, parameters = inner
     gate = GATES[name](**parameters, floor=0.2)
     control = GATE_CONTROLS["inverted"](gate)

@@ -320,6 +320,25 @@ def test_every_kind_of_peft_head_gets_the_gradient_of_full_logits(config):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5 * max(1.0, wanted.abs().max().item()))
 
 
+def test_a_head_that_is_called_as_a_module_is_cut_to_the_shared_vocabulary_too():
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    modules = []
+    for head in (student, teacher):
+        module = nn.Linear(head.weight.shape[1], 50, bias=False)
+        module.weight = nn.Parameter(head.weight.detach().clone())
+        modules.append(LMHead(weight=None, scale=head.scale, module=module))
+    gate = GATES["student_entropy_top"](share=0.5)  # a pass of its weights comes first
+    plain = _ours(hidden, student, teacher_hidden, teacher, gate=gate, vocab_size=47)
+    called = _ours(hidden, modules[0], teacher_hidden, modules[1], gate=gate, vocab_size=47)
+    torch.testing.assert_close(called.divergence, plain.divergence, **CLOSE)
+    assert torch.equal(called.weight, plain.weight)
+    for gradient, wanted in zip(
+        _gradients(called.loss, hidden, modules[0]), _gradients(plain.loss, hidden, student), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted, **CLOSE)
+
+
 def test_the_heads_are_never_called_as_modules():
     student, teacher = tiny_model("llama"), tiny_model("llama", seed=1)
     heads = LMHead.of(student), LMHead.of(teacher)
@@ -353,6 +372,15 @@ def test_without_positions_the_loss_is_zero_and_every_parameter_gets_a_zero_grad
             _gradients(out.loss, hidden, student), [hidden, *student.trainable_parameters()], strict=True
         ):
             assert gradient.shape == tensor.shape and gradient.eq(0).all()
+
+
+def test_no_gradient_goes_through_weights_known_beforehand():
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+    weight = torch.rand(17, requires_grad=True)
+    out = _ours(hidden, student, teacher_hidden, teacher, gate=GateWeights(weight, torch.ones(17).bool()))
+    out.loss.backward()
+    assert weight.grad is None and hidden.grad.ne(0).any()
 
 
 def test_under_no_grad_the_value_is_the_same_and_nothing_is_differentiated():

@@ -50,7 +50,7 @@ class Pair:
         self.student = HiddenStates(states[0].requires_grad_(), LMHead(weights[0].requires_grad_(), softcap=9.0))
         self.teacher = HiddenStates(states[1], LMHead(weights[1], scale=2.0))
         labels = torch.randint(VOCAB, (num_positions,), generator=generator)
-        # Half of the labels are what the teacher would say, so that some gates accept some.
+        # Half of the labels are what the teacher would say: every gate accepts some.
         labels[::2] = self.teacher.head.logits(states[1])[::2].argmax(-1)
         self.facts = ResponseFacts.of(labels)
 
@@ -163,12 +163,13 @@ def test_a_sure_student_still_has_a_rest_with_digits_and_a_gradient():
 
 
 def test_a_sure_teacher_has_a_rest_of_one_rounding():
-    # Two tokens whose probabilities sum to 1, or by rounding above it.
-    for log_probs in (torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[-1e-9, -20.0]])):
+    # Two tokens whose probabilities sum to 1, or by rounding above it, in fp32 and half precision.
+    sure = torch.tensor([[0.5, 0.5]]).log()
+    for log_probs, rounding in ((sure, 2**-23), (torch.tensor([[-1e-9, -20.0]]), 2**-23), (sure.half(), 2**-10)):
         top = TopLogProbs(torch.tensor([[2, 0]]), log_probs, log_probs[:, 0])
         student_logits = torch.zeros(1, 3)
         distributions = top.compare(student_logits, torch.tensor([2]))
-        assert distributions.teacher_log_probs[0, 2].item() == pytest.approx(math.log(2**-23), rel=1e-6)
+        assert distributions.teacher_log_probs[0, 2].item() == pytest.approx(math.log(rounding), rel=1e-6)
 
 
 def test_a_recorded_signal_gives_the_bits_of_the_one_it_was_recorded_from():

@@ -25,7 +25,7 @@ def chunks(
 
 
 def default_chunk_size(vocab_size: int, device: torch.device) -> int:
-    """Positions whose fp32 logits take about 64 MiB, so that a head's matrix product runs at full speed. On CPU 16 MiB or,
+    """Positions whose fp32 logits take about 64 MiB, for a head's matrix product to run at full speed. On CPU 16 MiB or,
     where these hold fewer, 40 positions, which share the passes over the heads and their gradient; at most 30 MiB, for
     beyond 32 glibc maps every tensor afresh, and each page of it costs a fault."""
     position, mebibyte = 4 * vocab_size, 2**20

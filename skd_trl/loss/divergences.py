@@ -1,6 +1,6 @@
 """How far the student's next-token distribution is from the teacher's, one number per position, in nats.
 
-Every divergence is a function of the two models' log-probabilities, wrapped so that it also takes logits, which is
+Every divergence is a function of the two models' log-probabilities, wrapped to take logits as well, which is
 what the registry promises: `DIVERGENCES["jsd"](beta=0.5)(student_logits, teacher_logits)`. A new one is a function and
 an entry. No temperature, no reduction and no mask live here: the loss weighs and sums (see `skd_trl.loss.distillation_loss`).
 

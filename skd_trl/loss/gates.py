@@ -56,7 +56,7 @@ class Gate:
             How many numbers from U[0, 1) each position needs, in `facts.uniforms`. They are the caller's, so a weight
             depends neither on the chunk a position falls into nor on the global generator.
         needs_labels (`bool`):
-            Whether the gate judges the response's own token, so that it cannot be called without facts.
+            Whether the gate judges the response's own token, and so cannot be called without facts.
         select (`Callable` or `None`):
             For a gate over a population: turns the scores of *all* its positions into acceptances `(N,)`. The
             population is what the caller gathered before calling (one micro-batch or, better, a whole accumulation
@@ -281,7 +281,7 @@ def inverted(gate: Gate) -> Gate:
 def same_mean(gate: Gate) -> Gate:
     """
     The gate's mean acceptance over the population, at every position: a control that is the ungated loss with the same
-    mean weight, so that a gate is not credited with what a smaller step does.
+    mean weight. It shows what of a gate's effect a smaller step has as well.
     """
     return replace(
         gate,

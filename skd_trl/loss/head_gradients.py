@@ -1,7 +1,7 @@
 """Gradients computed along with a loss: summed over chunks of positions, then attached to it for `backward` to hand out.
 
 The loss knows the gradient of each chunk's raw logits while they are in memory; what it becomes for the hidden states and
-the head is one matrix product each, done at once, so that nothing is recomputed and no logits are kept.
+the head is one matrix product each, done at once, so nothing is recomputed and no logits are kept.
 
 Shapes: N positions, V vocabulary, H hidden.
 """

@@ -1,4 +1,4 @@
-"""What turns a model's last hidden states into logits, held apart from the model so that logits can be made in chunks.
+"""A language model's head, apart from the model: logits can then be made of its last hidden states in chunks.
 
 logits = softcap(scale * (hidden W^T + bias)), in fp32 from the scale on. Most heads are a plain `nn.Linear`, tied or
 not, and are applied to their tensors, never through the module's `__call__`: hooks of ZeRO-3 or FSDP belong to whoever

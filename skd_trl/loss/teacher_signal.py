@@ -95,7 +95,8 @@ class TopLogProbs(TeacherSignal):
         ids (`Tensor` `(N, k)`, long):
             Different from each other in a row, below the shared vocabulary's size; in any order.
         log_probs (`Tensor` `(N, k)`):
-            Their log-probabilities in the teacher's full distribution, nats, no temperature.
+            Their log-probabilities in the teacher's full distribution, nats, no temperature. fp32 or more: in half
+            precision what they leave to the rest is known to 0.001, and taken to be no less.
         label_log_probs (`Tensor` `(N,)`):
             Those of the response's own tokens, whether among the k or not.
 
@@ -127,9 +128,8 @@ class TopLogProbs(TeacherSignal):
 
     @torch.no_grad()
     def prepared(self, vocab_size: int) -> "TopLogProbs":
-        if (
-            self.ids.numel() and int(self.ids.max()) >= vocab_size
-        ):  # a GPU would stop with an assertion, or read beyond
+        # A GPU would stop with an assertion. The host waits for the device here, once for all chunks.
+        if self.ids.numel() and int(self.ids.max()) >= vocab_size:
             raise ValueError(
                 f"The teacher's signal names token {int(self.ids.max())}, but both models share {vocab_size} tokens; leave "
                 f"out what lies beyond."
@@ -144,10 +144,10 @@ class TopLogProbs(TeacherSignal):
             # Not log(1 - sum), which has no digits left where the student is sure of the k tokens.
             rest = all_student.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)
             student = torch.cat([student, rest], dim=-1)
-            # All that is known of the teacher's rest is what the k leave, a figure with the rounding of their sum: below
-            # this it would be noise or the logarithm of nothing. In float64 the sum adds no rounding to theirs.
+            # All that is known of the teacher's rest is what the k leave. Below the rounding of the type they came in, that
+            # is noise or the logarithm of nothing. In float64 the sum adds no rounding to theirs.
             mass = teacher.double().exp().sum(-1, keepdim=True)
-            rest = torch.log1p(-mass.clamp(max=1 - torch.finfo(teacher.dtype).eps)).to(teacher.dtype)
+            rest = torch.log1p(-mass.clamp(max=1 - torch.finfo(self.log_probs.dtype).eps)).to(teacher.dtype)
             ranked = torch.cat([teacher, torch.full_like(rest, -math.inf)], dim=-1)
             teacher = torch.cat([teacher, rest], dim=-1)
         label_log_probs = self.label_log_probs.to(teacher.dtype)
