@@ -148,6 +148,12 @@ def test_a_model_whose_rows_depend_on_the_padding_behind_them_is_refused():
     assert finding.verdict == Verdict.REFUSED and "for a row that padding follows" in finding.detail
 
 
+def test_broken_weights_are_refused_as_such():
+    model = tiny_model(seed=1)
+    model.get_decoder().norm.weight.data[0] = float("nan")
+    assert "makes NaN or infinite hidden states" in found(model)["padding"].detail
+
+
 def test_a_head_that_does_more_than_is_known_is_refused():
     assert "in a way that this package does not know" in found(roberta(is_decoder=True))["heads"].detail
 

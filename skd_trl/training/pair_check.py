@@ -223,21 +223,6 @@ def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrai
     return min(limits, default=None)
 
 
-def _check_heads(pair: Pair) -> tuple[Verdict, str]:
-    for name, model in pair.models.items():
-        if is_sharded(model):
-            return Verdict.UNCHECKED, f"The {name}'s parameters are sharded, and the check would need them whole."
-        with attention_implementation(model, sampling_attention(model)):
-            is_known = LMHead.of(model).verify(model)
-        if not is_known:
-            raise ValueError(
-                f"The {name}, {type(model).__name__}, makes its logits from its hidden states in a way that this package does "
-                "not know (something between the last hidden state and the logits, other than a scale and a soft cap), "
-                "so the loss would be computed on wrong logits. Use another architecture, or report this one."
-            )
-    return Verdict.GOOD, "The logits that the loss makes from hidden states are the models' own."
-
-
 def _check_padding(pair: Pair) -> tuple[Verdict, str]:
     """A row is given the same hidden states alone, before padding, and as the beginning of a longer row."""
     special = set(pair.tokenizer.all_special_ids)
@@ -248,9 +233,14 @@ def _check_padding(pair: Pair) -> tuple[Verdict, str]:
         if is_sharded(model):
             return Verdict.UNCHECKED, f"The {name}'s parameters are sharded, and the check would need them whole."
         alone = _hidden_states(model, [short], [4])[0]
+        if not alone.isfinite().all():
+            raise ValueError(
+                f"The {name}, {type(model).__name__}, makes NaN or infinite hidden states of a few plain tokens. Load its "
+                "weights again, or in a type of more range (dtype: bfloat16 or float32)."
+            )
         longer, padded = _hidden_states(model, [ids, [*short, *padding]], [len(ids), 4])[:, :4]
         # Rounding: batches of other shapes are summed in another order.
-        limit = max(1e-3, 16 * torch.finfo(alone.dtype).eps)
+        limit = max(1e-3, *(16 * torch.finfo(dtype).eps for dtype in (alone.dtype, model.dtype)))
         if (error := _difference(longer, alone)) > limit:
             raise ValueError(
                 f"The {name}, {type(model).__name__}, is not causal: later tokens change its hidden states by {error:.1%} "
@@ -283,6 +273,21 @@ def _difference(hidden: torch.Tensor, expected: torch.Tensor) -> float:
     return ((hidden - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
 
 
+def _check_heads(pair: Pair) -> tuple[Verdict, str]:
+    for name, model in pair.models.items():
+        if is_sharded(model):
+            return Verdict.UNCHECKED, f"The {name}'s parameters are sharded, and the check would need them whole."
+        with attention_implementation(model, sampling_attention(model)):
+            is_known = LMHead.of(model).verify(model)
+        if not is_known:
+            raise ValueError(
+                f"The {name}, {type(model).__name__}, makes its logits from its hidden states in a way that this package does "
+                "not know (something between the last hidden state and the logits, other than a scale and a soft cap), "
+                "so the loss would be computed on wrong logits. Use another architecture, or report this one."
+            )
+    return Verdict.GOOD, "The logits that the loss makes from hidden states are the models' own."
+
+
 PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
     "placement": _check_placement,
     "adapters": _check_adapters,
@@ -290,8 +295,8 @@ PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
     "vocabulary": _check_vocabulary,
     "ends of sequence": _check_ends,
     "room for prompts": _check_room,
-    "heads": _check_heads,
     "padding": _check_padding,
+    "heads": _check_heads,
 }
 
 
