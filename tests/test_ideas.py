@@ -133,6 +133,7 @@ def test_every_gate_is_made_from_its_name_with_the_configurations_floor_and_its_
         ({"accept": TopK(3), "accept_top_k": 3}, "accept_top_k=3 .*it is an object"),
         ({"accept": "speculative", "accept_kwargs": {"gamma": 0.5}}, "unexpected 'gamma'; speculative takes no parameters"),
         ({"divergence": "jsd", "divergence_kwargs": {"beta": 0.1}}, "beta is set by beta"),
+        ({"divergence": torch.dist}, "divergence=.*no signature found.*Wrap it in a function"),
         ({"rollout": "student", "accept": "min_prob"}, "accept='min_prob' would have no effect: no proposal is judged"),
         ({"rollout": "teacher", "accept_top_k": 3}, "accept_top_k=3 would have no effect"),
         ({"rollout": "dataset", "accept_kwargs": {"k": 3}}, "accept_kwargs={'k': 3} would have no effect"),
