@@ -38,7 +38,8 @@ import torch
 import transformers
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -64,13 +65,13 @@ VERDICTS = {
 SIZES = {
     "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size": V,
     "hidden_size d_model n_embd dim emb_dim embedding_size input_embedding_size output_embedding_size lru_width "
-    "word_embed_proj_dim embedding_dim": 32,
+    "word_embed_proj_dim embedding_dim embed_dim backbone_hidden_size": 32,
     "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_inner dff dim_ff ffn_hidden_size feed_forward_size "
     "intermediate_size_mlp dense_intermediate_size": 64,
     "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
     "expert_ffn_hidden_size moe_shared_expert_intermediate_size": 16,
     "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers "
-    "num_blocks": 4,
+    "num_blocks layers": 4,
     "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
     "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads": 4,
     "num_key_value_heads num_kv_heads swa_num_key_value_heads num_global_key_value_heads": 2,
@@ -96,9 +97,74 @@ SIZES = {name: value for names, value in SIZES.items() for name in names.split()
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Keyword arguments of a config, by model type, beyond the sizes; those of a part of it under the part's name.
-OVERRIDES: dict[str, dict] = {}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+BLT_PART = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+BLT_CODER = {**BLT_PART, "hidden_size_global": 32}
+ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4}
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
+QWEN4 = {**INDEXER, "ngram_vocab_size_base": 100, "split_ngram_parts": 4, "hc_lowrank": 8}
+SHARED_KV = {"num_kv_shared_layers": 2}
+OVERRIDES: dict[str, dict] = {
+    "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 500,
+        "patcher_config": BLT_PART,
+        "encoder_config": BLT_CODER,
+        "decoder_config": BLT_CODER,
+        "global_config": BLT_PART,
+    },
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("sliding_attention", "full_attention")
+        }
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0}, "attn_config.rope_theta": 10_000.0},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "gemma2": {"attn_implementation": "eager"},
+    "gemma3n_text": {**SHARED_KV, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    "gemma4": {"text_config": SHARED_KV},
+    "gemma4_text": SHARED_KV,
+    "gemma4_assistant": {"text_config": ASSISTANT},
+    "gemma4_unified_text": SHARED_KV,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "hrm_text": {"num_hidden_layers": 2, "L_cycles": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 8, "n_groups": 2},
+    "musicgen": {"num_codebooks": 1},
+    "musicgen_melody": {"num_codebooks": 1},
+    "qwen3_moe": {"use_sliding_window": True},
+    "qwen4_exp": QWEN4,
+    "qwen4_exp_text": QWEN4,
+    "reformer": {
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [8, 16],
+        "attn_layers": ["local", "lsh"],
+        "attention_head_size": 8,
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+    },
+    "roc_bert": {"pronunciation_vocab_size": V, "shape_vocab_size": V},
+    "vaultgemma": {"attn_implementation": "eager"},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 4, "mamba_d_state": 8},
+    "zaya": {"num_experts_per_tok": 1},
+}
 # Other configurations of a model type: what one verdict for all of them would hide.
-VARIANTS: dict[str, tuple[str, dict]] = {}
+ALL_FULL = {"layer_types": ["full_attention"] * 4}
+VARIANTS: dict[str, tuple[str, dict]] = {
+    **{f"{name}, attention only": (name, ALL_FULL) for name in ("granitemoehybrid", "kimi_linear", "qwen3_5_text", "lfm2")},
+    "bamba, attention only": ("bamba", {"attn_layer_indices": [0, 1, 2, 3]}),
+    "jamba, attention only": ("jamba", {"attn_layer_period": 1, "attn_layer_offset": 0}),
+    "nemotron_h, attention only": ("nemotron_h", {"layers_block_type": ["full_attention", "moe", "full_attention", "mlp"]}),
+    "gpt_neo, global only": ("gpt_neo", {"attention_types": [[["global"], 4]]}),
+    "llama4_text, full only": ("llama4_text", ALL_FULL),
+    "llama4_text, full only, floor_scale 8": ("llama4_text", {**ALL_FULL, "floor_scale": 8}),
+    "llama4_text, chunks of 8": ("llama4_text", {"attention_chunk_size": 8}),
+    "falcon, ALiBi": ("falcon", {"alibi": True}),
+}
 # Text models outside the auto mapping.
 OUTSIDE = {
     "clvp_decoder": "ClvpForCausalLM",
@@ -169,6 +235,10 @@ def tiny_model(entry: Entry, seed: int) -> PreTrainedModel:
     """A random model in fp32 and eval mode; two seeds disagree about nearly every token."""
     model_class = class_of(entry)
     config = model_class.config_class(**settings(model_class.config_class, entry.overrides))
+    for name, value in entry.overrides.items():  # what the config's constructor does not take
+        if "." in name:
+            part, attribute = name.split(".")
+            setattr(getattr(config, part), attribute, value)
     torch.manual_seed(seed)
     model = model_class._from_config(config, attn_implementation=entry.overrides.get("attn_implementation"))
     for parameter in model.parameters():  # norms and biases start at 0 and 1: make them count
@@ -186,27 +256,37 @@ def class_of(entry: Entry) -> type[PreTrainedModel]:
 
 def settings(config_class: type[PreTrainedConfig], overrides: dict) -> dict:
     """Keyword arguments of a tiny config: sizes under its own names, kinds of layer in turn, the same for its parts."""
-    names = {field.name: field.default for field in dataclasses.fields(config_class)}
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    names = set(fields)
     found = {name: value for name, value in SIZES.items() if name in names}
-    found |= {name: special_token(names[name]) for name in SPECIAL_TOKENS if name in names}
-    if "qk_rope_head_dim" in names:  # what latent attention calls the head size follows from its parts
+    found |= {name: special_token(fields[name]) for name in SPECIAL_TOKENS if name in names}
+    if "qk_rope_head_dim" in names:  # latent attention: as many heads of keys as of queries, and a head size made of parts
         found.pop("head_dim", None)
+        found["num_key_value_heads"] = found["num_attention_heads"]
     if "layer_types" in names and (kinds := kinds_of_layer(config_class, names)):
         found["layer_types"] = kinds
-    for name, part in config_class.sub_configs.items():
-        if isinstance(part, type) and issubclass(part, PreTrainedConfig) and part is not AutoConfig:
-            found[name] = settings(part, overrides.get(name, {}))
-    found |= {name: value for name, value in overrides.items() if name not in config_class.sub_configs}
-    found.pop("attn_implementation", None)
+    for name, default in getattr(config_class, "sub_configs_defaults", config_class.sub_configs).items():
+        own = overrides.get(name, {})
+        if model_type := getattr(default, "model_type", None) if isinstance(default, SubConfigSpec) else None:
+            found[name] = {"model_type": model_type, **settings(CONFIG_MAPPING[model_type], own)}
+        elif isinstance(default, type) and default is not AutoConfig:
+            found[name] = settings(default, own)
+    found |= {
+        name: value
+        for name, value in overrides.items()
+        if name not in config_class.sub_configs and name != "attn_implementation" and "." not in name
+    }
     return found
 
 
-def special_token(default: int | None) -> int | None:
-    """Padding keeps its id where the vocabulary has it, since positions may start there; ends of sequence come from the caller."""
-    return default if isinstance(default, int) and 0 <= default < V else None
+def special_token(field: dataclasses.Field) -> int | None:
+    """The default id where the vocabulary has it (positions may be counted from padding), else none, else 0."""
+    if isinstance(field.default, int) and 0 <= field.default < V:
+        return field.default
+    return None if "None" in str(field.type) else 0
 
 
-def kinds_of_layer(config_class: type[PreTrainedConfig], names: dict) -> list[str]:
+def kinds_of_layer(config_class: type[PreTrainedConfig], names: set[str]) -> list[str]:
     """The kinds that the default config has, in turn, and sliding windows wherever the config knows them."""
     try:
         kinds = list(dict.fromkeys(config_class().layer_types))
@@ -286,14 +366,18 @@ def compare(student: nn.Module, teacher: nn.Module, prompts: list[list[int]]) ->
                 problems.append(
                     f"{title}, prompt of {len(prompt)}: hidden states differ from token {place} on, by {errors.max():.1e}"
                 )
-            for place in range(len(text) if author is not None else 0):
-                _, logits = uncached(author, prompt + text[:place], num_last=1)
-                lead = float((logits[0, :V].max() - logits[0, text[place]]) / logits.abs().max())
-                if not lead <= TOLERANCE:
-                    problems.append(
-                        f"{title}, prompt of {len(prompt)}: token {place} is not the model's, whose own leads by {lead:.1e}"
-                    )
-                    break
+            if author is None:
+                continue
+            _, logits = uncached(author, prompt + text[:-1], num_last=len(text))
+            for place in (0, NUM_NEW_TOKENS // 2):  # without the tokens behind it: an author need not be causal without a cache
+                logits[place] = uncached(author, prompt + text[:place], num_last=1)[1][0]
+            chosen = logits.gather(1, torch.tensor(text)[:, None])[:, 0]
+            leads = (logits[:, :V].amax(dim=-1) - chosen) / logits.abs().max()
+            if not (leads <= TOLERANCE).all():
+                place = int((~(leads <= TOLERANCE)).nonzero()[0])
+                problems.append(
+                    f"{title}, prompt of {len(prompt)}: token {place} is not the model's, whose own leads by {leads[place]:.1e}"
+                )
     if problems:
         return Result("wrong", problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else ""), largest)
     return Result("exact", "", largest)
@@ -416,6 +500,8 @@ def check_all(chosen: dict[str, Entry], fault: str | None, timeout: float, num_p
         receiver = ready[0] if ready else min(running, key=lambda pipe: running[pipe][2])
         name, process, _ = running.pop(receiver)
         results[name] = outcome(receiver if ready else None, process, timeout)
+        if os.environ.get("DEC_LOG"):
+            r=results[name]; print(f"{time.monotonic()-_+timeout:6.1f} {r.verdict} {name} {r.figure:.1e} {r.reason}", file=open(os.environ["DEC_LOG"],"a"), flush=True)
     return results
 
 
