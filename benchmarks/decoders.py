@@ -265,7 +265,8 @@ def settings(config_class: type[PreTrainedConfig], overrides: dict) -> dict:
         found["num_key_value_heads"] = found["num_attention_heads"]
     if "layer_types" in names and (kinds := kinds_of_layer(config_class, names)):
         found["layer_types"] = kinds
-    for name, default in getattr(config_class, "sub_configs_defaults", config_class.sub_configs).items():
+    parts = {**config_class.sub_configs, **getattr(config_class, "sub_configs_defaults", {})}
+    for name, default in parts.items():
         own = overrides.get(name, {})
         if model_type := getattr(default, "model_type", None) if isinstance(default, SubConfigSpec) else None:
             found[name] = {"model_type": model_type, **settings(CONFIG_MAPPING[model_type], own)}
@@ -274,7 +275,7 @@ def settings(config_class: type[PreTrainedConfig], overrides: dict) -> dict:
     found |= {
         name: value
         for name, value in overrides.items()
-        if name not in config_class.sub_configs and name != "attn_implementation" and "." not in name
+        if name not in parts and name != "attn_implementation" and "." not in name
     }
     return found
 
