@@ -566,8 +566,9 @@ def table(chosen: dict[str, Entry], results: dict[str, Result], minutes: float) 
         f"{len(PROMPT_LENGTHS)} prompts of {', '.join(map(str, PROMPT_LENGTHS))} tokens, {NUM_NEW_TOKENS} new tokens each, blocks of "
         f"{NUM_DRAFT_TOKENS}, windows of {WINDOW}. With greedy draws K = V has to write the student's text and K = 1 the teacher's, "
         "as the model writes it without a cache, and the teacher's hidden states that the sampler keeps have to be those of a "
-        f"forward without a cache; both within {TOLERANCE:.0e} of the largest value. The figure is the largest error of a hidden "
-        "state, relative to the largest state.",
+        f"forward without a cache; both within {TOLERANCE:.0e} of the largest value. A third text, drawn with K = 100, is rejected at "
+        "any place of a block; its hidden states are compared too. The figure is the largest error of a hidden state, relative to "
+        "the largest state.",
         "",
         "| verdict | number | meaning |",
         "|---|---|---|",
