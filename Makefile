@@ -11,7 +11,7 @@ TRANSFORMERS ?= transformers
 
 BIN := $(VENV)/bin
 
-.PHONY: help install assets demo test lint bench clean
+.PHONY: help install assets demo test lint bench decoders clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ bench: assets  ## the tables of benchmarks/, in about an hour and a half
 	$(BIN)/python benchmarks/draft_length.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scaling.py
+
+decoders: install  ## docs/decoders.md: which models of the installed transformers the sampler can run, in about ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoders.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

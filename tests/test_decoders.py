@@ -1,0 +1,45 @@
+"""The script behind docs/decoders.md: its check passes right decoders, and can fail."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import decoders  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_decoder_that_the_sampler_can_run_is_found_exact(name):
+    result = decoders.check(decoders.entries()[name])
+    assert result.verdict == "exact", result.reason
+    assert 0 < result.figure < decoders.TOLERANCE
+
+
+def test_a_model_that_the_package_refuses_is_found_refused_with_its_reason():
+    result = decoders.check(decoders.entries()["mamba"])
+    assert result.verdict == "refused"
+    assert "MambaForCausalLM" in result.reason
+
+
+@pytest.mark.parametrize("name, fault", [("gemma2", "window"), ("llama", "position"), ("llama", "stale")])
+def test_a_planted_fault_is_not_found_exact(name, fault):
+    """Found wrong by the script, or refused where the package proves its cache before it samples."""
+    assert decoders.check(decoders.entries()[name], fault).verdict in ("wrong", "refused")
+
+
+def test_a_window_that_a_model_does_not_have_is_no_fault():
+    assert decoders.check(decoders.entries()["llama"], "window").verdict == "exact"
+
+
+def test_an_abort_and_a_model_that_never_ends_are_verdicts(monkeypatch):
+    import os
+    import time
+
+    bodies = {"abort": os.abort, "hang": lambda: time.sleep(60)}
+    entries = {name: decoders.Entry(name, "LlamaForCausalLM", {}) for name in bodies}
+    monkeypatch.setattr(decoders, "check", lambda entry, fault: bodies[entry.model_type]())
+    results = decoders.check_all(entries, None, timeout=2, num_processes=2)
+    assert results["abort"] == decoders.Result("crash", "the process ended with exit code -6")
+    assert results["hang"] == decoders.Result("crash", "no end within 2 seconds")
