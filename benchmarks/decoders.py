@@ -44,7 +44,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import skd_trl
-from skd_trl import ACCEPTANCE_RULES, SamplingParams, interleaved_sample
+from skd_trl import ACCEPTANCE_RULES, Execution, LocalParticipant, SamplingParams, interleaved_sample
 from skd_trl.sampling.ragged_cache import RaggedDecoder, RaggedLayer
 
 
@@ -325,20 +325,17 @@ def sample(student: nn.Module, teacher: nn.Module, prompts: list[list[int]], top
     """Texts, one list for each prompt, and the teacher's hidden states (T, H) that predict their tokens. The only place that
     calls the sampler."""
     width = max(map(len, prompts))
+    sampling = SamplingParams(temperature=temperature)
     rollout = interleaved_sample(
-        student,
-        teacher,
+        LocalParticipant(student, sampling, vocab_size=V),
+        LocalParticipant(teacher, sampling, vocab_size=V),
         torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts]),
         torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
         accept=ACCEPTANCE_RULES["top_k"](k=top_k),
-        num_draft_tokens=NUM_DRAFT_TOKENS,
         max_new_tokens=NUM_NEW_TOKENS,
         eos_token_ids=[],
-        pad_token_id=0,
-        student_sampling=SamplingParams(temperature=temperature),
-        teacher_sampling=SamplingParams(temperature=temperature),
-        generator=torch.Generator().manual_seed(0),
-        vocab_size=V,
+        noise=torch.Generator().manual_seed(0),
+        execution=Execution(NUM_DRAFT_TOKENS),
     )
     texts = [labels[labels != -100].tolist() for labels in rollout.labels]
     hidden = [states[: len(text)] for states, text in zip(rollout.teacher_hidden_states, texts, strict=True)]
@@ -488,7 +485,7 @@ def last_layer_stale() -> Iterator[None]:
             last[id(layer.window)] = layer
         if fresh or last[id(layer.window)] is not layer:
             return write(layer, keys, values, *args, **kwargs)
-        row, column = layer.window.rows, layer.window.positions
+        row, column = layer.window.index, layer.window.positions
         before = layer.keys[row, :, column].clone()
         seen = write(layer, keys, values, *args, **kwargs)
         is_written = (before != 0).any(dim=-1, keepdim=True)

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, tiny_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from skd_trl.loss.lm_head import LMHead, backbone
 
@@ -105,3 +106,30 @@ def test_autocast_decides_the_type_of_the_product_but_not_of_the_logits():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="LlamaModel has no output embeddings"):
         LMHead.of(tiny_model("llama").model)
+
+
+@pytest.mark.parametrize(
+    "architecture, sizes",
+    [
+        (
+            "recurrent_gemma",
+            {"logits_soft_cap": 2.0, "lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3},
+        ),
+        ("xlstm", {"output_logit_soft_cap": 2.0, "num_heads": 2, "num_hidden_layers": 2, "qk_dim_factor": 0.5}),
+    ],
+)
+def test_soft_caps_of_other_names_are_followed(architecture, sizes):
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        **sizes,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.get_output_embeddings().weight.data.normal_()
+    head = LMHead.of(model)
+    assert head.softcap == 2.0 and head.verify(model)
+    assert not replace(head, softcap=None).verify(model)

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-# `logits_scaling` divides in granite's family (and minicpm3's, before a head without bias), but multiplies here.
+# Gemma's, recurrent_gemma's, xlstm's.
+_SOFTCAPS = (
+    # `logits_scaling` divides in granite's family (and minicpm3's, before a head without bias), but multiplies here.
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)  # gemma's, recurrent_gemma's, xlstm's
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax", "hyperclovax_vision_v2")
 
 
@@ -68,7 +74,8 @@ class LMHead:
                 f"causal language model (`AutoModelForCausalLM`)."
             )
         config = model.config.get_text_config()
-        shaping = {"scale": _logit_scale(config), "softcap": getattr(config, "final_logit_softcapping", None)}
+        softcaps = (getattr(config, name, None) for name in _SOFTCAPS)
+        shaping = {"scale": _logit_scale(config), "softcap": next(filter(None, softcaps), None)}
         # Subclasses with a forward of their own (quantized, adapters) are more than weight and bias. FSDP's subclass,
         # made on the fly, keeps nn.Linear's forward.
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:

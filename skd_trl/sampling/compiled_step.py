@@ -67,7 +67,7 @@ class CompiledStudent:
             if on_cuda:
                 torch.compiler.cudagraph_mark_step_begin()
             forward = _compiled("reduce-overhead" if on_cuda else "default")  # the former records CUDA graphs
-            logits = forward(decoder.model, decoder.cache, all_tokens, masks, all_positions)
+            logits = forward(decoder.model, decoder.cache_argument, all_tokens, masks, all_positions)
         return logits[: len(tokens)].clone()  # the next replay of a graph writes over its output
 
 
@@ -76,10 +76,8 @@ def _whole_slots(num_slots: int, multiple: int = 128) -> int:
     return -(-num_slots // multiple) * multiple
 
 
-def _forward(model: nn.Module, cache: Cache, tokens, masks, positions) -> torch.Tensor:
-    return model(
-        input_ids=tokens, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
-    ).logits
+def _forward(model: nn.Module, cache: dict[str, Cache], tokens, masks, positions) -> torch.Tensor:
+    return model(input_ids=tokens, attention_mask=masks, position_ids=positions, use_cache=True, **cache).logits
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import nn
 
 from .acceptance import AcceptanceRule, Draft
 from .draft_length import DraftLength, Round, Stopwatch
-from .participants import LocalParticipant, Participant
+from .participants import LocalParticipant, Participant, Shapes
 from .prompts import Prompts
 from .rollout import Rollout
 from .rows import Rows
@@ -113,8 +113,8 @@ def interleaved_sample(
     num_places = min(execution.max_rows or len(prompts), len(prompts))
     rows = Rows(noise.to(prompt_ids.device), num_places, draft_length.longest, eos_token_ids, execution.keeps_shape)
     agree = execution.agree or (lambda *numbers: numbers)
-    shapes = (num_places, max_new_tokens, execution.keeps_shape)
-    with student.session(prompts, *shapes), teacher.session(prompts, *shapes):
+    shapes = Shapes(num_places, max_new_tokens, draft_length.longest, execution.keeps_shape)
+    with student.session(prompts, shapes), teacher.session(prompts, shapes):
         while True:
             admitted = rows.admit(prompts.host_lengths)
             prefills = student.admit(*admitted), teacher.admit(*admitted)

@@ -12,6 +12,7 @@ Shapes: B prompts, R places of the cache, N places in use, G draft, Q tokens of 
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,6 +25,17 @@ from .prefill import cost_of_forward, prefill_groups
 from .prompts import Prompts
 from .ragged_cache import RaggedDecoder, eval_mode
 from .sampling_params import SamplingParams, draw
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is known of a sampling before it starts: `num_places` R, `max_new_tokens` T, `longest_draft` the largest G, and with
+    `keeps_shape` that every round is to read all slots of the cache."""
+
+    num_places: int
+    max_new_tokens: int
+    longest_draft: int
+    keeps_shape: bool
 
 
 class Participant:
@@ -42,9 +54,8 @@ class Participant:
         """Raises `ValueError`, calling it `name`, if it cannot continue the student's `prompts` by so many tokens."""
 
     @contextmanager
-    def session(self, prompts: Prompts, num_places: int, max_new_tokens: int, keeps_shape: bool):
-        """The time of one sampling; whatever it allocates and changes is given back afterwards. `prompts` are the student's. With
-        `keeps_shape` every round reads all slots."""
+    def session(self, prompts: Prompts, shapes: Shapes):
+        """The time of one sampling; whatever it allocates and changes is given back afterwards. `prompts` are the student's."""
         self.device = prompts.ids.device
         yield
 
@@ -131,15 +142,16 @@ class LocalParticipant(Participant):
             )
 
     @contextmanager
-    def session(self, prompts: Prompts, num_places: int, max_new_tokens: int, keeps_shape: bool):
+    def session(self, prompts: Prompts, shapes: Shapes):
         prove(self.model)
         self.prompts = prompts if self.own_prompts is None else self.own_prompts
         self.device = self.prompts.ids.device
-        # The last token of a full row is never fed to a model, so the slot of that one, and what is beyond, needs no room.
-        self.num_slots, self.keeps_shape = self.prompts.longest + max_new_tokens, keeps_shape
+        # A block may run over the end of its row. What is beyond shares the last position, which no full row reads.
+        self.num_positions, self.keeps_shape = self.prompts.longest + shapes.max_new_tokens, shapes.keeps_shape
+        self.num_slots = self.num_positions + shapes.longest_draft - 1
         make_decoder = RaggedDecoder if self.compiled is None else self.compiled.decoder
-        self.decoder = make_decoder(self.model, num_places, self.num_slots)
-        self.last = torch.zeros(num_places, dtype=torch.long, device=self.device)
+        self.decoder = make_decoder(self.model, shapes.num_places, self.num_slots)
+        self.last = torch.zeros(shapes.num_places, dtype=torch.long, device=self.device)
         self.length = torch.zeros_like(self.last)  # the position of `last`
         self.num_shared = 0  # first tokens of all prompts, whose keys and values every place has
         self.is_new = True
@@ -203,7 +215,7 @@ class LocalParticipant(Participant):
     def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
         super().begin_round(rows, num_rows, num_draft)
         longest = max(self.prompts.host_lengths[prompt] + num_written for prompt, num_written in rows)
-        self.num_slots_in_use = self.num_slots if self.keeps_shape else min(longest + num_draft - 1, self.num_slots)
+        self.num_slots_in_use = self.num_slots if self.keeps_shape else longest + num_draft - 1
         self.next_input, self.num_ahead = self.last[:num_rows], 0
 
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,4 +247,4 @@ class LocalParticipant(Participant):
     def _positions(self, start: int, count: int) -> torch.Tensor:
         """Positions (N, count) of the inputs `start`, `start + 1`, ... of a block; the first input is the last token kept."""
         steps = torch.arange(start, start + count, device=self.device)
-        return (self.length[: self.num_rows, None] + steps).clamp(max=self.num_slots - 1)
+        return (self.length[: self.num_rows, None] + steps).clamp(max=self.num_positions - 1)

@@ -8,6 +8,7 @@ a small `CacheLayerMixin` and an explicit 4D mask, `slot <= position`, one for e
 Shapes: B rows of the cache, N rows of one forward, Q new tokens of each of these rows, L slots, H hidden, V vocabulary.
 """
 
+import inspect
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -45,6 +46,10 @@ class RaggedDecoder:
         self.cache = Cache(layers=self.layers)
         self.spans = _attention_spans(config)
         self.attn_implementation = sampling_attention(model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # Its name before transformers 5.24 or so, and of models that have it from elsewhere.
+        renamed = "cache" in inspect.signature(base.forward).parameters
+        self.cache_argument = {"cache" if renamed else "past_key_values": self.cache}
 
     def __call__(
         self,
@@ -74,8 +79,8 @@ class RaggedDecoder:
                 input_ids=tokens,
                 attention_mask=self.masks(positions, num_slots_in_use),
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
+                **self.cache_argument,
                 **({"logits_to_keep": tokens.new_empty(0)} if without_logits else {}),
             ).logits
         return head_input.value, logits
