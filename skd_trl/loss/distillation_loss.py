@@ -104,7 +104,9 @@ def distillation_loss(
     _check_positions(student=student, teacher=teacher, facts=facts, gate=gate)
     whole_student, whole_teacher = _prepared(student, teacher, vocab_size)
 
-    gradients, trainable = None, _trainable(student)
+    gradients, trainable = None, []
+    if torch.is_grad_enabled():
+        trainable = ([student.states] if student.states.requires_grad else []) + student.head.trainable_parameters()
     if trainable:
         # Whether weights of 0 are worth looking for, which makes the host wait for the device.
         skip_zeros = gate.floor == 0 if isinstance(gate, Gate) else gate is not None and bool((gate.weight == 0).any())
@@ -156,13 +158,6 @@ def gate_weights(
     if gate.select is not None and population is not None:
         together, own = population(together)
     return gate.weights(gate.acceptance(together)[own], facts)
-
-
-def _trainable(student: HiddenStates) -> list[Tensor]:
-    """The tensors that want a gradient from this call."""
-    if not torch.is_grad_enabled():
-        return []
-    return ([student.states] if student.states.requires_grad else []) + student.head.trainable_parameters()
 
 
 def _chunk(

@@ -69,10 +69,8 @@ class LMHead:
         """
         module = head_module(model)
         if module is None:
-            raise ValueError(
-                f"{type(model).__name__} has no output embeddings, so there is no head to make logits with; pass a "
-                f"causal language model (`AutoModelForCausalLM`)."
-            )
+            name = type(model).__name__
+            raise ValueError(f"{name} has no output embeddings, that is no head. Pass a causal language model.")
         config = model.config.get_text_config()
         softcaps = (getattr(config, name, None) for name in _SOFTCAPS)
         shaping = {"scale": _logit_scale(config), "softcap": next(filter(None, softcaps), None)}

@@ -39,7 +39,8 @@ class CompiledStudent:
                 # Each size is a compilation, of which dynamo does eight: twice the slots at least.
                 num_rows = max(num_rows, last.num_rows)
                 num_slots = last.num_slots if num_slots <= last.num_slots else max(num_slots, 2 * last.num_slots)
-            self._decoder, self._is_marked = RaggedDecoder(model, num_rows, _whole_slots(num_slots)), False
+            num_slots = -(-num_slots // 128) * 128  # few different numbers
+            self._decoder, self._is_marked = RaggedDecoder(model, num_rows, num_slots), False
         assert self._decoder is not None
         return self._decoder
 
@@ -69,11 +70,6 @@ class CompiledStudent:
             forward = _compiled("reduce-overhead" if on_cuda else "default")  # the former records CUDA graphs
             logits = forward(decoder.model, decoder.cache_argument, all_tokens, masks, all_positions)
         return logits[: len(tokens)].clone()  # the next replay of a graph writes over its output
-
-
-def _whole_slots(num_slots: int, multiple: int = 128) -> int:
-    """At least `num_slots`, and few enough different numbers."""
-    return -(-num_slots // multiple) * multiple
 
 
 def _forward(model: nn.Module, cache: dict[str, Cache], tokens, masks, positions) -> torch.Tensor:

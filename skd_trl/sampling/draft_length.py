@@ -171,17 +171,14 @@ class ForwardCost:
         return fixed + marginal * num_tokens
 
     def line(self) -> tuple[float, float]:
-        if self._line is None:
-            self._line = self._fitted()
-        return self._line
-
-    def _fitted(self) -> tuple[float, float]:
         if not self.measured:
             return 1.0, 0.0
-        slopes = [(y - z) / (x - w) for (x, y), (w, z) in combinations(self.measured, 2) if x != w]
-        # At least no marginal cost, at most nothing but it.
-        marginal = min(max(median(slopes or [0.0]), 0.0), median(y / x for x, y in self.measured))
-        return max(median(y - marginal * x for x, y in self.measured), 0.0), marginal
+        if self._line is None:
+            slopes = [(y - z) / (x - w) for (x, y), (w, z) in combinations(self.measured, 2) if x != w]
+            # At least no marginal cost, at most nothing but it.
+            marginal = min(max(median(slopes or [0.0]), 0.0), median(y / x for x, y in self.measured))
+            self._line = max(median(y - marginal * x for x, y in self.measured), 0.0), marginal
+        return self._line
 
     def state_dict(self) -> list[tuple[int, float]]:
         return self.measured

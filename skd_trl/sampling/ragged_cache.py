@@ -89,9 +89,16 @@ class RaggedDecoder:
         """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several."""
         distance = positions[:, None, :, None] - torch.arange(num_slots, device=positions.device)
         masks = {
-            kind: self._mask((distance >= 0) if span is None else (distance >= 0) & (distance < span))
+            kind: (distance >= 0) if span is None else (distance >= 0) & (distance < span)
             for kind, span in self.spans.items()
         }
+        if self.attn_implementation == "eager":
+            # It adds its mask to the scores: a boolean one would be added as 0 and 1, silently wrong.
+            lowest = torch.finfo(self.model.dtype).min
+            masks = {
+                kind: torch.zeros_like(visible, dtype=self.model.dtype).masked_fill(~visible, lowest)
+                for kind, visible in masks.items()
+            }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def move_row(self, source: int, target: int) -> None:
@@ -103,15 +110,6 @@ class RaggedDecoder:
         """Copies the first `num_slots` slots of the first row to all rows: a beginning that all of them share."""
         for layer in self.layers:
             layer.spread_first_row(num_slots)
-
-    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
-        # Eager attention adds its mask to the scores: a boolean one would be added as 0 and 1, silently wrong.
-        if self.attn_implementation == "eager":
-            dtype = self.model.dtype
-            return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
-                ~visible, torch.finfo(dtype).min
-            )
-        return visible
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -186,14 +184,14 @@ class HeadInput:
         self.head = model.get_output_embeddings()
 
     def __enter__(self) -> "HeadInput":
-        self.handle = self.head.register_forward_pre_hook(self._keep)
+        def keep(module: nn.Module, args: tuple) -> None:
+            self.value = args[0]
+
+        self.handle = self.head.register_forward_pre_hook(keep)
         return self
 
     def __exit__(self, *_) -> None:
         self.handle.remove()
-
-    def _keep(self, module: nn.Module, args: tuple) -> None:
-        self.value = args[0]
 
 
 def sampling_attention(model: nn.Module) -> str:

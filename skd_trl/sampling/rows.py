@@ -52,6 +52,7 @@ class Rows:
         # What the host knows
         self.waiting = deque(range(num_prompts))
         self.places: list[int | None] = [None] * num_places
+        self.has_changed = True  # since the device was told who has which place
         self.host_written = [0] * num_prompts
         self.num_rounds = self.num_drafted = self.num_ended = 0
         self.num_judged = self.num_accepted = 0  # in the last round
@@ -67,28 +68,29 @@ class Rows:
         )
         for place, prompt in zip(free, new, strict=False):
             self.places[place] = prompt
+        self.has_changed = self.has_changed or bool(new)
         return free[: len(new)], new
 
     def pack(self) -> list[tuple[int, int]]:
         """Gives up places without a prompt: the moves (source, target) that leave the rows in the first places."""
-        if self.keeps_shape:
-            self._show_places()
+        if not self.has_changed:
             return []
-        num_live = len(self.live)
-        gaps = [place for place in range(num_live) if self.places[place] is None]
-        movers = [place for place in range(num_live, len(self.places)) if self.places[place] is not None]
-        for source, target in zip(movers, gaps, strict=True):
-            self.places[target] = self.places[source]
-        del self.places[num_live:]
-        self._show_places()
-        return list(zip(movers, gaps, strict=True))
-
-    def _show_places(self) -> None:
-        """Tells the device what the host has decided."""
+        moves = []
+        if not self.keeps_shape:
+            num_live = len(self.live)
+            gaps = [place for place in range(num_live) if self.places[place] is None]
+            movers = [place for place in range(num_live, len(self.places)) if self.places[place] is not None]
+            moves = list(zip(movers, gaps, strict=True))
+            for source, target in moves:
+                self.places[target] = self.places[source]
+            del self.places[num_live:]
+        # The device is told what the host has decided.
         owner = [self.spare if prompt is None else prompt for prompt in self.places]
         written = [0 if prompt is None else self.host_written[prompt] for prompt in self.places]
         state = torch.tensor([owner, written], dtype=torch.long, device=self.owner.device)
         self.owner[: len(owner)], self.num_written[: len(owner)] = state[0], state[1]
+        self.has_changed = False
+        return moves
 
     @property
     def live(self) -> list[tuple[int, int]]:
@@ -147,7 +149,7 @@ class Rows:
                 self.host_written[prompt] = written[place]
                 self.num_ended += ended[place]
                 if ended[place] or written[place] >= self.max_new_tokens:
-                    self.places[place] = None
+                    self.places[place], self.has_changed = None, True
 
     def rollout(self, prompts: Prompts) -> Rollout:
         """What was written, laid out as [prompt | response | padding]."""

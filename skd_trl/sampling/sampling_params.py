@@ -83,19 +83,15 @@ def _at_least(probs: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
 
 
 def _least_of_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The probability (..., 1) of the token that reaches `top_p`, counted from the likeliest."""
-    ordered = _likeliest(probs, top_p)
-    num_before = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True) - 1
-    return ordered.gather(-1, num_before)
-
-
-def _likeliest(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Probabilities in descending order, at least as many as reach `top_p` in every row."""
+    """The probability (..., 1) of the token that reaches `top_p`, counted from the most probable one."""
     # Sorting a vocabulary on CPU costs more than the draw (8 rows of 49k: 64 candidates 0.4 ms, 1024 2.6, all 30), and
     # the nucleus is nearly always small. On a GPU the sort is cheap and the test would wait for the device.
     for num_candidates in SHORT_LISTS if not probs.is_cuda else ():
         if num_candidates < probs.shape[-1]:
             ordered = probs.topk(num_candidates, dim=-1).values
             if bool((ordered.sum(-1) > top_p).all()):
-                return ordered
-    return probs.sort(dim=-1, descending=True).values
+                break
+    else:
+        ordered = probs.sort(dim=-1, descending=True).values
+    num_before = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True) - 1
+    return ordered.gather(-1, num_before)
