@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import skd_trl
+from skd_trl import interleaved_sample
+from skd_trl.loss.distillation_loss import distillation_loss, gate_weights
 
 
 PACKAGE = Path(skd_trl.__file__).parent
@@ -70,6 +73,11 @@ def test_the_walls_hold(module):
     folder, (own, others) = module.split("/")[0], imports_of(module)
     assert {name.split("/")[0] for name in own} <= WALLS[folder]
     assert folder == "training" or not {name.split(".")[0] for name in others} & ENGINES_AND_TRAINERS
+
+
+@pytest.mark.parametrize("function", [interleaved_sample, distillation_loss, gate_weights])
+def test_the_functions_at_the_borders_have_fewer_than_ten_parameters(function):
+    assert len(inspect.signature(function).parameters) < 10
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"_compat"}))
