@@ -247,7 +247,7 @@ class SKDTrainer(GKDTrainer):
 
     def _rollout_of_step(self, step: int) -> str:
         """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
-        lmbda = self.args.at(step, self.state.max_steps).lmbda
+        lmbda = self._lmbda_at(step)
         if self.args.rollout != "dataset" and lmbda > 0:
             if self.args.lmbda_unit == "prompt" and lmbda < 1:
                 return "mixed"
@@ -255,12 +255,17 @@ class SKDTrainer(GKDTrainer):
                 return self.args.rollout
         return "teacher" if self.seq_kd else "dataset"
 
+    def _lmbda_at(self, step: int) -> float:
+        """The share of sampled responses: as scheduled, or what a callback may have set."""
+        is_scheduled = "lmbda" in (self.args.schedules or {})
+        return self.args.at(step, self.state.max_steps).lmbda if is_scheduled else self.lmbda
+
     def _sample_some(self, batches: list[dict]) -> list[dict]:
         """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
         row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
         key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
         prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        is_sampled = torch.rand(len(prompts), generator=keyed_generator(*key)) < self._args_of_step.lmbda
+        is_sampled = torch.rand(len(prompts), generator=keyed_generator(*key)) < self._lmbda_at(self.state.global_step)
         chosen = is_sampled.to(prompts.device)
         some = {Key.PROMPTS: prompts[chosen], Key.PROMPT_ATTENTION_MASK: mask[chosen]}
         sampled = self._sample([some], self.args.rollout)
@@ -382,7 +387,7 @@ class SKDTrainer(GKDTrainer):
 
     def _facts(self, inputs, tokens: ResponseTokens) -> ResponseFacts:
         """What is known of the N response tokens of a micro-batch besides the models' distributions."""
-        sampled = {name: tokens.pick(inputs[name]) for name in ("replaced", "teacher_rank") if name in inputs}
+        sampled = {name: tokens.pick(inputs[name]) for name in (Key.REPLACED, Key.TEACHER_RANK) if name in inputs}
         return ResponseFacts.of(
             tokens.labels, position=tokens.positions, is_end=self._is_eos(tokens.labels), **sampled
         )

@@ -307,4 +307,5 @@ def _check_engine(
     for name, model in (("student", student), ("teacher", teacher)):
         check_head(LMHead.of(model), name, accelerator)
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
-    return Verdict.GOOD, f"{accelerator.num_processes} process(es) of kind {kind}."
+    engine = "without an engine that shards" if kind in ("NO", "MULTI_CPU", "MULTI_GPU") else f"under {kind}"
+    return Verdict.GOOD, f"{accelerator.num_processes} process(es) {engine}."
