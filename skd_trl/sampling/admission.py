@@ -93,7 +93,11 @@ def check_kind(model: nn.Module) -> None:
     check_one_device(name, model)
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise ValueError(f"{name} does not say how many layers it has (num_hidden_layers). {WAY_OUT}")
-    unknown = set(getattr(config, "layer_types", None) or []) - {FULL, SLIDING}
+    unknown = set(getattr(config, "layer_types", None) or []) - {
+        FULL,
+        SLIDING,
+        "attention",
+    }  # its name in transformers 5.0
     if unknown:
         raise ValueError(
             f"{name} has layers of kind {sorted(unknown)}, which a mask over slots cannot express. {_hint(model)}{WAY_OUT}"
