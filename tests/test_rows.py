@@ -1,0 +1,214 @@
+"""What people's rows hold, in the forms in which public data sets write it: the same prompt and label as the plain form."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from test_data import prepare
+from test_tokenization import ANSWER, CHAT_PROMPT, QUESTION, texts, tokenize
+from tiny import BOS, CHATML, EOS, byte_tokenizer
+
+
+PLAIN = (CHAT_PROMPT, f"It is 4.{EOS}")
+WITH_TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% if tools is not none %}tools:{% endif %}" + CHATML
+)
+CALLS = CHATML.replace(
+    "{{ m['content'] }}<|im_end|>",
+    "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}<call>{{ c['function'] | tojson }}</call>{% endfor %}<|im_end|>",
+)
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("human", ["human", "user", "User", " HUMAN ", "prompter"])
+@pytest.mark.parametrize("answering", ["gpt", "model", "bot", "chatgpt", "Assistant", "GPT", "ai", "chatbot"])
+def test_the_names_of_roles_in_public_data_sets_mean_what_the_plain_ones_mean(human, answering):
+    for column, keys in (("conversations", ("from", "value")), ("messages", ("role", "content"))):
+        row = {
+            column: [dict(zip(keys, pair, strict=True)) for pair in ((human, "What is 2+2?"), (answering, "It is 4."))]
+        }
+        assert texts(row) == PLAIN
+
+
+def test_a_call_in_json_text_is_the_assistants_and_an_observation_the_tools():
+    call = {"name": "add", "arguments": {"a": 2}}
+    row = {
+        "conversations": [
+            {"from": "human", "value": "2+2?"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "4"},
+            {"from": "gpt", "value": "It is 4."},
+        ]
+    }
+    prompt, response = texts(row, byte_tokenizer(CALLS))
+    assert f"{BOS}assistant\n<call>{json.dumps(call)}</call>{EOS}\n{BOS}tool\n4{EOS}" in prompt
+    assert response == f"It is 4.{EOS}"
+    row["conversations"] = row["conversations"][:2]
+    assert texts(row, byte_tokenizer(CALLS))[1] == f"<call>{json.dumps(call)}</call>{EOS}"
+    row["conversations"][1]["value"] = "add 2"
+    refused = tokenize(row, byte_tokenizer(CALLS))
+    assert refused["problem"] == "unreadable" and "turn 1 of its `conversations` is a call" in refused["detail"]
+
+
+@pytest.mark.parametrize("role", ["Alice", "", "assistent"])
+def test_a_conversation_whose_last_role_is_not_known_is_refused_with_its_row(role):
+    result = tokenize({"messages": [QUESTION, turn(role, "It is 4.")]})
+    assert result["problem"] == "unreadable" and repr(role) in result["detail"] and "gpt" in result["detail"]
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, turn(role, "It is 4.")]}]
+    with pytest.raises(ValueError, match="1 of 2 rows.*Row 1"):
+        prepare(rows)
+
+
+def test_an_unknown_role_before_the_end_is_the_templates_business():
+    assert f"{BOS}critic\nHm.{EOS}" in texts({"messages": [turn("critic", "Hm."), QUESTION, ANSWER]})[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "What is 2+2?"}],
+        [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}],
+        [{"type": "input_text", "text": "What is 2+2?", "annotations": []}],
+        ["What is ", "2+2?"],
+        [{"type": "text", "text": "What is 2+2?", "image": None}],
+    ],
+)
+def test_text_in_parts_is_the_text(content):
+    assert (
+        texts({"messages": [turn("user", content), turn("assistant", [{"type": "text", "text": "It is 4."}])]})
+        == PLAIN
+    )
+    row = {"prompt": [turn("user", content)], "completion": [ANSWER]}
+    assert texts(row) == PLAIN
+
+
+def test_parts_are_handed_over_where_a_template_prints_them_and_texts_become_parts_where_it_prints_no_text():
+    in_parts = "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
+    either = "{% if m['content'] is string %}{{ m['content'] }}{% else %}" + in_parts + "{% endif %}"
+    content = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}]
+    for printed in (in_parts, either):
+        tokenizer = byte_tokenizer(CHATML.replace("{{ m['content'] }}", printed))
+        for question in (content, "What is 2+2?"):
+            assert texts({"messages": [turn("user", question), ANSWER]}, tokenizer) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ([{"type": "image"}, {"type": "text", "text": "What?"}], "'image'"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "'image_url'"),
+        ([{"type": "thinking", "thinking": "hm"}], "'thinking'"),
+        ([{"type": "text"}], "'text'"),
+        ([4], "'int'"),
+        ({"parts": ["What?"]}, "dict"),
+        (4, "int"),
+    ],
+)
+def test_content_that_is_no_text_is_refused_by_row(content, named):
+    result = tokenize({"messages": [turn("user", content), ANSWER]})
+    assert result["problem"] == "unreadable" and "turn 0 of its `messages`" in result["detail"]
+    assert named in result["detail"]
+
+
+@pytest.mark.parametrize("nothing", ["[]", "", "null", "{}", " ", [], None])
+def test_no_tools_print_no_preamble_however_they_are_written(nothing):
+    tokenizer = byte_tokenizer(WITH_TOOLS)
+    assert texts({"messages": [QUESTION, ANSWER], "tools": nothing}, tokenizer) == PLAIN
+
+
+@pytest.mark.parametrize("tools", ['[{"name": "add"}]', [{"name": "add"}], ['{"name": "add"}']])
+def test_tools_reach_the_template_as_dicts(tools):
+    prompt = texts({"messages": [QUESTION], "tools": tools}, byte_tokenizer(WITH_TOOLS))[0]
+    assert prompt.startswith('{"name": "add"}tools:')
+
+
+@pytest.mark.parametrize("tools", ['{"name": "add"}', '"add"', "[4]", {"name": "add"}, "[not json"])
+def test_tools_that_are_no_list_of_dicts_are_refused(tools):
+    result = tokenize({"messages": [QUESTION], "tools": tools}, byte_tokenizer(WITH_TOOLS))
+    assert result["problem"] == "unreadable" and "`tools`" in result["detail"]
+
+
+def test_template_kwargs_may_be_json_text():
+    tokenizer = byte_tokenizer("{{ mood }}|" + CHATML)
+    row = {"messages": [QUESTION]}
+    for kwargs in ('{"mood": "glad"}', {"mood": "glad"}):
+        assert texts({**row, "chat_template_kwargs": kwargs}, tokenizer)[0].startswith("glad|")
+    for kwargs in ("", "null", None, {}):
+        assert (
+            texts({**row, "chat_template_kwargs": kwargs}, tokenizer, chat_template_kwargs={"mood": "sad"})[0][:3]
+            == "sad"
+        )
+    for kwargs in ("[1]", "glad", '"glad"'):
+        refused = tokenize({**row, "chat_template_kwargs": kwargs}, tokenizer)
+        assert refused["problem"] == "unreadable" and "`chat_template_kwargs`" in refused["detail"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": "What is 2+2?"},
+        {"conversations": json.dumps([QUESTION, ANSWER])},
+        {"messages": {"role": ["user"], "content": ["What is 2+2?"]}},
+        {"prompt": [QUESTION], "completion": ANSWER},
+        {"prompt": QUESTION},
+    ],
+)
+def test_what_is_no_list_of_turns_is_called_what_it_is(row):
+    result = tokenize(row)
+    assert result["problem"] == "unreadable"
+    assert any(f"{kind}" in result["detail"] for kind in ("is a str", "is a dict", "is a text"))
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_prompt_in_a_column_goes_before_the_turns(column):
+    expected = texts({"messages": [turn("system", "Be brief."), QUESTION, ANSWER]})
+    assert texts({"messages": [QUESTION, ANSWER], column: "Be brief."}) == expected
+    assert texts({"prompt": [QUESTION], "completion": [ANSWER], column: "Be brief."}) == expected
+    assert texts({"messages": [turn("system", "Be brief."), QUESTION, ANSWER], column: "Be brief."}) == expected
+    assert texts({"messages": [QUESTION, ANSWER], column: None}) == PLAIN
+    for row in ({"messages": [turn("system", "Be long."), QUESTION]}, {"prompt": "2+2=", "completion": "4"}):
+        refused = tokenize({**row, column: "Be brief."})
+        assert refused["problem"] == "unreadable" and f"`{column}`" in refused["detail"]
+
+
+SEVERAL = [turn("assistant", "Let me ask."), turn("tool", "4"), ANSWER]
+
+
+def test_a_completion_of_several_turns_leaves_the_prompt_as_it_is_given():
+    row = {"prompt": [QUESTION], "completion": SEVERAL}
+    assert texts(row) == (CHAT_PROMPT, f"Let me ask.{EOS}")
+    assert tokenize(row)["notes"] == ["several_turns"]
+    longer = {
+        "prompt": [QUESTION, ANSWER, turn("user", "Sure?")],
+        "completion": [ANSWER, turn("user", "Really?"), ANSWER],
+    }
+    assert texts(longer)[0] == texts({"prompt": longer["prompt"]})[0]
+
+
+@pytest.mark.parametrize("role", ["user", "tool", "system"])
+def test_a_completion_that_does_not_begin_with_an_answer_is_refused(role):
+    result = tokenize({"prompt": [QUESTION], "completion": [turn(role, "4"), ANSWER]})
+    assert result["problem"] == "unreadable" and repr(role) in result["detail"]
+
+
+def test_a_counted_note_says_what_is_not_used_of_completions(caplog):
+    prepare(
+        [{"prompt": [QUESTION], "completion": SEVERAL}, {"prompt": [QUESTION], "completion": [ANSWER]}],
+        max_prompt_length=200,
+        max_response_length=50,
+    )
+    assert (
+        len(caplog.messages) == 1
+        and "In 1 of 2 rows" in caplog.messages[0]
+        and "every_answer=True" in caplog.messages[0]
+    )
+
+
+def test_rows_with_roles_of_sharegpt_come_out_of_a_data_set_as_the_plain_ones_do():
+    plain = [{"messages": [QUESTION, ANSWER]}]
+    other = [{"conversations": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "It is 4."}]}]
+    assert prepare(other, max_prompt_length=200).to_list() == prepare(plain, max_prompt_length=200).to_list()
+    assert Dataset.from_list(other).column_names == ["conversations"]
