@@ -5,8 +5,11 @@ import json
 import pytest
 from datasets import Dataset
 from test_data import prepare
+from test_skd_trainer import make_trainer
 from test_tokenization import ANSWER, CHAT_PROMPT, QUESTION, texts, tokenize
 from tiny import BOS, CHATML, EOS, byte_tokenizer
+
+from skd_trl.data.tokenization import RowRules, tokenize_row
 
 
 PLAIN = (CHAT_PROMPT, f"It is 4.{EOS}")
@@ -212,3 +215,80 @@ def test_rows_with_roles_of_sharegpt_come_out_of_a_data_set_as_the_plain_ones_do
     other = [{"conversations": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "It is 4."}]}]
     assert prepare(other, max_prompt_length=200).to_list() == prepare(plain, max_prompt_length=200).to_list()
     assert Dataset.from_list(other).column_names == ["conversations"]
+
+
+DIALOGUE = [
+    turn("system", "Be brief."),
+    turn("user", "q1"),
+    turn("assistant", "a1"),
+    turn("user", "q2"),
+    turn("assistant", "a2"),
+]
+
+
+def examples(row, **changes) -> list[tuple[str, str]]:
+    tokenizer = byte_tokenizer()
+    settings = {"max_prompt_length": None, "max_response_length": None, "needs_response": True, "every_answer": True}
+    rules = RowRules(eos_token_ids=(tokenizer.eos_token_id,), **(settings | changes))
+    results = tokenize_row(row, tokenizer=tokenizer, rules=rules)
+    assert [result["problem"] for result in results] == [""] * len(results), results
+    return [(tokenizer.decode(result["prompt_ids"]), tokenizer.decode(result["response_ids"])) for result in results]
+
+
+def test_every_answer_is_a_row_after_what_came_before_it():
+    expected = [texts({"messages": DIALOGUE[:3]}), texts({"messages": DIALOGUE})]
+    assert [response for _, response in expected] == [f"a1{EOS}", f"a2{EOS}"]
+    assert examples({"messages": DIALOGUE}) == expected
+    assert examples({"prompt": DIALOGUE[:2], "completion": DIALOGUE[2:]}) == expected
+    assert examples({"messages": DIALOGUE}, every_answer=False) == expected[1:]
+
+
+def test_with_every_answer_calls_of_tools_are_answers_too():
+    row = {"prompt": [QUESTION], "completion": SEVERAL}
+    assert examples(row) == [texts({"messages": [QUESTION, *SEVERAL[:1]]}), texts({"messages": [QUESTION, *SEVERAL]})]
+
+
+def test_with_every_answer_a_greeting_is_no_answer_and_a_last_question_is_a_row_where_it_can_be_sampled():
+    row = {"messages": [turn("assistant", "Hello."), *DIALOGUE[1:4]]}
+    answered = examples(row)
+    assert [response for _, response in answered] == [f"a1{EOS}"]
+    assert examples(row, needs_response=False) == [*answered, texts(row)]
+    assert examples({"prompt": "2+2=", "completion": "4"}) == [("2+2=", f"4{EOS}")]
+
+
+def test_with_every_answer_each_run_of_a_tokenized_row_is_a_row():
+    ids = [ord(letter) - 33 for letter in "abcdef"]  # bytes come in the order of their letters
+    row = {"input_ids": ids, "completion_mask": [0, 1, 1, 0, 1, 0]}
+    results = tokenize_row(
+        row, tokenizer=byte_tokenizer(), rules=RowRules(None, None, True, (257,), every_answer=True)
+    )
+    assert [(r["prompt_ids"], r["response_ids"]) for r in results] == [(ids[:1], ids[1:3]), (ids[:4], ids[4:5])]
+
+
+def test_the_log_counts_rows_and_answers_and_a_problem_names_its_row_and_answer(caplog):
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": DIALOGUE}]
+    settings = {"max_prompt_length": 200, "every_answer": True}
+    assert len(prepare(rows, **settings)) == 3
+    assert any("the 2 rows of the train data set hold 3 answers" in message for message in caplog.messages)
+    empty = [*DIALOGUE[:2], turn("assistant", ""), *DIALOGUE[3:]]
+    with pytest.raises(ValueError, match=r"1 of 2 rows .*Row 1\. \(row 1: answer 1 of 2: .*no reference"):
+        prepare([rows[0], {"messages": empty}], needs_response=True, **settings)
+
+
+def test_a_stream_gives_every_answer_too():
+    dataset = Dataset.from_list([{"messages": DIALOGUE}, {"messages": [QUESTION, ANSWER]}])
+    settings = {"max_prompt_length": 200, "every_answer": True}
+    streamed = list(prepare(dataset.to_iterable_dataset(), **settings))
+    assert [{key: row[key] for key in ("prompt_ids", "response_ids")} for row in streamed] == prepare(
+        dataset, **settings
+    ).to_list()
+    assert [row["skipped_rows"] for row in streamed] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+def test_a_trainer_trains_and_evaluates_on_every_answer(tmp_path, rollout):
+    rows = [{"messages": DIALOGUE}]
+    trainer = make_trainer(tmp_path, rows, eval_dataset=Dataset.from_list(rows), rollout=rollout, every_answer=True)
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (2, 2)
+    assert len(make_trainer(tmp_path, rows, rollout=rollout).train_dataset) == 1
+    assert trainer.train().training_loss > 0

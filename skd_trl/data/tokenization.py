@@ -202,7 +202,8 @@ def _text_ids(text: str, tokenizer) -> list[int]:
 def _chat_encoders(row, examples: list[Example], tokenizer, rules) -> list[Encoder]:
     tools = tools_of(row)
     render = make_renderer(tokenizer, tools, {**rules.chat_template_kwargs, **template_kwargs_of(row)})
-    tool_names = [str(tool.get("function", tool).get("name") or "") for tool in tools or []]
+    functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools or []]
+    tool_names = [str(function.get("name") or "") for function in functions]
     encode = partial(_encode_chat, render=render, tool_names=tool_names, tokenizer=tokenizer, rules=rules)
     return [partial(encode, *example) for example in examples]
 
