@@ -12,7 +12,10 @@ NOT_FOLLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "packing": ((False,), "Each row is a prompt of its own that a response is sampled for; leave it False."),
     "eval_packing": ((None, False), "Each row is evaluated by itself; leave it None."),
     "padding_free": ((False,), "Rows are padded; leave it False, and use per_device_train_batch_size to save memory."),
-    "assistant_only_loss": ((False,), "The loss is on the response only, the last turn, in any case; leave it False."),
+    "assistant_only_loss": (
+        (False,),
+        "The loss is on the response only, the last answer, in any case; leave it False, and set every_answer=True for a row for each answer.",
+    ),
     "completion_only_loss": ((None, True), "The loss is on the response only; prompts have none. Leave it None."),
     "label_smoothing_factor": (
         (0.0,),

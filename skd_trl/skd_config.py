@@ -115,6 +115,9 @@ class SKDConfig(GKDConfig):
             Reference responses are cut after this many tokens. By default `max_length - max_prompt_length`.
         chat_template_kwargs (`dict`, *optional*):
             Given to the chat template, such as `{"enable_thinking": False}`.
+        every_answer (`bool`, *optional*, defaults to `False`):
+            Whether a conversation of n answers is n rows, each answer after what came before it. By default it is one row: its
+            last answer, or of a completion of several turns the first.
         log_completions (`bool`, *optional*, defaults to `False`):
             Whether to keep sampled responses: a table in the terminal and
             `output_dir/completions/completions_{step}.parquet`, with what the teacher replaced.
@@ -255,6 +258,13 @@ class SKDConfig(GKDConfig):
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Given to the chat template, such as {'enable_thinking': false}."}
+    )
+    every_answer: bool = field(
+        default=False,
+        metadata={
+            "help": "Make a conversation of n answers n rows, each answer after what came before it. Default: one row, of the "
+            "last answer."
+        },
     )
     log_completions: bool = field(
         default=False,

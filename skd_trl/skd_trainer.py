@@ -171,6 +171,7 @@ class SKDTrainer(GKDTrainer):
             num_proc=args.dataset_num_proc,
             chat_template_kwargs=args.chat_template_kwargs,
             formatting_func=formatting_func,
+            every_answer=args.every_answer,
         )
         train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
         if args.shuffle_dataset:

@@ -54,7 +54,8 @@ def tokenize(row, tokenizer=None, formatting_func=None, **changes):
         "eos_token_ids": (tokenizer.eos_token_id,),
     }
     rules = RowRules(**(settings | changes))
-    return tokenize_row(row, tokenizer=tokenizer, rules=rules, formatting_func=formatting_func)
+    (result,) = tokenize_row(row, tokenizer=tokenizer, rules=rules, formatting_func=formatting_func)
+    return result
 
 
 def texts(row, tokenizer=None, **changes) -> tuple[str, str]:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
+from .templates import REASONING_KEYS
+
 
 # Stands for the answer where a template is asked what it prints before one.
 ANSWER_MARK = "SKDANSWERMARK"
@@ -64,8 +66,8 @@ def answer_start(
     begin like the rest of the generation prompt, they part too late. So the template is also asked what it prints
     before some other answer, and the earlier of the two places counts.
     """
-    mark = ANSWER_MARK if isinstance(answer.get("content"), str) else [{"type": "text", "text": ANSWER_MARK}]
-    marked_text = render([*prompt, {**answer, "content": mark}])
+    marked = {key: ANSWER_MARK for key in REASONING_KEYS if isinstance(answer.get(key), str)}
+    marked_text = render([*prompt, {**answer, **marked, "content": ANSWER_MARK}])
     header_end = marked_text.find(ANSWER_MARK)
     has_header = header_end >= 0 and full_text.startswith(marked_text[:header_end])
     parting = len(os.path.commonprefix([prompt_text, full_text]))

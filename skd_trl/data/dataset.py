@@ -22,7 +22,12 @@ from .tokenization import RowRules, tokenize_row
 logger = logging.getLogger(__name__)
 
 COLUMNS = {"prompt_ids": Sequence(Value("int32")), "response_ids": Sequence(Value("int32"))}
-REPORT_COLUMNS = {"problem": Value("string"), "detail": Value("string"), "notes": Sequence(Value("string"))}
+REPORT_COLUMNS = {
+    "row": Value("int64"),
+    "problem": Value("string"),
+    "detail": Value("string"),
+    "notes": Sequence(Value("string")),
+}
 
 # Why a row is unusable, and what to change. `form` is wrong with the data set as a whole.
 PROBLEMS = {
@@ -33,6 +38,10 @@ PROBLEMS = {
         "these rows, or train on sampled responses only"
     ),
     "unreadable": "cannot be turned into tokens. Change or remove these rows",
+    "lost_answer": (
+        "have an answer of which the chat template prints nothing (calls for a template without calls, or reasoning that it "
+        "strips), so the reference response would be a bare end of turn. Use a chat template that prints it, or remove these rows"
+    ),
     "long_prompt": "have a prompt over max_prompt_length={limits.max_prompt_length} and are left out (a cut prompt is "
     "no longer what its template means). Raise max_prompt_length to keep them",
 }
@@ -48,6 +57,31 @@ NOTES = {
         "the chat template puts an empty reasoning block before the reference response, which teaches the student not "
         'to reason where its prompt asks it to. Pass chat_template_kwargs={{"enable_thinking": False}} if that is '
         "what you want (the block then belongs to the prompt), or put the reasoning into the references"
+    ),
+    "lost_answer": (
+        "the chat template prints nothing of the row's answer, so the row has no reference response. Use a chat template that "
+        "prints it, if anything is to be trained or evaluated on references"
+    ),
+    "lost_reasoning": (
+        "the chat template leaves the reasoning of the row's answer out of the reference response, which teaches the student "
+        "to answer without. Use a chat template that prints it (some are made for training), or remove it from the rows"
+    ),
+    "lost_calls": (
+        "the chat template leaves calls of the row's answer out of the reference response, or parts of them. Use a chat template "
+        "that prints them, or remove them from the rows"
+    ),
+    "lost_text": (
+        "the chat template does not print the text of the row's answer as it is given. Look at one of the rows in the "
+        "template, and use another one if the text is missing"
+    ),
+    "lost_turn": (
+        "the chat template does not print a turn of the prompt as it is given, so a question, a tool's answer or a system prompt "
+        "may be missing. Look at one of the rows in the template, and use another one if it is"
+    ),
+    "lost_tools": "the chat template does not print the row's tools. Use a chat template that does, or remove the column",
+    "several_turns": (
+        "the completion has several turns; the first is the reference response and the others are not used. Set "
+        "every_answer=True to make each answer a row"
     ),
     "merged": (
         "tokens merge across the end of the prompt, so the response is tokenized on its own, as the model would write "
@@ -83,6 +117,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     formatting_func: Callable[[dict], dict] | None = None,
+    every_answer: bool = False,
 ) -> Dataset | IterableDataset:
     """
     Token ids of the prompts and reference responses of a data set.
@@ -90,7 +125,10 @@ def prepare_dataset(
     Rows may hold `messages` (the last turn is the reference if it is the assistant's, else the row is a prompt alone),
     `prompt` and `completion` or `prompt` alone (texts or conversations), `conversations` (from/value), or TRL's
     tokenized rows: `input_ids` with `completion_mask` or `labels`. A conversation's own `tools` and
-    `chat_template_kwargs` columns are handed to the chat template. `dataset` itself stays as it was.
+    `chat_template_kwargs` columns (lists and dicts, or their JSON text) are handed to the chat template, and a text in a `system`
+    or `system_prompt` column goes before its turns. Roles and contents of other data sets are translated
+    (`conversations.py`). A conversation of several answers is one row, of its last; of several in a `completion`, of the first,
+    since the prompt is the one that is given. `dataset` itself stays as it was.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
@@ -114,6 +152,9 @@ def prepare_dataset(
         formatting_func (`Callable`, *optional*):
             Turns a row into one of the forms above, as in `GKDTrainer` ("take in an example and return an example").
             A text, which `SFTTrainer` would take, does not say where the prompt ends and is refused.
+        every_answer (`bool`, *optional*, defaults to `False`):
+            Makes a conversation of n answers n rows, each answer after what came before it. A last question without an answer is a
+            row more where no references are needed.
 
     Returns:
         `Dataset` or `IterableDataset`: columns `prompt_ids` and `response_ids` (empty for a prompt alone), and for
@@ -130,7 +171,12 @@ def prepare_dataset(
             "split of a DatasetDict, or `Dataset.from_list(rows)`."
         )
     rules = RowRules(
-        max_prompt_length, max_response_length, needs_response, tuple(eos_token_ids), chat_template_kwargs or {}
+        max_prompt_length,
+        max_response_length,
+        needs_response,
+        tuple(eos_token_ids),
+        chat_template_kwargs or {},
+        every_answer,
     )
     arguments = {"tokenizer": tokenizer, "rules": rules, "formatting_func": formatting_func}
     if isinstance(dataset, IterableDataset):
@@ -143,41 +189,57 @@ def prepare_dataset(
     if len(dataset) == 0:
         raise ValueError(f"The {name} data set is empty: give at least one row.")
     tokenized = dataset.with_format(None).map(
-        tokenize_row,
+        _tokenize_rows,
         fn_kwargs=arguments,
+        with_indices=True,
+        batched=True,
         remove_columns=dataset.column_names,
         features=Features(**COLUMNS, **REPORT_COLUMNS),
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
-    usable = _report(tokenized, rules, name)
+    usable = _report(tokenized, len(dataset), rules, name)
     tokenized = tokenized.select_columns(list(COLUMNS))
     return tokenized if len(usable) == len(tokenized) else tokenized.select(usable)
 
 
-def _report(tokenized: Dataset, rules: RowRules, name: str) -> list[int]:
-    """Indices of the usable rows. Every rank finds the same and raises the same; only the first one warns."""
+def _tokenize_rows(batch: dict[str, list], indices: list[int], **arguments: Any) -> dict[str, list]:
+    """`tokenize_row` for `Dataset.map(batched=True)`, with the number of the row that each result comes from."""
+    results = []
+    for i, number in enumerate(indices):
+        row = {key: values[i] for key, values in batch.items()}
+        results += [{**result, "row": number} for result in tokenize_row(row, **arguments)]
+    return {column: [result[column] for result in results] for column in (*COLUMNS, *REPORT_COLUMNS)}
+
+
+def _report(tokenized: Dataset, num_rows: int, rules: RowRules, name: str) -> list[int]:
+    """Indices of the usable results. Every rank finds the same and raises the same; only the first one warns."""
     warn = logger.warning if int(os.environ.get("RANK", "0")) == 0 else logger.debug
-    rows_by_problem: dict[str, list[int]] = {}
-    for row, problem in enumerate(tokenized["problem"][:]):
-        rows_by_problem.setdefault(problem, []).append(row)
-    usable = rows_by_problem.pop("", [])
+    rows = tokenized["row"][:]
+    by_problem: dict[str, list[int]] = {}
+    for index, problem in enumerate(tokenized["problem"][:]):
+        by_problem.setdefault(problem, []).append(index)
+    usable = by_problem.pop("", [])
     for problem, text in PROBLEMS.items():
-        if rows := rows_by_problem.get(problem):
+        if found := by_problem.get(problem):
+            named = list(dict.fromkeys(rows[index] for index in found))
             text = text.format(limits=rules)
-            detail = f"row {rows[0]}: {tokenized[rows[0]]['detail']}"
-            message = f"{len(rows)} of {len(tokenized)} rows of the {name} data set {text}. {_name(rows)} ({detail})"
+            detail = f"row {named[0]}: {tokenized[found[0]]['detail']}"
+            message = f"{len(named)} of {num_rows} rows of the {name} data set {text}. {_name(named)} ({detail})"
             if problem != "long_prompt" or not usable:
                 raise ValueError(message if usable else f"{message} No usable row is left.")
             warn(message)
+    if rules.every_answer:
+        warn(f"every_answer: the {num_rows} rows of the {name} data set hold {len(rows)} answers, each a row.")
 
-    rows_by_note: dict[str, list[int]] = {}
-    for row, notes in enumerate(tokenized["notes"][:]):
+    by_note: dict[str, list[int]] = {}
+    for row, notes in zip(rows, tokenized["notes"][:], strict=True):
         for note in notes:
-            rows_by_note.setdefault(note, []).append(row)
-    for note, rows in rows_by_note.items():
+            by_note.setdefault(note, []).append(row)
+    for note, found in by_note.items():
+        named = list(dict.fromkeys(found))
         text = NOTES[note].format(limits=rules)
-        warn(f"In {len(rows)} of {len(tokenized)} rows of the {name} data set {text}. {_name(rows)}")
+        warn(f"In {len(named)} of {num_rows} rows of the {name} data set {text}. {_name(named)}")
     return usable
 
 
@@ -192,7 +254,7 @@ def _prepare_stream(dataset: IterableDataset, arguments: dict[str, Any], name: s
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError(f"The {name} data set is empty: give at least one row.")
-    first = tokenize_row(first_row, **arguments)
+    first = tokenize_row(first_row, **arguments)[0]
     if first["problem"] == "form":
         raise ValueError(f"The {name} data set cannot be used. Row 0: {first['detail']}")
     return dataset.map(
@@ -206,7 +268,7 @@ def _prepare_stream(dataset: IterableDataset, arguments: dict[str, Any], name: s
 
 
 class _StreamTokenizer:
-    """`tokenize_row` for `IterableDataset.map(batched=True, batch_size=1)`: gives one row, or none."""
+    """`tokenize_row` for `IterableDataset.map(batched=True, batch_size=1)`: gives the usable ones of its results."""
 
     def __init__(self, arguments: dict[str, Any], name: str):
         self.arguments = arguments
@@ -215,16 +277,22 @@ class _StreamTokenizer:
         self.counts: Counter[str] = Counter()
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        result = tokenize_row({key: values[0] for key, values in batch.items()}, **self.arguments)
+        row = {key: values[0] for key, values in batch.items()}
+        usable = [result for result in tokenize_row(row, **self.arguments) if self._is_usable(result, indices[0])]
+        columns: dict[str, list] = {column: [result[column] for result in usable] for column in COLUMNS}
+        return columns | {"skipped_rows": [result["skipped_rows"] for result in usable]}
+
+    def _is_usable(self, result: dict[str, Any], row: int) -> bool:
+        """Logs what is to be said of a result. A usable one is given the number of those that were not since the one before."""
         rules = self.arguments["rules"]
         for note in result["notes"]:
-            self._log(note, f"row {indices[0]} of the {self.name} stream: {NOTES[note].format(limits=rules)}")
+            self._log(note, f"row {row} of the {self.name} stream: {NOTES[note].format(limits=rules)}")
         if not result["problem"]:
-            skipped, self.num_pending = self.num_pending, 0
-            return {**{column: [result[column]] for column in COLUMNS}, "skipped_rows": [skipped]}
+            result["skipped_rows"], self.num_pending = self.num_pending, 0
+            return True
         self.num_pending += 1
         problem, detail = result["problem"], result["detail"]
-        message = f"skipped row {indices[0]} of the {self.name} stream: {detail}"
+        message = f"skipped row {row} of the {self.name} stream: {detail}"
         if problem == "long_prompt":
             message += f" max_prompt_length is {rules.max_prompt_length}."
         self._log(problem, message)
@@ -233,7 +301,7 @@ class _StreamTokenizer:
                 f"The last {self.num_pending} rows of the {self.name} stream were all unusable ({dict(self.counts)} "
                 f"so far). The last one: {detail}"
             )
-        return {column: [] for column in (*COLUMNS, "skipped_rows")}
+        return False
 
     def _log(self, reason: str, message: str) -> None:
         self.counts[reason] += 1

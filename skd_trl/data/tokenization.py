@@ -1,19 +1,27 @@
-"""One data set row -> the token ids of its prompt and of its reference response.
+"""One data set row -> the token ids of its prompt and of its reference response, or of each of its answers.
 
 The prompt is what the model is given at inference, to the token: the chat template with its generation prompt, or the
 plain text. The response is the rest of the rendered conversation up to its end-of-sequence token; `boundary.py` finds
 where it begins. The functions are pure and see one row: they count nothing and print nothing (`dataset.py` does).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from .boundary import EMPTY_REASONING, answer_start, continuation_ids, end_at_eos, ids_after, rendered_ids
+from .conversations import (
+    UnusableRow,
+    refuse_system_column,
+    template_kwargs_of,
+    tools_of,
+    turns_of,
+    with_system_column,
+)
+from .templates import held_by, make_renderer, missing_from
 
 
 @dataclass(frozen=True)
@@ -25,17 +33,17 @@ class RowRules:
     needs_response: bool
     eos_token_ids: tuple[int, ...]
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    every_answer: bool = False  # a row for each answer of a conversation, instead of one for its last
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
-    version: int = 1
+    version: int = 2
 
 
-class UnusableRow(Exception):
-    """A row that cannot be trained on; `kind` is a key of `data.PROBLEMS`."""
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(detail)
-        self.kind = kind
+KINDS = {"reasoning": "reasoning", "text": "a text", "calls": "calls of tools"}
+# Prompt, answer (None: to be sampled), and how many turns after it are not used.
+Example = tuple[list[dict], dict | None, int]
+# Of one example: adds to the notes it is given, and returns the ids of the prompt and of the response.
+Encoder = Callable[[list[str]], tuple[list[int], list[int]]]
 
 
 def tokenize_row(
@@ -44,21 +52,33 @@ def tokenize_row(
     tokenizer: PreTrainedTokenizerBase,
     rules: RowRules,
     formatting_func: Callable[[dict], dict] | None = None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """
-    Ids of one row, or why it has none.
+    Ids of one row, or why it has none: one result, and with `rules.every_answer` one for each answer.
 
     Returns:
-        `dict`: `prompt_ids` and `response_ids` (lists of ids; the response is empty for a prompt-only row), `problem`
-        (a key of `data.PROBLEMS`, empty for a usable row), `detail` (its text) and `notes` (keys of `data.NOTES`:
+        `list` of `dict`: `prompt_ids` and `response_ids` (lists of ids; the response is empty for a prompt-only row), `problem`
+        (a key of `dataset.PROBLEMS`, empty for a usable row), `detail` (its text) and `notes` (keys of `dataset.NOTES`:
         what was changed in a usable row).
     """
+    try:
+        encoders = _encoders(row, tokenizer, rules, formatting_func)
+    except UnusableRow as problem:
+        return [_unusable(problem)]
+    results = [_result(encode, rules) for encode in encoders]
+    for number, result in enumerate(results, start=1):
+        if result["problem"] and len(results) > 1:
+            result["detail"] = f"answer {number} of {len(results)}: {result['detail']}"
+    return results
+
+
+def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
     notes: list[str] = []
     try:
-        prompt_ids, response_ids = _encode(row, tokenizer, rules, formatting_func, notes)
+        prompt_ids, response_ids = encode(notes)
         _check(prompt_ids, response_ids, rules)
     except UnusableRow as problem:
-        return {"prompt_ids": [], "response_ids": [], "problem": problem.kind, "detail": str(problem), "notes": []}
+        return _unusable(problem)
     limit = rules.max_response_length
     if limit is not None and len(response_ids) > limit:
         notes.append("cut_response")
@@ -66,7 +86,12 @@ def tokenize_row(
     return {"prompt_ids": prompt_ids, "response_ids": response_ids, "problem": "", "detail": "", "notes": notes}
 
 
-def _encode(row, tokenizer, rules, formatting_func, notes) -> tuple[list[int], list[int]]:
+def _unusable(problem: UnusableRow) -> dict[str, Any]:
+    return {"prompt_ids": [], "response_ids": [], "problem": problem.kind, "detail": str(problem), "notes": []}
+
+
+def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
+    """One for each example of the row, by the form that the row has."""
     if formatting_func is not None:
         row = formatting_func(row)
         if not isinstance(row, dict):
@@ -77,16 +102,16 @@ def _encode(row, tokenizer, rules, formatting_func, notes) -> tuple[list[int], l
                 "`prompt` alone.",
             )
     if {"prompt_ids", "response_ids"} <= row.keys():
-        return list(row["prompt_ids"] or []), list(row["response_ids"] or [])
+        return [lambda notes: (list(row["prompt_ids"] or []), list(row["response_ids"] or []))]
     if "input_ids" in row:
-        prompt_ids, response_ids = _split_tokenized(row)
-        return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
+        examples = _split_tokenized(row, rules)
+        return [partial(_cut_tokenized, *example, tokenizer, rules) for example in examples]
     if images := {"image", "images"} & row.keys():
         raise UnusableRow("form", f"it has a column {images.pop()!r}. Only text is supported: remove the column.")
-    if "conversations" in row:
-        row = {**row, "messages": [_with_role_and_content(turn) for turn in row["conversations"] or []]}
-    if "messages" in row:
-        return _encode_chat(row, row["messages"], tokenizer, rules, notes)
+    for column in ("messages", "conversations"):
+        if column in row:
+            turns = with_system_column(row, turns_of(row[column], column))
+            return _chat_encoders(row, _examples_of_messages(turns, rules), tokenizer, rules)
     if "prompt" not in row:
         raise UnusableRow(
             "form",
@@ -101,12 +126,14 @@ def _encode(row, tokenizer, rules, formatting_func, notes) -> tuple[list[int], l
         )
     if not row["prompt"]:
         raise UnusableRow("no_prompt", "its prompt is missing or empty.")
-    if isinstance(row["prompt"], list):
-        completion = row.get("completion") or []
-        if isinstance(completion, str):
-            raise UnusableRow("unreadable", "its prompt is a conversation and its completion is a text: use one form.")
-        return _encode_chat(row, [*row["prompt"], *completion], tokenizer, rules, notes, continues=not completion)
-    return _encode_text(row["prompt"], row.get("completion"), tokenizer, rules, notes)
+    if isinstance(row["prompt"], str):
+        refuse_system_column(row)
+        return [partial(_encode_text, row["prompt"], row.get("completion"), tokenizer, rules)]
+    if isinstance(row.get("completion"), str) and row["completion"]:
+        raise UnusableRow("unreadable", "its prompt is a conversation and its completion is a text: use one form.")
+    prompt = with_system_column(row, turns_of(row["prompt"], "prompt"))
+    completion = turns_of(row.get("completion") or None, "completion")
+    return _chat_encoders(row, _examples_of_completion(prompt, completion, rules), tokenizer, rules)
 
 
 def _check(prompt_ids: list[int], response_ids: list[int], rules: RowRules) -> None:
@@ -119,8 +146,8 @@ def _check(prompt_ids: list[int], response_ids: list[int], rules: RowRules) -> N
         raise UnusableRow("no_response", "it has no reference response.")
 
 
-def _split_tokenized(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Rows that TRL has tokenized: the last run of response positions is the response, what precedes it the prompt."""
+def _split_tokenized(row: dict[str, Any], rules: RowRules) -> list[tuple[list[int], list[int]]]:
+    """Rows that TRL has tokenized: a run of response positions is a response, what precedes it its prompt. The last run, or all."""
     if row.get("completion_mask") is not None:
         mask = [bool(bit) for bit in row["completion_mask"]]
     elif row.get("labels") is not None:
@@ -134,11 +161,14 @@ def _split_tokenized(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     ids = list(row["input_ids"] or [])
     if len(mask) != len(ids):
         raise UnusableRow("unreadable", f"its mask has {len(mask)} entries for {len(ids)} tokens.")
-    end = max((i + 1 for i, bit in enumerate(mask) if bit), default=len(ids))
-    start = end
-    while start > 0 and mask[start - 1]:
-        start -= 1
-    return ids[:start], ids[start:end]
+    starts = [i for i, bit in enumerate(mask) if bit and (i == 0 or not mask[i - 1])]
+    ends = [i + 1 for i, bit in enumerate(mask) if bit and not any(mask[i + 1 : i + 2])]
+    runs = list(zip(starts, ends, strict=True)) or [(len(ids), len(ids))]
+    return [(ids[:start], ids[start:end]) for start, end in (runs if rules.every_answer else runs[-1:])]
+
+
+def _cut_tokenized(prompt_ids, response_ids, tokenizer, rules, notes) -> tuple[list[int], list[int]]:
+    return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
 
 
 def _encode_text(prompt, completion, tokenizer, rules, notes) -> tuple[list[int], list[int]]:
@@ -147,8 +177,6 @@ def _encode_text(prompt, completion, tokenizer, rules, notes) -> tuple[list[int]
             raise UnusableRow(
                 "unreadable", f"its {name} is a {type(text).__name__}, neither a text nor a conversation."
             )
-    if not prompt:
-        raise UnusableRow("no_prompt", "its prompt is missing or empty.")
     prompt_ids = _text_ids(prompt, tokenizer)
     if not completion:
         return prompt_ids, []
@@ -171,76 +199,106 @@ def _text_ids(text: str, tokenizer) -> list[int]:
     return list(ids)
 
 
-def _encode_chat(row, messages, tokenizer, rules, notes, continues=False) -> tuple[list[int], list[int]]:
-    """The assistant's last message is the reference; with `continues` it is the start of the answer to come."""
-    messages = [_without_none(message) for message in messages or []]
-    if not all(isinstance(message, dict) and "role" in message for message in messages):
-        raise UnusableRow("unreadable", "its conversation has a turn that is not a dict with `role` and `content`.")
-    is_answer = bool(messages) and messages[-1].get("role") == "assistant"
-    prompt, answer = (messages[:-1], messages[-1]) if is_answer and not continues else (messages, None)
-    if not any(message.get("content") or message.get("tool_calls") for message in prompt):
+def _chat_encoders(row, examples: list[Example], tokenizer, rules) -> list[Encoder]:
+    tools = tools_of(row)
+    render = make_renderer(tokenizer, tools, {**rules.chat_template_kwargs, **template_kwargs_of(row)})
+    functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools or []]
+    tool_names = [str(function.get("name") or "") for function in functions]
+    encode = partial(_encode_chat, render=render, tool_names=tool_names, tokenizer=tokenizer, rules=rules)
+    return [partial(encode, *example) for example in examples]
+
+
+def _examples_of_messages(turns: list[dict], rules: RowRules) -> list[Example]:
+    """The last turn is the answer if it is the assistant's."""
+    is_answered = bool(turns) and turns[-1]["role"] == "assistant"
+    examples: list[Example] = []
+    if rules.every_answer:
+        examples = [
+            (turns[:i], turn, 0)
+            for i, turn in enumerate(turns)
+            if turn["role"] == "assistant" and any(map(held_by, turns[:i]))
+        ]
+        if not is_answered and examples and not rules.needs_response:
+            examples.append((turns, None, 0))  # the last question, open for a sampled answer
+    return examples or [(turns[:-1], turns[-1], 0) if is_answered else (turns, None, 0)]
+
+
+def _examples_of_completion(prompt: list[dict], completion: list[dict], rules: RowRules) -> list[Example]:
+    """As above. The prompt stays the one that is given: the answer is the first turn of a completion that has several."""
+    if not completion:
+        return [(prompt, None, 0)]
+    if completion[0]["role"] != "assistant":
+        raise UnusableRow(
+            "unreadable",
+            f"its completion begins with a turn of the role {completion[0]['role']!r}, and an answer is the assistant's. Move the "
+            "turns before it to the prompt.",
+        )
+    if not rules.every_answer:
+        return [(prompt, completion[0], len(completion) - 1)]
+    answers = [i for i, turn in enumerate(completion) if turn["role"] == "assistant"]
+    return [([*prompt, *completion[:i]], completion[i], 0) for i in answers]
+
+
+def _encode_chat(
+    prompt, answer, num_unused, notes, *, render, tool_names, tokenizer, rules
+) -> tuple[list[int], list[int]]:
+    if not any(map(held_by, prompt)):
         raise UnusableRow("no_prompt", "its conversation has no turn before the answer.")
-    render = _renderer(row, tokenizer, rules)
-    if is_answer and continues:
+    if answer is None and prompt[-1]["role"] == "assistant":  # the start of the answer to come
         return rendered_ids(render(prompt, continue_final_message=True), tokenizer), []
 
     prompt_text = render(prompt, add_generation_prompt=True)
     prompt_ids = rendered_ids(prompt_text, tokenizer)
-    if answer is None or not (answer.get("content") or answer.get("tool_calls")):
+    if any(missing_from(prompt_text, held_by(turn)) - {"reasoning"} for turn in prompt):
+        notes.append("lost_turn")
+    if missing_from(prompt_text, {"tools": tool_names}):
+        notes.append("lost_tools")
+    if answer is None or not held_by(answer):
         return prompt_ids, []
     full_text = render([*prompt, answer])
-    if full_text.startswith(prompt_text):
-        full_ids = rendered_ids(full_text, tokenizer)
-        response_text = full_text[len(prompt_text) :]
-        response_ids = ids_after(prompt_ids, full_ids, response_text, tokenizer=tokenizer, notes=notes)
-    else:
-        notes.append("not_prefix")
+    is_prefix = full_text.startswith(prompt_text)
+    start = len(prompt_text)
+    if not is_prefix:
         start = answer_start(prompt, answer, prompt_text=prompt_text, full_text=full_text, render=render)
-        if start is None:
-            raise UnusableRow(
-                "unreadable",
-                "the chat template renders its prompt differently once an answer follows, and the answer cannot be "
-                "found in it. Use another chat template.",
-            )
-        response_text = full_text[start:]
+    if start is None:
+        raise UnusableRow(
+            "unreadable",
+            "the chat template renders its prompt differently once an answer follows, and the answer cannot be "
+            "found in it. Use another chat template.",
+        )
+    response_text = full_text[start:]
+    if not _note_what_is_lost(prompt, answer, full_text, response_text, notes, render=render, rules=rules):
+        return prompt_ids, []
+    if not is_prefix:
         response_ids = continuation_ids(prompt_ids, response_text, tokenizer=tokenizer)
-    if EMPTY_REASONING.match(response_text):
-        notes.append("empty_reasoning")
+    else:
+        full_ids = rendered_ids(full_text, tokenizer)
+        response_ids = ids_after(prompt_ids, full_ids, response_text, tokenizer=tokenizer, notes=notes)
+    if "lost_reasoning" not in notes:
+        notes += ["not_prefix"] * (not is_prefix)
+        notes += ["empty_reasoning"] * bool(EMPTY_REASONING.match(response_text))
+    notes += ["several_turns"] * (num_unused > 0)
     return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
 
 
-def _with_role_and_content(turn: Any) -> Any:
-    """A turn with the keys `from` and `value` renamed; any other as it is."""
-    names = {"from": "role", "value": "content"}
-    return {names.get(key, key): item for key, item in turn.items()} if isinstance(turn, dict) else turn
+def _note_what_is_lost(prompt, answer, full_text, response_text, notes, *, render, rules) -> bool:
+    """Whether anything of the answer is left in what was rendered; what is not, is noted."""
+    held = held_by(answer)
+    missing = missing_from(response_text, held)
+    if missing == held.keys() and any(full_text == _rendered_with(content, prompt, render) for content in ("", None)):
+        if rules.needs_response:
+            raise UnusableRow(
+                "lost_answer",
+                f"its answer holds {' and '.join(KINDS[kind] for kind in held)}, and the chat template prints an empty answer.",
+            )
+        notes.append("lost_answer")
+        return False
+    notes += [f"lost_{kind}" for kind in held if kind in missing]
+    return True
 
 
-def _without_none(value: Any) -> Any:
-    # Arrow gives every row the keys of all rows, filled with None; templates ask whether a key is there.
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None or key == "content"}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def _renderer(row, tokenizer, rules) -> Callable[..., str]:
-    if tokenizer.chat_template is None:
-        raise UnusableRow(
-            "form",
-            "it is a conversation, and the tokenizer has no chat template. Set `tokenizer.chat_template` (or "
-            "`chat_template_path` in the config, to a .jinja file), use the tokenizer of an instruction-tuned model, or give `prompt` "
-            "and `completion` as plain texts.",
-        )
+def _rendered_with(content: str | None, prompt: list[dict], render: Callable[..., str]) -> str | None:
     try:
-        tools = row.get("tools") or None  # some templates print their tool preamble for an empty list
-        tools = _without_none(json.loads(tools) if isinstance(tools, str) else tools)
-    except ValueError as error:
-        raise UnusableRow("unreadable", f"its `tools` are not JSON: {error}") from error
-    kwargs = {**rules.chat_template_kwargs, **_without_none(row.get("chat_template_kwargs") or {})}
-
-    def render(messages: list[dict], **mode: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **{**kwargs, **mode})
-        except (jinja2.TemplateError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise UnusableRow("unreadable", f"the chat template cannot render it: {error}") from error
-
-    return render
+        return render([*prompt, {"role": "assistant", "content": content}])
+    except UnusableRow:
+        return None

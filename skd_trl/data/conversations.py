@@ -1,0 +1,178 @@
+"""The columns of a row -> turns as chat templates know them: `role`, `content`, `tool_calls`.
+
+Public data sets write the same conversation in many ways: `from` and `value` for `role` and `content`, "human" and "gpt" for
+"user" and "assistant" (ShareGPT), calls as turns of JSON text (LLaMA-Factory, ms-swift), contents in parts, tools as text, the
+system prompt in a column. Known forms are translated. What is not known is never guessed at: it is an `UnusableRow` that says
+what to change. A role that is not known may be one that the template knows, so it is kept, but not as the last one, where it
+decides whether the row holds an answer.
+"""
+
+import json
+from typing import Any
+
+
+class UnusableRow(Exception):
+    """A row that cannot be trained on; `kind` is a key of `dataset.PROBLEMS`."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind = kind
+
+
+# Turns whose content is a call, or a list of calls, as JSON text.
+CALL_ROLES = ("function_call", "tool_call")
+NAMES_OF_ROLES = {
+    "system": ("system",),
+    "developer": ("developer",),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai", *CALL_ROLES),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response"),
+    "ipython": ("ipython",),
+}
+ROLES = {name: role for role, names in NAMES_OF_ROLES.items() for name in names}
+TEXT_TYPES = (None, "text", "input_text", "output_text")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+
+
+def turns_of(value: Any, column: str) -> list[dict]:
+    """The turns of a column, with known roles and with contents that are a text, a list of text parts, or None.
+
+    Raises:
+        `UnusableRow`: for what is no conversation, and for a turn that a template could not print as text.
+    """
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UnusableRow(
+            "unreadable",
+            f"its `{column}` is a {type(value).__name__}, where a conversation belongs: a list of turns such as "
+            '{"role": "user", "content": "..."}. Turn it into one (JSON text: `json.loads`), or give texts as `prompt` and '
+            "`completion`.",
+        )
+    turns = [_turn(without_none(turn), f"turn {number} of its `{column}`") for number, turn in enumerate(value)]
+    if turns and turns[-1]["role"] not in NAMES_OF_ROLES:
+        raise UnusableRow(
+            "unreadable",
+            f"the last turn of its `{column}` has the role {turns[-1]['role']!r}, and whether that is an answer is not known. "
+            f"Rename it: assistant for an answer, user for a question (known are {', '.join(ROLES)}, in any case).",
+        )
+    return turns
+
+
+def _turn(turn: Any, where: str) -> dict:
+    if not isinstance(turn, dict):
+        raise UnusableRow("unreadable", f"{where} is a {type(turn).__name__}, not a dict with `role` and `content`.")
+    turn = {**turn}
+    for name, other in (("role", "from"), ("content", "value")):
+        if turn.get(name) is None and other in turn:
+            turn[name] = turn.pop(other)
+    if not isinstance(turn.get("role"), str):
+        raise UnusableRow("unreadable", f"{where} has no `role` that is a text, but the keys {sorted(turn)}.")
+    name = turn["role"].strip().lower()
+    content = _content(turn.get("content"), where)
+    if name in CALL_ROLES:
+        return {"role": "assistant", "content": None, "tool_calls": _calls(content, where)}
+    # Some templates ask whether a key is there.
+    return {**turn, "role": ROLES.get(name, turn["role"])} | ({"content": content} if "content" in turn else {})
+
+
+def _content(content: Any, where: str) -> str | list[dict] | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UnusableRow("unreadable", f"{where} has a {type(content).__name__} as content. Make it a text.")
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or kind not in TEXT_TYPES or not isinstance(part.get("text"), str):
+            raise UnusableRow(
+                "unreadable",
+                f"{where} holds a part of type {kind!r} without a text. Only text is supported: remove the part or the row.",
+            )
+    return [{"type": "text", "text": part["text"]} for part in parts] or ""
+
+
+def _calls(content: str | list[dict] | None, where: str) -> list[dict]:
+    try:
+        calls = json.loads(as_text(content))
+    except ValueError:
+        calls = None
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not calls or not all(isinstance(c, dict) and "name" in c for c in calls):
+        raise UnusableRow(
+            "unreadable",
+            f'{where} is a call, and its content is not JSON of the form {{"name": ..., "arguments": ...}}. Write it so, or as '
+            "an assistant's turn with `tool_calls`.",
+        )
+    return [{"type": "function", "function": {**call, "arguments": call.get("arguments", {})}} for call in calls]
+
+
+def as_text(content: str | list[dict] | None) -> str:
+    """A content as one text: the template's own way with parts is to print them one after the other."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+
+
+def with_system_column(row: dict[str, Any], turns: list[dict]) -> list[dict]:
+    """The turns after the system prompt that a column beside them holds, if one does."""
+    for column in SYSTEM_COLUMNS:
+        text = row.get(column)
+        if not text or not turns:
+            continue
+        if not isinstance(text, str):
+            raise UnusableRow("unreadable", f"its `{column}` is a {type(text).__name__}. Make it a text.")
+        own = [as_text(turn.get("content")) for turn in turns if turn["role"] in ("system", "developer")]
+        if not own:
+            turns = [{"role": "system", "content": text}, *turns]
+        elif own[0].strip() != text.strip():
+            raise UnusableRow(
+                "unreadable",
+                f"it has a system prompt in `{column}` and another one beside it or in its turns. Remove one of them.",
+            )
+    return turns
+
+
+def refuse_system_column(row: dict[str, Any]) -> None:
+    """For prompts that are plain texts, in which a system prompt has no place that is known."""
+    if found := [column for column in SYSTEM_COLUMNS if row.get(column)]:
+        raise UnusableRow(
+            "unreadable",
+            f"it has a system prompt in `{found[0]}` beside a prompt that is a plain text. Write it into the prompt, make the prompt "
+            "a conversation, or remove the column.",
+        )
+
+
+def tools_of(row: dict[str, Any]) -> list[dict] | None:
+    """The tools of a row, from a list or its JSON text. `None` for none: some templates print a preamble for an empty list."""
+    tools = _from_json(row.get("tools"), "tools")
+    if not tools:
+        return None
+    if isinstance(tools, list):
+        tools = [_from_json(tool, "tools") for tool in tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableRow("unreadable", f"its `tools` are not a list of dicts but {tools!r:.80}. Make them one.")
+    return without_none(tools)
+
+
+def template_kwargs_of(row: dict[str, Any]) -> dict[str, Any]:
+    kwargs = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise UnusableRow(
+            "unreadable", f"its `chat_template_kwargs` are not a dict but {kwargs!r:.80}. Make them one."
+        )
+    return without_none(kwargs)
+
+
+def _from_json(value: Any, column: str) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return None if isinstance(value, str) else value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise UnusableRow("unreadable", f"its `{column}` are not JSON: {error}") from error
+
+
+def without_none(value: Any) -> Any:
+    # Arrow gives every row the keys of all rows, filled with None; templates ask whether a key is there.
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None or key == "content"}
+    return [without_none(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,139 @@
+"""What a chat template does with a conversation: how it wants its contents, and what of them it leaves out.
+
+Templates differ in what they can print: texts or parts, a null content or the word "None", calls, reasoning of earlier turns. A
+template is asked by rendering a mark, once, and its conversations are handed over as it wants them. What a row holds is then
+looked for in what was rendered, since a template drops what it does not know without a word.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from .conversations import UnusableRow, as_text
+
+
+RENDER_ERRORS = (jinja2.TemplateError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+# Keys in which data sets keep an answer's reasoning, besides its content.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+THINK_TAG = re.compile(r"</?think>")
+HALVES = ("SKDCONTENT", "MARK")
+
+
+@dataclass(frozen=True)
+class TemplateHabits:
+    """`parts`: "kept" where a template prints parts one after the other, "joined" where it wants a text, "needed" where it prints
+    no text. `prints_null`: whether it prints the word "None" for a content that is null."""
+
+    parts: str
+    prints_null: bool
+
+
+def make_renderer(
+    tokenizer: PreTrainedTokenizerBase, tools: list[dict] | None, kwargs: dict[str, Any]
+) -> Callable[..., str]:
+    """Turns to text, as the tokenizer's chat template prints them. Raises `UnusableRow` where it cannot."""
+    if tokenizer.chat_template is None:
+        raise UnusableRow(
+            "form",
+            "it is a conversation, and the tokenizer has no chat template. Set `tokenizer.chat_template` (or "
+            "`chat_template_path` in the config, to a .jinja file), use the tokenizer of an instruction-tuned model, or give `prompt` "
+            "and `completion` as plain texts.",
+        )
+
+    def render(turns: list[dict], **mode: bool) -> str:
+        try:
+            habits = habits_of(tokenizer, tokenizer.get_chat_template(kwargs.get("chat_template"), tools))
+            shaped = [_shaped(turn, habits) for turn in turns]
+            return str(tokenizer.apply_chat_template(shaped, tools=tools, tokenize=False, **{**kwargs, **mode}))
+        except RENDER_ERRORS as error:
+            raise UnusableRow("unreadable", f"the chat template cannot render it: {error}") from error
+
+    return render
+
+
+@lru_cache(maxsize=16)
+def habits_of(tokenizer: PreTrainedTokenizerBase, template: str) -> TemplateHabits:
+    def render(*contents: str | list[dict] | None) -> str:
+        roles = ("user", "assistant") if len(contents) == 2 else ("system", "user", "assistant")
+        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            return str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))
+        except RENDER_ERRORS:
+            return ""
+
+    mark, in_parts = "".join(HALVES), [{"type": "text", "text": half} for half in HALVES]
+    parts = "joined"
+    for number in (3, 2):  # not every template takes a system turn
+        as_texts, as_parts = render(*[mark] * number), render(*[in_parts] * number)
+        if mark in as_texts:
+            parts = "kept" if as_parts == as_texts else "joined"
+            break
+        if mark in as_parts and "'text'" not in as_parts:
+            parts = "needed"
+            break
+    prints_null = "None" in render(mark, None) and "None" not in render(mark, "")
+    return TemplateHabits(parts, prints_null)
+
+
+def _shaped(turn: dict, habits: TemplateHabits) -> dict:
+    if "content" not in turn:
+        return turn
+    content = turn["content"]
+    if content is None and (habits.prints_null or turn["role"] != "assistant"):
+        content = ""
+    if isinstance(content, list) and habits.parts == "joined":
+        content = as_text(content)
+    if isinstance(content, str) and habits.parts == "needed":
+        content = [{"type": "text", "text": content}]
+    return {**turn, "content": content}
+
+
+def held_by(turn: dict) -> dict[str, list[str]]:
+    """The texts that a turn holds, by kind: `reasoning`, `text`, `calls`. What is blank is left out."""
+    before, _, text = as_text(turn.get("content")).rpartition("</think>")
+    reasoning = [before, *(turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str))]
+    calls = [piece for call in turn.get("tool_calls") or [] for piece in _texts_of_call(call)]
+    held = {"reasoning": reasoning, "text": [text], "calls": calls}
+    held = {kind: [piece for piece in pieces if _squeezed(piece)] for kind, pieces in held.items()}
+    return {kind: pieces for kind, pieces in held.items() if pieces}
+
+
+def _texts_of_call(call: Any) -> Iterator[str]:
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    yield str(function.get("name") or "")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            pass
+    yield from _leaves(arguments)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The texts in a nested value. Numbers are left out: templates write them in several ways."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _leaves(item)
+
+
+def missing_from(rendered: str, held: dict[str, list[str]]) -> set[str]:
+    """The kinds of which something is not in a rendered text, apart from white space and tags around reasoning."""
+    squeezed = _squeezed(rendered)
+
+    def is_in(piece: str) -> bool:
+        in_json = (json.dumps(piece, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
+        return any(_squeezed(form) in squeezed for form in (piece, *in_json))
+
+    return {kind for kind, pieces in held.items() if not all(map(is_in, pieces))}
+
+
+def _squeezed(text: str) -> str:
+    return "".join(THINK_TAG.sub("", text).split())

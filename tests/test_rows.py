@@ -1,0 +1,294 @@
+"""What people's rows hold, in the forms in which public data sets write it: the same prompt and label as the plain form."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from test_data import prepare
+from test_skd_trainer import make_trainer
+from test_tokenization import ANSWER, CHAT_PROMPT, QUESTION, texts, tokenize
+from tiny import BOS, CHATML, EOS, byte_tokenizer
+
+from skd_trl.data.tokenization import RowRules, tokenize_row
+
+
+PLAIN = (CHAT_PROMPT, f"It is 4.{EOS}")
+WITH_TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% if tools is not none %}tools:{% endif %}" + CHATML
+)
+CALLS = CHATML.replace(
+    "{{ m['content'] }}<|im_end|>",
+    "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}<call>{{ c['function'] | tojson }}</call>{% endfor %}<|im_end|>",
+)
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("human", ["human", "user", "User", " HUMAN ", "prompter"])
+@pytest.mark.parametrize("answering", ["gpt", "model", "bot", "chatgpt", "Assistant", "GPT", "ai", "chatbot"])
+def test_the_names_of_roles_in_public_data_sets_mean_what_the_plain_ones_mean(human, answering):
+    for column, keys in (("conversations", ("from", "value")), ("messages", ("role", "content"))):
+        row = {
+            column: [dict(zip(keys, pair, strict=True)) for pair in ((human, "What is 2+2?"), (answering, "It is 4."))]
+        }
+        assert texts(row) == PLAIN
+
+
+def test_a_call_in_json_text_is_the_assistants_and_an_observation_the_tools():
+    call = {"name": "add", "arguments": {"a": 2}}
+    row = {
+        "conversations": [
+            {"from": "human", "value": "2+2?"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "4"},
+            {"from": "gpt", "value": "It is 4."},
+        ]
+    }
+    prompt, response = texts(row, byte_tokenizer(CALLS))
+    assert f"{BOS}assistant\n<call>{json.dumps(call)}</call>{EOS}\n{BOS}tool\n4{EOS}" in prompt
+    assert response == f"It is 4.{EOS}"
+    row["conversations"] = row["conversations"][:2]
+    assert texts(row, byte_tokenizer(CALLS))[1] == f"<call>{json.dumps(call)}</call>{EOS}"
+    row["conversations"][1]["value"] = "add 2"
+    refused = tokenize(row, byte_tokenizer(CALLS))
+    assert refused["problem"] == "unreadable" and "turn 1 of its `conversations` is a call" in refused["detail"]
+
+
+@pytest.mark.parametrize("role", ["Alice", "", "assistent"])
+def test_a_conversation_whose_last_role_is_not_known_is_refused_with_its_row(role):
+    result = tokenize({"messages": [QUESTION, turn(role, "It is 4.")]})
+    assert result["problem"] == "unreadable" and repr(role) in result["detail"] and "gpt" in result["detail"]
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, turn(role, "It is 4.")]}]
+    with pytest.raises(ValueError, match="1 of 2 rows.*Row 1"):
+        prepare(rows)
+
+
+def test_an_unknown_role_before_the_end_is_the_templates_business():
+    assert f"{BOS}critic\nHm.{EOS}" in texts({"messages": [turn("critic", "Hm."), QUESTION, ANSWER]})[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "What is 2+2?"}],
+        [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}],
+        [{"type": "input_text", "text": "What is 2+2?", "annotations": []}],
+        ["What is ", "2+2?"],
+        [{"type": "text", "text": "What is 2+2?", "image": None}],
+    ],
+)
+def test_text_in_parts_is_the_text(content):
+    assert (
+        texts({"messages": [turn("user", content), turn("assistant", [{"type": "text", "text": "It is 4."}])]})
+        == PLAIN
+    )
+    row = {"prompt": [turn("user", content)], "completion": [ANSWER]}
+    assert texts(row) == PLAIN
+
+
+def test_parts_are_handed_over_where_a_template_prints_them_and_texts_become_parts_where_it_prints_no_text():
+    in_parts = "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
+    either = "{% if m['content'] is string %}{{ m['content'] }}{% else %}" + in_parts + "{% endif %}"
+    content = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}]
+    for printed in (in_parts, either):
+        tokenizer = byte_tokenizer(CHATML.replace("{{ m['content'] }}", printed))
+        for question in (content, "What is 2+2?"):
+            assert texts({"messages": [turn("user", question), ANSWER]}, tokenizer) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ([{"type": "image"}, {"type": "text", "text": "What?"}], "'image'"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "'image_url'"),
+        ([{"type": "thinking", "thinking": "hm"}], "'thinking'"),
+        ([{"type": "text"}], "'text'"),
+        ([4], "'int'"),
+        ({"parts": ["What?"]}, "dict"),
+        (4, "int"),
+    ],
+)
+def test_content_that_is_no_text_is_refused_by_row(content, named):
+    result = tokenize({"messages": [turn("user", content), ANSWER]})
+    assert result["problem"] == "unreadable" and "turn 0 of its `messages`" in result["detail"]
+    assert named in result["detail"]
+
+
+@pytest.mark.parametrize("nothing", ["[]", "", "null", "{}", " ", [], None])
+def test_no_tools_print_no_preamble_however_they_are_written(nothing):
+    tokenizer = byte_tokenizer(WITH_TOOLS)
+    assert texts({"messages": [QUESTION, ANSWER], "tools": nothing}, tokenizer) == PLAIN
+
+
+@pytest.mark.parametrize("tools", ['[{"name": "add"}]', [{"name": "add"}], ['{"name": "add"}']])
+def test_tools_reach_the_template_as_dicts(tools):
+    prompt = texts({"messages": [QUESTION], "tools": tools}, byte_tokenizer(WITH_TOOLS))[0]
+    assert prompt.startswith('{"name": "add"}tools:')
+
+
+@pytest.mark.parametrize("tools", ['{"name": "add"}', '"add"', "[4]", {"name": "add"}, "[not json"])
+def test_tools_that_are_no_list_of_dicts_are_refused(tools):
+    result = tokenize({"messages": [QUESTION], "tools": tools}, byte_tokenizer(WITH_TOOLS))
+    assert result["problem"] == "unreadable" and "`tools`" in result["detail"]
+
+
+def test_template_kwargs_may_be_json_text():
+    tokenizer = byte_tokenizer("{{ mood }}|" + CHATML)
+    row = {"messages": [QUESTION]}
+    for kwargs in ('{"mood": "glad"}', {"mood": "glad"}):
+        assert texts({**row, "chat_template_kwargs": kwargs}, tokenizer)[0].startswith("glad|")
+    for kwargs in ("", "null", None, {}):
+        assert (
+            texts({**row, "chat_template_kwargs": kwargs}, tokenizer, chat_template_kwargs={"mood": "sad"})[0][:3]
+            == "sad"
+        )
+    for kwargs in ("[1]", "glad", '"glad"'):
+        refused = tokenize({**row, "chat_template_kwargs": kwargs}, tokenizer)
+        assert refused["problem"] == "unreadable" and "`chat_template_kwargs`" in refused["detail"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": "What is 2+2?"},
+        {"conversations": json.dumps([QUESTION, ANSWER])},
+        {"messages": {"role": ["user"], "content": ["What is 2+2?"]}},
+        {"prompt": [QUESTION], "completion": ANSWER},
+        {"prompt": QUESTION},
+    ],
+)
+def test_what_is_no_list_of_turns_is_called_what_it_is(row):
+    result = tokenize(row)
+    assert result["problem"] == "unreadable"
+    assert any(f"{kind}" in result["detail"] for kind in ("is a str", "is a dict", "is a text"))
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_prompt_in_a_column_goes_before_the_turns(column):
+    expected = texts({"messages": [turn("system", "Be brief."), QUESTION, ANSWER]})
+    assert texts({"messages": [QUESTION, ANSWER], column: "Be brief."}) == expected
+    assert texts({"prompt": [QUESTION], "completion": [ANSWER], column: "Be brief."}) == expected
+    assert texts({"messages": [turn("system", "Be brief."), QUESTION, ANSWER], column: "Be brief."}) == expected
+    assert texts({"messages": [QUESTION, ANSWER], column: None}) == PLAIN
+    for row in ({"messages": [turn("system", "Be long."), QUESTION]}, {"prompt": "2+2=", "completion": "4"}):
+        refused = tokenize({**row, column: "Be brief."})
+        assert refused["problem"] == "unreadable" and f"`{column}`" in refused["detail"]
+
+
+SEVERAL = [turn("assistant", "Let me ask."), turn("tool", "4"), ANSWER]
+
+
+def test_a_completion_of_several_turns_leaves_the_prompt_as_it_is_given():
+    row = {"prompt": [QUESTION], "completion": SEVERAL}
+    assert texts(row) == (CHAT_PROMPT, f"Let me ask.{EOS}")
+    assert tokenize(row)["notes"] == ["several_turns"]
+    longer = {
+        "prompt": [QUESTION, ANSWER, turn("user", "Sure?")],
+        "completion": [ANSWER, turn("user", "Really?"), ANSWER],
+    }
+    assert texts(longer)[0] == texts({"prompt": longer["prompt"]})[0]
+
+
+@pytest.mark.parametrize("role", ["user", "tool", "system"])
+def test_a_completion_that_does_not_begin_with_an_answer_is_refused(role):
+    result = tokenize({"prompt": [QUESTION], "completion": [turn(role, "4"), ANSWER]})
+    assert result["problem"] == "unreadable" and repr(role) in result["detail"]
+
+
+def test_a_counted_note_says_what_is_not_used_of_completions(caplog):
+    prepare(
+        [{"prompt": [QUESTION], "completion": SEVERAL}, {"prompt": [QUESTION], "completion": [ANSWER]}],
+        max_prompt_length=200,
+        max_response_length=50,
+    )
+    assert (
+        len(caplog.messages) == 1
+        and "In 1 of 2 rows" in caplog.messages[0]
+        and "every_answer=True" in caplog.messages[0]
+    )
+
+
+def test_rows_with_roles_of_sharegpt_come_out_of_a_data_set_as_the_plain_ones_do():
+    plain = [{"messages": [QUESTION, ANSWER]}]
+    other = [{"conversations": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "It is 4."}]}]
+    assert prepare(other, max_prompt_length=200).to_list() == prepare(plain, max_prompt_length=200).to_list()
+    assert Dataset.from_list(other).column_names == ["conversations"]
+
+
+DIALOGUE = [
+    turn("system", "Be brief."),
+    turn("user", "q1"),
+    turn("assistant", "a1"),
+    turn("user", "q2"),
+    turn("assistant", "a2"),
+]
+
+
+def examples(row, **changes) -> list[tuple[str, str]]:
+    tokenizer = byte_tokenizer()
+    settings = {"max_prompt_length": None, "max_response_length": None, "needs_response": True, "every_answer": True}
+    rules = RowRules(eos_token_ids=(tokenizer.eos_token_id,), **(settings | changes))
+    results = tokenize_row(row, tokenizer=tokenizer, rules=rules)
+    assert [result["problem"] for result in results] == [""] * len(results), results
+    return [(tokenizer.decode(result["prompt_ids"]), tokenizer.decode(result["response_ids"])) for result in results]
+
+
+def test_every_answer_is_a_row_after_what_came_before_it():
+    expected = [texts({"messages": DIALOGUE[:3]}), texts({"messages": DIALOGUE})]
+    assert [response for _, response in expected] == [f"a1{EOS}", f"a2{EOS}"]
+    assert examples({"messages": DIALOGUE}) == expected
+    assert examples({"prompt": DIALOGUE[:2], "completion": DIALOGUE[2:]}) == expected
+    assert examples({"messages": DIALOGUE}, every_answer=False) == expected[1:]
+
+
+def test_with_every_answer_calls_of_tools_are_answers_too():
+    row = {"prompt": [QUESTION], "completion": SEVERAL}
+    assert examples(row) == [texts({"messages": [QUESTION, *SEVERAL[:1]]}), texts({"messages": [QUESTION, *SEVERAL]})]
+
+
+def test_with_every_answer_a_greeting_is_no_answer_and_a_last_question_is_a_row_where_it_can_be_sampled():
+    row = {"messages": [turn("assistant", "Hello."), *DIALOGUE[1:4]]}
+    answered = examples(row)
+    assert [response for _, response in answered] == [f"a1{EOS}"]
+    assert examples(row, needs_response=False) == [*answered, texts(row)]
+    assert examples({"prompt": "2+2=", "completion": "4"}) == [("2+2=", f"4{EOS}")]
+
+
+def test_with_every_answer_each_run_of_a_tokenized_row_is_a_row():
+    ids = [ord(letter) - 33 for letter in "abcdef"]  # bytes come in the order of their letters
+    row = {"input_ids": ids, "completion_mask": [0, 1, 1, 0, 1, 0]}
+    results = tokenize_row(
+        row, tokenizer=byte_tokenizer(), rules=RowRules(None, None, True, (257,), every_answer=True)
+    )
+    assert [(r["prompt_ids"], r["response_ids"]) for r in results] == [(ids[:1], ids[1:3]), (ids[:4], ids[4:5])]
+
+
+def test_the_log_counts_rows_and_answers_and_a_problem_names_its_row_and_answer(caplog):
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": DIALOGUE}]
+    settings = {"max_prompt_length": 200, "every_answer": True}
+    assert len(prepare(rows, **settings)) == 3
+    assert any("the 2 rows of the train data set hold 3 answers" in message for message in caplog.messages)
+    empty = [*DIALOGUE[:2], turn("assistant", ""), *DIALOGUE[3:]]
+    with pytest.raises(ValueError, match=r"1 of 2 rows .*Row 1\. \(row 1: answer 1 of 2: .*no reference"):
+        prepare([rows[0], {"messages": empty}], needs_response=True, **settings)
+
+
+def test_a_stream_gives_every_answer_too():
+    dataset = Dataset.from_list([{"messages": DIALOGUE}, {"messages": [QUESTION, ANSWER]}])
+    settings = {"max_prompt_length": 200, "every_answer": True}
+    streamed = list(prepare(dataset.to_iterable_dataset(), **settings))
+    assert [{key: row[key] for key in ("prompt_ids", "response_ids")} for row in streamed] == prepare(
+        dataset, **settings
+    ).to_list()
+    assert [row["skipped_rows"] for row in streamed] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+def test_a_trainer_trains_and_evaluates_on_every_answer(tmp_path, rollout):
+    rows = [{"messages": DIALOGUE}]
+    trainer = make_trainer(tmp_path, rows, eval_dataset=Dataset.from_list(rows), rollout=rollout, every_answer=True)
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (2, 2)
+    assert len(make_trainer(tmp_path, rows, rollout=rollout).train_dataset) == 1
+    assert trainer.train().training_loss > 0

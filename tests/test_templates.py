@@ -1,0 +1,141 @@
+"""Templates that print less than a row holds: nothing of an answer is lost without a word."""
+
+import pytest
+from test_data import prepare
+from test_tokenization import ANSWER, QUESTION, THINKING, texts, tokenize, trl_template
+from tiny import BOS, CHATML, EOS, byte_tokenizer
+
+from skd_trl.data.templates import habits_of, missing_from
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": "two", "b": 2}}}
+STRIPS = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+FIELDS = CHATML.replace("{{ m['content'] }}", "<think>{{ m['reasoning_content'] }}</think>{{ m['content'] }}")
+TRIMS = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | trim }}")
+
+
+def answer(content, **others):
+    return {"role": "assistant", "content": content, **others}
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (CHATML, answer(None, tool_calls=[CALL])),
+        (TRIMS, answer(None, tool_calls=[CALL])),
+        (CHATML, answer("", tool_calls=[CALL])),
+        (CHATML, answer(None, reasoning_content="Two twos.")),
+        (CHATML, answer("", thinking="Two twos.")),
+        (STRIPS, answer("<think>Two twos.</think>")),
+    ],
+)
+def test_an_answer_of_which_nothing_is_printed_is_refused_and_where_it_is_sampled_noted(template, lost):
+    row = {"messages": [QUESTION, lost]}
+    refused = tokenize(row, byte_tokenizer(template), needs_response=True)
+    assert refused["problem"] == "lost_answer" and ("calls" in refused["detail"] or "reasoning" in refused["detail"])
+    sampled = tokenize(row, byte_tokenizer(template))
+    assert sampled["problem"] == "" and sampled["response_ids"] == [] and sampled["notes"] == ["lost_answer"]
+    with pytest.raises(ValueError, match="1 of 2 rows .*prints nothing.*Row 1"):
+        prepare(
+            [{"messages": [QUESTION, ANSWER]}, row],
+            byte_tokenizer(template),
+            needs_response=True,
+            max_prompt_length=99,
+        )
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "note"),
+    [
+        (STRIPS, answer("<think>Two twos.</think>It is 4."), "lost_reasoning"),
+        (STRIPS, answer("Two twos.</think>It is 4."), "lost_reasoning"),
+        (THINKING, answer("It is 4.", reasoning_content="Two twos."), "lost_reasoning"),
+        (CHATML, answer("It is 4.", reasoning="Two twos."), "lost_reasoning"),
+        (CHATML, answer("It is 4.", tool_calls=[CALL]), "lost_calls"),
+        (
+            CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('!')[0] }}"),
+            answer("It is 4.!!! Really."),
+            "lost_text",
+        ),
+    ],
+)
+def test_what_is_missing_of_an_answer_is_named(template, given, note):
+    row = {"messages": [QUESTION, given]}
+    assert tokenize(row, byte_tokenizer(template))["notes"] == [note]
+    assert texts(row, byte_tokenizer(template))[1].startswith("It is 4.")
+
+
+@pytest.mark.parametrize(
+    ("template", "given"),
+    [
+        (CHATML, answer("<think>\nTwo twos.\n</think>\n\nIt is 4.")),
+        (FIELDS, answer("It is 4.", reasoning_content="Two\n twos.")),
+        (TRIMS, answer("  It is 4. \n")),
+        (CHATML, answer("x = '<a>' if \"b\" else {'é': 1}")),
+        (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | tojson }}"), answer('é "quoted"\n\\ and a tab\t')),
+    ],
+)
+def test_nothing_is_noted_where_all_of_it_is_printed(template, given):
+    assert tokenize({"messages": [QUESTION, given]}, byte_tokenizer(template))["notes"] == []
+
+
+def test_reasoning_that_a_real_template_strips_is_noted_once_and_not_asked_for():
+    row = {"messages": [QUESTION, answer("<think>Two twos.</think>It is 4.")]}
+    tokenizer = byte_tokenizer(trl_template("deepseek_r1_distill"))
+    result = tokenize(row, tokenizer)
+    assert "lost_reasoning" in result["notes"] and not {"not_prefix", "empty_reasoning"} & set(result["notes"])
+    assert "Two twos" not in tokenizer.decode(result["response_ids"])
+
+
+def test_calls_beside_a_null_content_are_the_label_where_the_template_prints_them():
+    row = {"messages": [QUESTION, answer(None, tool_calls=[CALL])]}
+    response = texts(row, byte_tokenizer(trl_template("qwen2_5")))[1]
+    assert response == f'\n<tool_call>\n{{"name": "add", "arguments": {{"a": "two", "b": 2}}}}\n</tool_call>{EOS}'[1:]
+    assert tokenize(row, byte_tokenizer(trl_template("qwen2_5")))["notes"] == []
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMS])
+def test_a_null_content_before_the_answer_is_not_printed_as_the_word(template):
+    history = [QUESTION, answer(None, tool_calls=[CALL]), {"role": "user", "content": None}]
+    prompt, _ = texts({"messages": [*history, ANSWER]}, byte_tokenizer(template))
+    assert "None" not in prompt and f"{BOS}user\n{EOS}" in prompt
+
+
+def test_a_turn_or_tools_that_the_template_leaves_out_of_the_prompt_are_noted():
+    silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] in ('user', 'assistant') %}")
+    for other in ({"role": "tool", "content": "4"}, {"role": "system", "content": "Be brief."}):
+        assert tokenize({"messages": [other, QUESTION, ANSWER]}, byte_tokenizer(silent))["notes"] == ["lost_turn"]
+    row = {"messages": [QUESTION, ANSWER], "tools": [{"type": "function", "function": {"name": "add"}}]}
+    assert tokenize(row, byte_tokenizer())["notes"] == ["lost_tools"]
+    assert tokenize(row, byte_tokenizer("{{ tools | tojson }}" + CHATML))["notes"] == []
+
+
+def test_reasoning_of_earlier_turns_may_be_left_out():
+    row = {"messages": [QUESTION, answer("<think>Two.</think>Four."), {"role": "user", "content": "Sure?"}, ANSWER]}
+    assert tokenize(row, byte_tokenizer(STRIPS))["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("qwen2_5", "joined"),
+        ("qwen3", "joined"),
+        ("llama3", "joined"),
+        ("gemma3", "joined"),
+        ("smolvlm", "needed"),
+        ("qwen2_5_vl", "kept"),
+    ],
+)
+def test_real_templates_are_given_contents_as_they_want_them(name, parts):
+    tokenizer = byte_tokenizer(trl_template(name))
+    tokenizer.bos_token = BOS  # llama3's template prints one
+    assert habits_of(tokenizer, tokenizer.chat_template).parts == parts
+    for content in ("What is 2+2?", [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}]):
+        prompt, response = texts({"messages": [{"role": "user", "content": content}, ANSWER]}, tokenizer)
+        assert "What is 2+2?" in prompt and "{'type'" not in prompt and "It is 4." in response
+
+
+def test_texts_are_found_in_json_and_apart_from_white_space():
+    assert missing_from('say "a\\nb"', {"text": ["a\nb"]}) == set()
+    assert missing_from("caf\\u00e9", {"text": ["café"]}) == set()
+    assert missing_from("a", {"text": ["a", "b"], "calls": ["a"]}) == {"text"}
