@@ -294,6 +294,11 @@ def _check_heads(pair: Pair) -> tuple[Verdict, str]:
         with attention_implementation(model, sampling_attention(model)):
             is_known = LMHead.of(model).verify(model)
         if not is_known:
+            if any(not p.isfinite().all() for p in LMHead.of(model).parameters() if p.is_floating_point()):
+                raise ValueError(
+                    f"The {name}'s head, of {type(model).__name__}, has NaN or infinite weights. Load its weights again, or a "
+                    "checkpoint from before they were spoilt."
+                )
             raise ValueError(
                 f"The {name}, {type(model).__name__}, makes its logits from its hidden states in a way that this package does "
                 "not know (something between the last hidden state and the logits, other than a scale and a soft cap), "
