@@ -46,6 +46,7 @@ from .training.distributed import (
     student_for_sampling,
     whole_head,
 )
+from .training.finite_check import FiniteCheck
 from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import add_loss_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix
@@ -201,6 +202,7 @@ class SKDTrainer(GKDTrainer):
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self._enter_step(0, 1)
+        self._finite_check = FiniteCheck()
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._compiled_student = args.compile_student and CompiledStudent()
         require(check_launch(self._inner_student(), teacher, args, self.accelerator))
@@ -359,6 +361,11 @@ class SKDTrainer(GKDTrainer):
             return {"loss": outcome[0].loss}
 
         total = model(**model_inputs(inputs), loss_fn=loss_fn)["loss"]
+        if mode == "train":
+            self._finite_check.add(outcome[0])
+            if self.accelerator.sync_gradients:  # the last micro-batch of the step
+                step = self.state.global_step + 1
+                self._finite_check.require(step, self._inner_student(), self._inner_teacher, self.accelerator)
         divisor = len(tokens.labels) if num_items_in_batch is None else num_items_in_batch
         divisor = torch.as_tensor(divisor, device=total.device)
         loss = total / torch.where(divisor > 0, divisor, 1)

@@ -59,7 +59,8 @@ def draw_from_probs(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
     total = cumulative[..., -1:]
     target = uniforms[..., None].to(total.dtype) * total
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach the total
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # The clamp is for probabilities that are not numbers: their loss says so, an index out of range would not.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=probs.shape[-1] - 1)
 
 
 def shaped_probs(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:

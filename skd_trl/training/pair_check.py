@@ -30,6 +30,7 @@ from ..skd_config import SKDConfig
 from .distributed import check_engine, check_head, is_sharded
 from .last_hidden_states import last_hidden_states
 from .models import pad_token_id
+from .trained_parameters import check_trained_parameters
 
 
 logger = get_logger(__name__)
@@ -77,8 +78,11 @@ def check_pair(
 def check_launch(
     student: PreTrainedModel, teacher: PreTrainedModel, args: SKDConfig, accelerator: Accelerator
 ) -> list[Finding]:
-    """One finding: whether the engine that was launched can train the pair. `student` has its adapter by then."""
-    return [_finding("engine", _check_engine, student, teacher, args, accelerator)]
+    """Whether the engine that was launched can train the pair, and whether it trains anything. `student` has its adapter by then."""
+    return [
+        _finding("engine", _check_engine, student, teacher, args, accelerator),
+        _finding("trained parameters", _check_trained, student),
+    ]
 
 
 def require(findings: list[Finding]) -> None:
@@ -146,6 +150,16 @@ def _check_adapters(pair: Pair) -> tuple[Verdict, str]:
         str(getattr(adapter.peft_type, "value", adapter.peft_type)) for adapter in adapters if adapter is not None
     ]
     return Verdict.GOOD, f"{', '.join(kinds) or 'None'}; no adapter adds tokens."
+
+
+def _check_trained_parameters(pair: Pair) -> tuple[Verdict, str]:
+    if pair.peft_config is not None:
+        return Verdict.UNCHECKED, "The trainer puts an adapter into the student, and looks at what that trains."
+    return _check_trained(pair.student)
+
+
+def _check_trained(student: PreTrainedModel) -> tuple[Verdict, str]:
+    return Verdict.GOOD, f"The loss reaches {check_trained_parameters(student)} parameters of the student."
 
 
 def _check_sampling(pair: Pair) -> tuple[Verdict, str]:
@@ -280,6 +294,11 @@ def _check_heads(pair: Pair) -> tuple[Verdict, str]:
         with attention_implementation(model, sampling_attention(model)):
             is_known = LMHead.of(model).verify(model)
         if not is_known:
+            if any(not p.isfinite().all() for p in LMHead.of(model).parameters() if p.is_floating_point()):
+                raise ValueError(
+                    f"The {name}'s head, of {type(model).__name__}, has NaN or infinite weights. Load its weights again, or a "
+                    "checkpoint from before they were spoilt."
+                )
             raise ValueError(
                 f"The {name}, {type(model).__name__}, makes its logits from its hidden states in a way that this package does "
                 "not know (something between the last hidden state and the logits, other than a scale and a soft cap), "
@@ -291,6 +310,7 @@ def _check_heads(pair: Pair) -> tuple[Verdict, str]:
 PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
     "placement": _check_placement,
     "adapters": _check_adapters,
+    "trained parameters": _check_trained_parameters,
     "sampling": _check_sampling,
     "vocabulary": _check_vocabulary,
     "ends of sequence": _check_ends,

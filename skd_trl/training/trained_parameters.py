@@ -1,0 +1,66 @@
+"""Does the student's loss reach any parameter that trains? Found by running it, whatever switched its parameters off.
+
+Under gradient checkpointing, TRL's default, a loss that reaches nothing still has a gradient function: such a run would log a
+loss to its end and move no weight. So the graph of one small forward is followed to its leaves.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
+from .distributed import is_sharded
+
+
+def check_trained_parameters(student: PreTrainedModel) -> int:
+    """The number of the student's parameter tensors that a loss trains; of a sharded student those that want a gradient.
+
+    Raises:
+        `ValueError`: if there are none, with how to get some.
+    """
+    wanted = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    count = len(wanted) if is_sharded(student) or not wanted else len(_reached(student))
+    if count == 0:
+        raise ValueError(
+            f"There is nothing to train: the student's loss reaches no parameter that requires a gradient. {_way_out(student)}"
+        )
+    return count
+
+
+def _reached(student: PreTrainedModel) -> set[nn.Parameter]:
+    """The parameters that want a gradient and are leaves of the graph of the logits of two tokens."""
+    input_ids = torch.tensor([[1, 2]], device=student.device)
+    with torch.enable_grad(), eval_mode(student), attention_implementation(student, sampling_attention(student)):
+        logits = student(input_ids=input_ids, use_cache=False).logits
+    parameters, found = set(student.parameters()), set()
+    waiting, seen = [logits.grad_fn], {None}
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        found |= {getattr(node, "variable", None)} & parameters
+        waiting += [child for child, _ in node.next_functions]
+    return found
+
+
+def _way_out(student: PreTrainedModel) -> str:
+    """Why it is so, as far as can be seen, and what to do."""
+    layers = [module for module in student.modules() if hasattr(module, "merged_adapters")]
+    if not layers:
+        return (
+            "All of its parameters have requires_grad=False: call model.requires_grad_(True), unfreeze what is to be trained, "
+            "or give the trainer a peft_config."
+        )
+    if any(layer.merged for layer in layers):
+        return (
+            "Its adapter is merged into the frozen weights: call model.unmerge_adapter() to go on training the adapter, or "
+            "model = model.merge_and_unload() and unfreeze that to train the whole model."
+        )
+    if any(layer.disable_adapters for layer in layers):
+        return "Its adapter is switched off: call model.enable_adapter_layers() (and leave disable_adapter())."
+    return (
+        "It has an adapter that was loaded for inference: load it with PeftModel.from_pretrained(model, path, "
+        "is_trainable=True), leave inference_mode of its configuration False, and make the adapter to train the active one "
+        "with model.set_adapter(name)."
+    )
