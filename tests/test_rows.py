@@ -1,5 +1,6 @@
 """What people's rows hold, in the forms in which public data sets write it: the same prompt and label as the plain form."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,8 +8,9 @@ from datasets import Dataset
 from test_data import prepare
 from test_skd_trainer import make_trainer
 from test_tokenization import ANSWER, CHAT_PROMPT, QUESTION, texts, tokenize
-from tiny import BOS, CHATML, EOS, byte_tokenizer
+from tiny import BOS, CHATML, EOS, byte_tokenizer, tiny_model
 
+from skd_trl import SKDConfig
 from skd_trl.data.tokenization import RowRules, tokenize_row
 
 
@@ -292,3 +294,53 @@ def test_a_trainer_trains_and_evaluates_on_every_answer(tmp_path, rollout):
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (2, 2)
     assert len(make_trainer(tmp_path, rows, rollout=rollout).train_dataset) == 1
     assert trainer.train().training_loss > 0
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+def test_a_reference_beyond_the_models_positions_is_cut_there_in_training_and_evaluation(
+    tmp_path, architecture, rollout, caplog
+):
+    """Learned positions end with an IndexError."""
+    pair = {"model": tiny_model(architecture, 1, max_position_embeddings=40)}
+    pair["teacher"] = tiny_model(architecture, 2, max_position_embeddings=60)
+    rows = [{"prompt": "2+2=", "completion": "4" * 90}, {"prompt": "2" * 20, "completion": "4"}]
+    trainer = make_trainer(
+        tmp_path, rows, eval_dataset=Dataset.from_list(rows), rollout=rollout, max_length=None, **pair
+    )
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        lengths = [(len(row["prompt_ids"]), len(row["response_ids"])) for row in dataset]
+        assert sorted(lengths) == [(4, 36), (20, 2)]
+    assert sum("more than 40 tokens together" in message for message in caplog.messages) == 2
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_where_nothing_is_sampled_prompt_and_reference_share_max_length(tmp_path):
+    rows = [{"prompt": "2" * length, "completion": "4" * 200} for length in (4, 100, 127, 128)]
+
+    def lengths(**settings):
+        dataset = make_trainer(tmp_path, rows, shuffle_dataset=False, **settings).train_dataset
+        return [(len(row["prompt_ids"]), len(row["response_ids"])) for row in dataset]
+
+    assert lengths(rollout="dataset") == [(4, 124), (100, 28), (127, 1)]
+    assert lengths(rollout="dataset", max_new_tokens=200) == [(4, 124), (100, 28), (127, 1)]  # bounds what is sampled
+    assert lengths(rollout="dataset", max_prompt_length=100) == [(4, 28), (100, 28)]
+    assert lengths(rollout="dataset", max_response_length=7) == [(4, 7), (100, 7), (127, 7)]
+    assert lengths(rollout="student", max_new_tokens=16) == [(4, 16), (100, 16)]
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+@pytest.mark.parametrize("column", ["length", "size"])
+def test_rows_can_be_grouped_by_length(tmp_path, rollout, column):
+    if "train_sampling_strategy" not in {field.name for field in dataclasses.fields(SKDConfig)}:
+        pytest.skip("this transformers has group_by_length instead")
+    rows = [{"prompt": "2" * (1 + 7 * i % 5), "completion": "4" * (1 + i)} for i in range(8)]
+    trainer = make_trainer(
+        tmp_path, rows, eval_dataset=Dataset.from_list(rows), rollout=rollout, train_sampling_strategy="group_by_length",
+        length_column_name=column, per_device_train_batch_size=2,
+    )  # fmt: skip
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        assert dataset[column][:] == [len(row["prompt_ids"]) + len(row["response_ids"]) for row in dataset]
+    assert trainer.train().training_loss > 0 and trainer.evaluate()["eval_loss"] > 0
+    assert column not in make_trainer(tmp_path, rows, rollout=rollout).train_dataset.column_names

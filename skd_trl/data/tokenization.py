@@ -33,6 +33,7 @@ class RowRules:
     needs_response: bool
     eos_token_ids: tuple[int, ...]
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_text_length: int | None = None  # of prompt and reference together
     every_answer: bool = False  # a row for each answer of a conversation, instead of one for its last
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
@@ -83,6 +84,10 @@ def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
     if limit is not None and len(response_ids) > limit:
         notes.append("cut_response")
         response_ids = response_ids[:limit]
+    room = None if rules.max_text_length is None else rules.max_text_length - len(prompt_ids)
+    if room is not None and len(response_ids) > room:
+        notes.append("cut_text")
+        response_ids = response_ids[:room]
     return {"prompt_ids": prompt_ids, "response_ids": response_ids, "problem": "", "detail": "", "notes": notes}
 
 
