@@ -174,6 +174,7 @@ class SKDTrainer(GKDTrainer):
             chat_template_kwargs=args.chat_template_kwargs,
             formatting_func=formatting_func,
             every_answer=args.every_answer,
+            vocab_size=self.vocab_size,
             length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
         train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
@@ -189,7 +190,7 @@ class SKDTrainer(GKDTrainer):
             student,
             args=args,
             data_collator=data_collator
-            or DataCollatorForDistillation(pad_token_id(tokenizer), args.pad_to_multiple_of),
+            or DataCollatorForDistillation(pad_token_id(tokenizer, self.vocab_size), args.pad_to_multiple_of),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,

@@ -12,6 +12,7 @@ from tiny import BOS, CHATML, EOS, byte_tokenizer, tiny_model
 
 from skd_trl import SKDConfig
 from skd_trl.data.tokenization import RowRules, tokenize_row
+from skd_trl.training.models import pad_token_id
 
 
 PLAIN = (CHAT_PROMPT, f"It is 4.{EOS}")
@@ -344,3 +345,59 @@ def test_rows_can_be_grouped_by_length(tmp_path, rollout, column):
         assert dataset[column][:] == [len(row["prompt_ids"]) + len(row["response_ids"]) for row in dataset]
     assert trainer.train().training_loss > 0 and trainer.evaluate()["eval_loss"] > 0
     assert column not in make_trainer(tmp_path, rows, rollout=rollout).train_dataset.column_names
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+def test_a_padding_token_that_the_models_lack_pads_nothing_and_changes_nothing(tmp_path, rollout):
+    """Padding is masked: any id that both models have will do."""
+    rows = [{"prompt": "2" * (1 + 3 * i), "completion": "4" * (9 - i)} for i in range(4)]
+    losses = []
+    for added in (False, True):
+        tokenizer = byte_tokenizer()
+        if added:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+            assert tokenizer.pad_token_id == 259  # of 259 embeddings
+        trainer = make_trainer(
+            tmp_path, rows, eval_dataset=Dataset.from_list(rows), processing_class=tokenizer, rollout=rollout
+        )
+        losses.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("end", ["pad", "eos", None])
+def test_padding_is_an_id_below_the_smaller_vocabulary(end):
+    tokenizer = byte_tokenizer()
+    expected = {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id, None: 0}[end]
+    if end != "pad":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if end is None:
+        tokenizer.eos_token = None
+    assert pad_token_id(tokenizer, 259) == expected
+    assert pad_token_id(tokenizer, 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"input_ids": [5, 6, 300], "completion_mask": [0, 0, 1]}, 300),
+        ({"input_ids": [259, 6, 7], "labels": [-100, -100, 7]}, 259),
+        ({"input_ids": [5, -1, 7], "completion_mask": [0, 0, 1]}, -1),
+        ({"prompt_ids": [5], "response_ids": [6, 270]}, 270),
+    ],
+)
+def test_rows_with_ids_that_the_models_or_the_tokenizer_lack_are_named(tmp_path, row, found):
+    good = {name: [5, 6, 7][: len(ids)] for name, ids in row.items()} | {k: v for k, v in row.items() if "mask" in k}
+    good |= {"labels": [-100, -100, 7]} if "labels" in row else {}
+    for size in (259, 280):  # the head may be padded beyond the tokenizer
+        pair = {"model": tiny_model(seed=1, vocab_size=size), "teacher": tiny_model(seed=2, vocab_size=size)}
+        with pytest.raises(ValueError, match=f"1 of 2 rows of the train data set hold ids .*Row 1. .*the id {found};"):
+            make_trainer(tmp_path, [good, row], rollout="dataset", **pair)
+    assert len(make_trainer(tmp_path, [good, good], rollout="dataset").train_dataset) == 2
+
+
+def test_a_text_with_a_token_that_was_added_to_the_tokenizer_alone_is_named(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "2+2=", "completion": "<tool>4"}]
+    with pytest.raises(ValueError, match="1 of 2 rows .*Row 1. .*the id 259; the last that can be used is 258"):
+        make_trainer(tmp_path, rows, processing_class=tokenizer, rollout="dataset")

@@ -38,6 +38,11 @@ PROBLEMS = {
         "these rows, or train on sampled responses only"
     ),
     "unreadable": "cannot be turned into tokens. Change or remove these rows",
+    "unknown_id": (
+        "hold ids that are no tokens of the tokenizer and both models: ids of another tokenizer, or of tokens that were added to it "
+        "and not to the models. Tokenize them with the student's tokenizer, or keep these tokens out of the texts (giving them "
+        "embeddings in both models helps only if both were trained on them)"
+    ),
     "lost_answer": (
         "have an answer of which the chat template prints nothing (calls for a template without calls, or reasoning that it "
         "strips), so the reference response would be a bare end of turn. Use a chat template that prints it, or remove these rows"
@@ -126,6 +131,7 @@ def prepare_dataset(
     every_answer: bool = False,
     max_text_length: int | None = None,
     length_column: str | None = None,
+    vocab_size: int | None = None,
 ) -> Dataset | IterableDataset:
     """
     Token ids of the prompts and reference responses of a data set.
@@ -165,6 +171,8 @@ def prepare_dataset(
             row more where no references are needed.
         max_text_length (`int`, *optional*):
             Reference responses are cut where prompt and reference together have this many tokens.
+        vocab_size (`int`, *optional*):
+            Number of ids that both models have; rows that hold others, or ids beyond the tokenizer's, are errors.
         length_column (`str`, *optional*):
             A column more, of the tokens of prompt and reference, for samplers that group rows by length. Not of streams.
 
@@ -191,6 +199,7 @@ def prepare_dataset(
         tuple(eos_token_ids),
         chat_template_kwargs or {},
         max_text_length=max_text_length,
+        num_ids=None if vocab_size is None else min(vocab_size, max(tokenizer.get_vocab().values()) + 1),
         every_answer=every_answer,
     )
     arguments = {"tokenizer": tokenizer, "rules": rules, "formatting_func": formatting_func}

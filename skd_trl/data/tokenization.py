@@ -34,6 +34,7 @@ class RowRules:
     eos_token_ids: tuple[int, ...]
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_text_length: int | None = None  # of prompt and reference together
+    num_ids: int | None = None  # ids from here on are no tokens of the tokenizer and both models
     every_answer: bool = False  # a row for each answer of a conversation, instead of one for its last
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
@@ -78,6 +79,7 @@ def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
     try:
         prompt_ids, response_ids = encode(notes)
         _check(prompt_ids, response_ids, rules)
+        _check_ids([*prompt_ids, *response_ids], rules)
     except UnusableRow as problem:
         return _unusable(problem)
     limit = rules.max_response_length
@@ -149,6 +151,14 @@ def _check(prompt_ids: list[int], response_ids: list[int], rules: RowRules) -> N
         raise UnusableRow("long_prompt", f"its prompt has {len(prompt_ids)} tokens.")
     if rules.needs_response and not response_ids:
         raise UnusableRow("no_response", "it has no reference response.")
+
+
+def _check_ids(ids: list[int], rules: RowRules) -> None:
+    if rules.num_ids is None or not ids:
+        return
+    for i in (min(ids), max(ids)):
+        if not 0 <= i < rules.num_ids:
+            raise UnusableRow("unknown_id", f"it has the id {i}; the last that can be used is {rules.num_ids - 1}.")
 
 
 def _split_tokenized(row: dict[str, Any], rules: RowRules) -> list[tuple[list[int], list[int]]]:

@@ -240,8 +240,9 @@ def _positions(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedMod
 def _check_padding(pair: Pair) -> tuple[Verdict, str]:
     """A row is given the same hidden states alone, before padding, and as the beginning of a longer row."""
     special = set(pair.tokenizer.all_special_ids)
-    ids = [i for i in range(shared_vocab_size(pair.student, pair.teacher)) if i not in special][:11]
-    short, padding = ids[:4], [pad_token_id(pair.tokenizer)] * (len(ids) - 4)
+    vocab_size = shared_vocab_size(pair.student, pair.teacher)
+    ids = [i for i in range(vocab_size) if i not in special][:11]
+    short, padding = ids[:4], [pad_token_id(pair.tokenizer, vocab_size)] * (len(ids) - 4)
     errors = []
     for name, model in pair.models.items():
         if is_sharded(model):
