@@ -32,6 +32,12 @@ NOT_FOLLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def asks_for_lengths(args: Any) -> bool:
+    """Whether the Trainer will sample rows by their lengths, which it reads from a column."""
+    strategy = getattr(args, "train_sampling_strategy", None)
+    return strategy in ("group_by_length", "batch_rebalance") or bool(getattr(args, "group_by_length", False))
+
+
 def check_inherited_options(args: Any) -> None:
     """Raises `ValueError`, naming the field, if an inherited option asks for what this trainer does not do."""
     for name, (neutral, advice) in NOT_FOLLOWED.items():

@@ -112,7 +112,9 @@ class SKDConfig(GKDConfig):
         max_prompt_length (`int`, *optional*):
             Rows with a longer prompt are left out. By default `max_length - max_new_tokens`.
         max_response_length (`int`, *optional*):
-            Reference responses are cut after this many tokens. By default `max_length - max_prompt_length`.
+            Reference responses are cut after this many tokens. By default `max_length - max_prompt_length`. Where no step
+            samples, `max_new_tokens` plays no part: without these two, a prompt and its reference share `max_length`. Both
+            models' positions are a limit in any case.
         chat_template_kwargs (`dict`, *optional*):
             Given to the chat template, such as `{"enable_thinking": False}`.
         every_answer (`bool`, *optional*, defaults to `False`):
@@ -248,12 +250,16 @@ class SKDConfig(GKDConfig):
     )
     max_prompt_length: int | None = field(
         default=None,
-        metadata={"help": "Rows with a longer prompt are left out. Default: max_length - max_new_tokens."},
+        metadata={
+            "help": "Rows with a longer prompt are left out. Default: max_length - max_new_tokens, or where nothing is sampled "
+            "max_length - 1."
+        },
     )
     max_response_length: int | None = field(
         default=None,
         metadata={
-            "help": "Reference responses are cut after this many tokens. Default: max_length - max_prompt_length."
+            "help": "Reference responses are cut after this many tokens. Default: max_length - max_prompt_length, or where "
+            "nothing is sampled what the prompt leaves of max_length."
         },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
@@ -310,7 +316,8 @@ class SKDConfig(GKDConfig):
             check_positive(name, getattr(self, name))
         for name in ("loss_chunk_size", "rollout_batch_size", "max_prompt_length", "max_response_length"):
             check_positive(name, getattr(self, name))
-        if self.max_length is not None and self.max_prompt_length is None and self.max_new_tokens >= self.max_length:
+        has_own_limit = self.max_length is None or self.max_prompt_length is not None
+        if self.samples and not has_own_limit and self.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}. "
                 "Raise max_length, lower max_new_tokens, or set max_prompt_length."
@@ -504,14 +511,21 @@ class SKDConfig(GKDConfig):
         """Tokens a prompt may have; `None` is no limit but the models' positions."""
         if self.max_prompt_length is not None or self.max_length is None:
             return self.max_prompt_length
-        return self.max_length - self.max_new_tokens
+        return self.max_length - (self.max_new_tokens if self.samples else 1)
 
     @property
     def response_limit(self) -> int | None:
-        """Tokens of a reference response that are used; `None` is all."""
-        if self.max_response_length is not None or self.max_length is None:
+        """Tokens of a reference response that are used; `None` is all, or what `text_limit` leaves."""
+        is_open = self.max_prompt_length is None and not self.samples
+        if self.max_response_length is not None or self.max_length is None or is_open:
             return self.max_response_length
         return max(self.max_length - self.prompt_limit, 1)
+
+    @property
+    def text_limit(self) -> int | None:
+        """Tokens of a prompt and its reference response together; `None` is no limit but those of each."""
+        has_own_limits = self.samples or self.max_prompt_length is not None or self.max_response_length is not None
+        return None if has_own_limits else self.max_length
 
 
 def check_choice(name: str, value: str, choices) -> None:

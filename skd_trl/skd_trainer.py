@@ -24,6 +24,7 @@ from .data.batches import IGNORE_INDEX, DataCollatorForDistillation, Key, Respon
 from .data.dataset import prepare_dataset
 from .data.mixed_batches import mix_sampled_rows
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
+from .inherited_options import asks_for_lengths
 from .loss.distillation_loss import DistillationLoss, distillation_loss
 from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
@@ -51,7 +52,7 @@ from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import add_loss_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix
 from .training.models import disable_dropout, load_pair, own_arguments, pad_token_id
-from .training.pair_check import check_launch, check_pair, require, room_for_prompts
+from .training.pair_check import check_launch, check_pair, require, room_for_prompts, room_for_texts
 from .training.sampled_batches import sampled_batches
 
 
@@ -168,11 +169,14 @@ class SKDTrainer(GKDTrainer):
             tokenizer=tokenizer,
             max_prompt_length=room_for_prompts(args, student, teacher),
             max_response_length=args.response_limit,
+            max_text_length=room_for_texts(args, student, teacher),
             eos_token_ids=self.eos_token_ids,
             num_proc=args.dataset_num_proc,
             chat_template_kwargs=args.chat_template_kwargs,
             formatting_func=formatting_func,
             every_answer=args.every_answer,
+            vocab_size=self.vocab_size,
+            length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
         train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
         if args.shuffle_dataset:
@@ -187,7 +191,7 @@ class SKDTrainer(GKDTrainer):
             student,
             args=args,
             data_collator=data_collator
-            or DataCollatorForDistillation(pad_token_id(tokenizer), args.pad_to_multiple_of),
+            or DataCollatorForDistillation(pad_token_id(tokenizer, self.vocab_size), args.pad_to_multiple_of),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,

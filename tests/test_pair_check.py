@@ -192,11 +192,11 @@ def test_a_trainings_file_serves_the_command_and_a_good_pair_ends_with_0(saved, 
     config = tmp_path / "training.yaml"
     config.write_text(
         f"model_name_or_path: {saved / 'student'}\nteacher_model_name_or_path: {saved / 'teacher'}\n"
-        "dataset_name: none\nmax_new_tokens: 500\nrollout: dataset\n"
+        "dataset_name: none\nmax_length: 500\nrollout: dataset\n"
     )
-    assert main(["check", "--config", str(config), "--max_new_tokens", "100"]) == 0
+    assert main(["check", "--config", str(config), "--max_length", "100"]) == 0
     output = capsys.readouterr().out
-    assert "max_new_tokens=100" in output and "not checked" in output and "refused" not in output
+    assert "up to 99 tokens" in output and "not checked" in output and "refused" not in output
 
 
 def test_without_a_command_there_is_help(capsys):

@@ -1,5 +1,6 @@
 """What people's rows hold, in the forms in which public data sets write it: the same prompt and label as the plain form."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,9 +8,11 @@ from datasets import Dataset
 from test_data import prepare
 from test_skd_trainer import make_trainer
 from test_tokenization import ANSWER, CHAT_PROMPT, QUESTION, texts, tokenize
-from tiny import BOS, CHATML, EOS, byte_tokenizer
+from tiny import BOS, CHATML, EOS, byte_tokenizer, tiny_model
 
+from skd_trl import SKDConfig
 from skd_trl.data.tokenization import RowRules, tokenize_row
+from skd_trl.training.models import pad_token_id
 
 
 PLAIN = (CHAT_PROMPT, f"It is 4.{EOS}")
@@ -292,3 +295,109 @@ def test_a_trainer_trains_and_evaluates_on_every_answer(tmp_path, rollout):
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (2, 2)
     assert len(make_trainer(tmp_path, rows, rollout=rollout).train_dataset) == 1
     assert trainer.train().training_loss > 0
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+def test_a_reference_beyond_the_models_positions_is_cut_there_in_training_and_evaluation(
+    tmp_path, architecture, rollout, caplog
+):
+    """Learned positions end with an IndexError."""
+    pair = {"model": tiny_model(architecture, 1, max_position_embeddings=40)}
+    pair["teacher"] = tiny_model(architecture, 2, max_position_embeddings=60)
+    rows = [{"prompt": "2+2=", "completion": "4" * 90}, {"prompt": "2" * 20, "completion": "4"}]
+    trainer = make_trainer(
+        tmp_path, rows, eval_dataset=Dataset.from_list(rows), rollout=rollout, max_length=None, **pair
+    )
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        lengths = [(len(row["prompt_ids"]), len(row["response_ids"])) for row in dataset]
+        assert sorted(lengths) == [(4, 36), (20, 2)]
+    assert sum("more than 40 tokens together" in message for message in caplog.messages) == 2
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_where_nothing_is_sampled_prompt_and_reference_share_max_length(tmp_path):
+    rows = [{"prompt": "2" * length, "completion": "4" * 200} for length in (4, 100, 127, 128)]
+
+    def lengths(**settings):
+        dataset = make_trainer(tmp_path, rows, shuffle_dataset=False, **settings).train_dataset
+        return [(len(row["prompt_ids"]), len(row["response_ids"])) for row in dataset]
+
+    assert lengths(rollout="dataset") == [(4, 124), (100, 28), (127, 1)]
+    assert lengths(rollout="dataset", max_new_tokens=200) == [(4, 124), (100, 28), (127, 1)]  # bounds what is sampled
+    assert lengths(rollout="dataset", max_prompt_length=100) == [(4, 28), (100, 28)]
+    assert lengths(rollout="dataset", max_response_length=7) == [(4, 7), (100, 7), (127, 7)]
+    assert lengths(rollout="student", max_new_tokens=16) == [(4, 16), (100, 16)]
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+@pytest.mark.parametrize("column", ["length", "size"])
+def test_rows_can_be_grouped_by_length(tmp_path, rollout, column):
+    if "train_sampling_strategy" not in {field.name for field in dataclasses.fields(SKDConfig)}:
+        pytest.skip("this transformers has group_by_length instead")
+    rows = [{"prompt": "2" * (1 + 7 * i % 5), "completion": "4" * (1 + i)} for i in range(8)]
+    trainer = make_trainer(
+        tmp_path, rows, eval_dataset=Dataset.from_list(rows), rollout=rollout, train_sampling_strategy="group_by_length",
+        length_column_name=column, per_device_train_batch_size=2,
+    )  # fmt: skip
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        assert dataset[column][:] == [len(row["prompt_ids"]) + len(row["response_ids"]) for row in dataset]
+    assert trainer.train().training_loss > 0 and trainer.evaluate()["eval_loss"] > 0
+    assert column not in make_trainer(tmp_path, rows, rollout=rollout).train_dataset.column_names
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+def test_a_padding_token_that_the_models_lack_pads_nothing_and_changes_nothing(tmp_path, rollout):
+    """Padding is masked: any id that both models have will do."""
+    rows = [{"prompt": "2" * (1 + 3 * i), "completion": "4" * (9 - i)} for i in range(4)]
+    losses = []
+    for added in (False, True):
+        tokenizer = byte_tokenizer()
+        if added:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+            assert tokenizer.pad_token_id == 259  # of 259 embeddings
+        trainer = make_trainer(
+            tmp_path, rows, eval_dataset=Dataset.from_list(rows), processing_class=tokenizer, rollout=rollout
+        )
+        losses.append((trainer.train().training_loss, trainer.evaluate()["eval_loss"]))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("end", ["pad", "eos", None])
+def test_padding_is_an_id_below_the_smaller_vocabulary(end):
+    tokenizer = byte_tokenizer()
+    expected = {"pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id, None: 0}[end]
+    if end != "pad":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if end is None:
+        tokenizer.eos_token = None
+    assert pad_token_id(tokenizer, 259) == expected
+    assert pad_token_id(tokenizer, 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"input_ids": [5, 6, 300], "completion_mask": [0, 0, 1]}, 300),
+        ({"input_ids": [259, 6, 7], "labels": [-100, -100, 7]}, 259),
+        ({"input_ids": [5, -1, 7], "completion_mask": [0, 0, 1]}, -1),
+        ({"prompt_ids": [5], "response_ids": [6, 270]}, 270),
+    ],
+)
+def test_rows_with_ids_that_the_models_or_the_tokenizer_lack_are_named(tmp_path, row, found):
+    good = {name: [5, 6, 7][: len(ids)] for name, ids in row.items()} | {k: v for k, v in row.items() if "mask" in k}
+    good |= {"labels": [-100, -100, 7]} if "labels" in row else {}
+    for size in (259, 280):  # the head may be padded beyond the tokenizer
+        pair = {"model": tiny_model(seed=1, vocab_size=size), "teacher": tiny_model(seed=2, vocab_size=size)}
+        with pytest.raises(ValueError, match=f"1 of 2 rows of the train data set hold ids .*Row 1. .*the id {found};"):
+            make_trainer(tmp_path, [good, row], rollout="dataset", **pair)
+    assert len(make_trainer(tmp_path, [good, good], rollout="dataset").train_dataset) == 2
+
+
+def test_a_text_with_a_token_that_was_added_to_the_tokenizer_alone_is_named(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "2+2=", "completion": "<tool>4"}]
+    with pytest.raises(ValueError, match="1 of 2 rows .*Row 1. .*the id 259; the last that can be used is 258"):
+        make_trainer(tmp_path, rows, processing_class=tokenizer, rollout="dataset")

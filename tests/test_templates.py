@@ -1,11 +1,17 @@
 """Templates that print less than a row holds: nothing of an answer is lost without a word."""
 
+import itertools
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_data import prepare
 from test_tokenization import ANSWER, QUESTION, THINKING, texts, tokenize, trl_template
 from tiny import BOS, CHATML, EOS, byte_tokenizer
 
+from skd_trl.data.conversations import as_text
 from skd_trl.data.templates import habits_of, missing_from
+from skd_trl.data.tokenization import RowRules, tokenize_row
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": "two", "b": 2}}}
@@ -139,3 +145,102 @@ def test_texts_are_found_in_json_and_apart_from_white_space():
     assert missing_from('say "a\\nb"', {"text": ["a\nb"]}) == set()
     assert missing_from("caf\\u00e9", {"text": ["café"]}) == set()
     assert missing_from("a", {"text": ["a", "b"], "calls": ["a"]}) == {"text"}
+
+
+NAMES = (
+    "chatml", "qwen2_5", "qwen3", "qwen3_5_think", "llama3", "llama3_1", "gemma3", "phi3", "deepseek_r1_distill", "glm4moe",
+    "smolvlm", "qwen2_5_vl",
+)  # fmt: skip
+WORDS = st.sampled_from(["alpha", "be ta", " gamma\n", "<b>", 'd"e', "é🙂", ""])
+LOST = {"lost_answer", "lost_reasoning", "lost_calls", "lost_text", "lost_turn", "lost_tools"}
+
+
+@st.composite
+def conversations(draw):
+    """Turns of all roles, contents in texts, parts and nulls, reasoning and calls. Each text is unlike any other."""
+    numbers = itertools.count(100)
+
+    def content(role):
+        text = f"{draw(WORDS)}{role}{next(numbers)}{draw(WORDS)}"
+        kind = draw(st.sampled_from(["text", "text", "text", "parts", "null", "reasoning"]))
+        if kind == "parts":
+            return [{"type": "text", "text": text}, {"type": "text", "text": f"part{next(numbers)}"}]
+        reasoning = (
+            f"<think>\nthought{next(numbers)}\n</think>\n\n" if kind == "reasoning" and role == "assistant" else ""
+        )
+        return None if kind == "null" else reasoning + text
+
+    turns = [{"role": "system", "content": content("system")}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        turns += [{"role": "user", "content": content("user")}, {"role": "assistant", "content": content("assistant")}]
+        if draw(st.integers(0, 3)) == 0:
+            name = f"call{next(numbers)}"
+            turns[-1]["tool_calls"] = [
+                {"type": "function", "function": {"name": name, "arguments": {"x": name + "x"}}}
+            ]
+            if draw(st.booleans()):
+                turns += [
+                    {"role": "tool", "content": content("tool")},
+                    {"role": "assistant", "content": content("assistant")},
+                ]
+    return turns
+
+
+def template_tokenizer(name):
+    tokenizer = byte_tokenizer(CHATML if name == "chatml" else trl_template(name))
+    tokenizer.bos_token = BOS
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(turns=conversations(), kind=st.sampled_from(["messages", "completion", "every"]))
+def test_every_row_is_rendered_whole_or_refused_or_counted_by_name(name, turns, kind):
+    tokenizer = template_tokenizer(name)
+    row = {"messages": turns}
+    if kind == "completion":
+        first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        row = {"prompt": turns[:first], "completion": turns[first:]}
+    rules = RowRules(None, None, True, (tokenizer.eos_token_id,), every_answer=kind == "every")
+    results = tokenize_row(row, tokenizer=tokenizer, rules=rules)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    chosen = {"messages": answers[-1:], "completion": answers[:1], "every": answers}[kind]
+    if len(results) != len(chosen):  # refused as a whole, or answers with nothing before them
+        assert all(result["detail"] for result in results) or kind == "every"
+        return
+    for index, result in zip(chosen, results, strict=True):
+        if result["problem"]:
+            assert result["problem"] in ("unreadable", "lost_answer", "no_response", "no_prompt") and result["detail"]
+            continue
+        check_row(turns[:index], turns[index], result, tokenizer)
+
+
+def check_row(history, answer, result, tokenizer):
+    prompt, response = (squeezed(tokenizer.decode(result[key])) for key in ("prompt_ids", "response_ids"))
+    notes = set(result["notes"])
+    text = as_text(answer["content"]).rpartition("</think>")
+    pieces = {"lost_text": text[2], "lost_reasoning": text[0].replace("<think>", "")}
+    pieces["lost_calls"] = "".join(call["function"]["name"] for call in answer.get("tool_calls") or [])
+    for note, piece in pieces.items():
+        assert note in notes or squeezed(piece) in response, (note, piece, response)
+        assert not piece.strip() or squeezed(piece) not in prompt
+    for turn in history:
+        said = squeezed(as_text(turn["content"]).rpartition("</think>")[2])
+        assert said in prompt or "lost_turn" in notes
+        assert said not in response or not said
+    assert "{'type'" not in prompt + response and "None" not in prompt + response
+    shaped = [
+        {**turn, "content": "" if turn["content"] is None else as_text(turn["content"])} for turn in [*history, answer]
+    ]
+    is_plain = all("tool_calls" not in turn and turn["content"] for turn in shaped)
+    if (
+        is_plain
+        and not notes & {"not_prefix", *LOST}
+        and habits_of(tokenizer, tokenizer.chat_template).parts != "needed"
+    ):
+        rendered = squeezed(tokenizer.apply_chat_template(shaped, tokenize=False))
+        assert rendered.startswith(prompt + response)
+
+
+def squeezed(text):
+    return "".join(text.split())

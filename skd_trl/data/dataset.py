@@ -38,12 +38,18 @@ PROBLEMS = {
         "these rows, or train on sampled responses only"
     ),
     "unreadable": "cannot be turned into tokens. Change or remove these rows",
+    "unknown_id": (
+        "hold ids that are no tokens of the tokenizer and both models: ids of another tokenizer, or of tokens that were added to it "
+        "and not to the models. Tokenize them with the student's tokenizer, or keep these tokens out of the texts (giving them "
+        "embeddings in both models helps only if both were trained on them)"
+    ),
     "lost_answer": (
         "have an answer of which the chat template prints nothing (calls for a template without calls, or reasoning that it "
         "strips), so the reference response would be a bare end of turn. Use a chat template that prints it, or remove these rows"
     ),
     "long_prompt": "have a prompt over max_prompt_length={limits.max_prompt_length} and are left out (a cut prompt is "
-    "no longer what its template means). Raise max_prompt_length to keep them",
+    "no longer what its template means). Raise max_prompt_length to keep them, or max_length, from which it is taken by default; "
+    "the models' positions are a limit too",
 }
 # What was changed in a usable row, and what to do about it.
 NOTES = {
@@ -96,6 +102,11 @@ NOTES = {
         "the reference response goes on after its first end-of-sequence token; what follows is left out. Remove the "
         "token from the text, or check the models' `generation_config.eos_token_id`"
     ),
+    "cut_text": (
+        "prompt and reference response have more than {limits.max_text_length} tokens together (max_length, or the positions of a "
+        "model), and the reference is cut there, without an end-of-sequence token. Raise max_length, use models with more "
+        "positions, or shorten these rows"
+    ),
     "cut_response": (
         "the reference response is over max_response_length={limits.max_response_length} and is cut there, without an "
         "end-of-sequence token. Raise max_response_length to keep it whole"
@@ -118,6 +129,9 @@ def prepare_dataset(
     chat_template_kwargs: dict[str, Any] | None = None,
     formatting_func: Callable[[dict], dict] | None = None,
     every_answer: bool = False,
+    max_text_length: int | None = None,
+    length_column: str | None = None,
+    vocab_size: int | None = None,
 ) -> Dataset | IterableDataset:
     """
     Token ids of the prompts and reference responses of a data set.
@@ -155,6 +169,12 @@ def prepare_dataset(
         every_answer (`bool`, *optional*, defaults to `False`):
             Makes a conversation of n answers n rows, each answer after what came before it. A last question without an answer is a
             row more where no references are needed.
+        max_text_length (`int`, *optional*):
+            Reference responses are cut where prompt and reference together have this many tokens.
+        vocab_size (`int`, *optional*):
+            Number of ids that both models have; rows that hold others, or ids beyond the tokenizer's, are errors.
+        length_column (`str`, *optional*):
+            A column more, of the tokens of prompt and reference, for samplers that group rows by length. Not of streams.
 
     Returns:
         `Dataset` or `IterableDataset`: columns `prompt_ids` and `response_ids` (empty for a prompt alone), and for
@@ -170,13 +190,17 @@ def prepare_dataset(
             f"The {name} data set is a {type(dataset).__name__}. Give a `datasets.Dataset` or `IterableDataset`: one "
             "split of a DatasetDict, or `Dataset.from_list(rows)`."
         )
+    if max_text_length is not None:  # with room for a token of the response
+        max_prompt_length = min(max_prompt_length or max_text_length, max_text_length - 1)
     rules = RowRules(
         max_prompt_length,
         max_response_length,
         needs_response,
         tuple(eos_token_ids),
         chat_template_kwargs or {},
-        every_answer,
+        max_text_length=max_text_length,
+        num_ids=None if vocab_size is None else min(vocab_size, max(tokenizer.get_vocab().values()) + 1),
+        every_answer=every_answer,
     )
     arguments = {"tokenizer": tokenizer, "rules": rules, "formatting_func": formatting_func}
     if isinstance(dataset, IterableDataset):
@@ -199,7 +223,10 @@ def prepare_dataset(
         desc=f"Tokenizing {name} dataset",
     )
     usable = _report(tokenized, len(dataset), rules, name)
-    tokenized = tokenized.select_columns(list(COLUMNS))
+    if length_column is not None:
+        lengths = [len(p) + len(r) for p, r in zip(tokenized["prompt_ids"], tokenized["response_ids"], strict=True)]
+        tokenized = tokenized.add_column(length_column, lengths)
+    tokenized = tokenized.select_columns([*COLUMNS, *([length_column] if length_column else [])])
     return tokenized if len(usable) == len(tokenized) else tokenized.select(usable)
 
 

@@ -85,7 +85,7 @@ def _shaped(turn: dict, habits: TemplateHabits) -> dict:
     if "content" not in turn:
         return turn
     content = turn["content"]
-    if content is None and (habits.prints_null or turn["role"] != "assistant"):
+    if content is None and (habits.prints_null or not turn.get("tool_calls")):
         content = ""
     if isinstance(content, list) and habits.parts == "joined":
         content = as_text(content)

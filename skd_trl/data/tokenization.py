@@ -33,6 +33,8 @@ class RowRules:
     needs_response: bool
     eos_token_ids: tuple[int, ...]
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_text_length: int | None = None  # of prompt and reference together
+    num_ids: int | None = None  # ids from here on are no tokens of the tokenizer and both models
     every_answer: bool = False  # a row for each answer of a conversation, instead of one for its last
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
@@ -77,12 +79,17 @@ def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
     try:
         prompt_ids, response_ids = encode(notes)
         _check(prompt_ids, response_ids, rules)
+        _check_ids([*prompt_ids, *response_ids], rules)
     except UnusableRow as problem:
         return _unusable(problem)
     limit = rules.max_response_length
     if limit is not None and len(response_ids) > limit:
         notes.append("cut_response")
         response_ids = response_ids[:limit]
+    room = None if rules.max_text_length is None else rules.max_text_length - len(prompt_ids)
+    if room is not None and len(response_ids) > room:
+        notes.append("cut_text")
+        response_ids = response_ids[:room]
     return {"prompt_ids": prompt_ids, "response_ids": response_ids, "problem": "", "detail": "", "notes": notes}
 
 
@@ -144,6 +151,14 @@ def _check(prompt_ids: list[int], response_ids: list[int], rules: RowRules) -> N
         raise UnusableRow("long_prompt", f"its prompt has {len(prompt_ids)} tokens.")
     if rules.needs_response and not response_ids:
         raise UnusableRow("no_response", "it has no reference response.")
+
+
+def _check_ids(ids: list[int], rules: RowRules) -> None:
+    if rules.num_ids is None or not ids:
+        return
+    for i in (min(ids), max(ids)):
+        if not 0 <= i < rules.num_ids:
+            raise UnusableRow("unknown_id", f"it has the id {i}; the last that can be used is {rules.num_ids - 1}.")
 
 
 def _split_tokenized(row: dict[str, Any], rules: RowRules) -> list[tuple[list[int], list[int]]]:

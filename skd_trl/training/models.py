@@ -96,11 +96,11 @@ def with_options(tokenizer: PreTrainedTokenizerBase, args: "SKDConfig") -> PreTr
     return tokenizer
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills padding. Masks say what is padding, so an end-of-sequence id, or any other, serves as well."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """What fills padding: an id below `vocab_size`, which both models have (a padding token that was added to the tokenizer may
+    not be). Masks say what is padding, so an end-of-sequence id, or any other, serves as well."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None and 0 <= i < vocab_size)
 
 
 def disable_dropout(model: nn.Module) -> None:

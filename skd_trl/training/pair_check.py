@@ -210,7 +210,7 @@ def _check_ends(pair: Pair) -> tuple[Verdict, str]:
 
 def _check_room(pair: Pair) -> tuple[Verdict, str]:
     room = room_for_prompts(pair.args, pair.student, pair.teacher)
-    beside = f"beside max_new_tokens={pair.args.max_new_tokens}"
+    beside = f"beside max_new_tokens={pair.args.max_new_tokens}" if pair.args.samples else "and their references"
     if room is None:
         return Verdict.GOOD, f"Neither model nor the settings limit the prompts {beside}."
     return Verdict.GOOD, f"Prompts of up to {room} tokens {beside}; rows with longer ones are left out."
@@ -223,25 +223,40 @@ def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrai
         `ValueError`: if the response takes all positions of a model.
     """
     limits = [] if args.prompt_limit is None else [args.prompt_limit]
-    for name, model in (("student", student), ("teacher", teacher)):
-        config = model.config.get_text_config()
-        positions = positions_of(config) if args.samples else getattr(config, "max_position_embeddings", None)
-        if positions is None:
-            continue
-        if positions <= args.max_new_tokens:
+    num_beside = args.max_new_tokens if args.samples else 1
+    for name, positions in _positions(args, student, teacher).items():
+        if positions <= num_beside and args.samples:
             raise ValueError(
                 f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt: the {name} has {positions} positions "
                 "(max_position_embeddings, or with longrope original_max_position_embeddings). Lower max_new_tokens."
             )
-        limits.append(positions - args.max_new_tokens)
+        limits.append(positions - num_beside)
     return min(limits, default=None)
+
+
+def room_for_texts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
+    """The most tokens that a prompt and its reference may have together; learned positions end there with an IndexError."""
+    limits = [] if args.text_limit is None else [args.text_limit]
+    return min([*limits, *_positions(args, student, teacher).values()], default=None)
+
+
+def _positions(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, int]:
+    """The positions of each model that has a limit of them."""
+    found = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        config = model.config.get_text_config()
+        positions = positions_of(config) if args.samples else getattr(config, "max_position_embeddings", None)
+        if positions is not None:
+            found[name] = positions
+    return found
 
 
 def _check_padding(pair: Pair) -> tuple[Verdict, str]:
     """A row is given the same hidden states alone, before padding, and as the beginning of a longer row."""
     special = set(pair.tokenizer.all_special_ids)
-    ids = [i for i in range(shared_vocab_size(pair.student, pair.teacher)) if i not in special][:11]
-    short, padding = ids[:4], [pad_token_id(pair.tokenizer)] * (len(ids) - 4)
+    vocab_size = shared_vocab_size(pair.student, pair.teacher)
+    ids = [i for i in range(vocab_size) if i not in special][:11]
+    short, padding = ids[:4], [pad_token_id(pair.tokenizer, vocab_size)] * (len(ids) - 4)
     errors = []
     for name, model in pair.models.items():
         if is_sharded(model):
