@@ -48,11 +48,13 @@ from .training.distributed import (
     whole_head,
 )
 from .training.finite_check import FiniteCheck
+from .training.forward_patches import forward_kept
 from .training.last_hidden_states import last_hidden_states
-from .training.loss_forward import add_loss_forward
+from .training.loss_forward import LossFunction, loss_in_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix
-from .training.models import disable_dropout, load_pair, own_arguments, pad_token_id
+from .training.models import base_model, disable_dropout, load_pair, own_arguments, pad_token_id
 from .training.pair_check import check_launch, check_pair, require, room_for_prompts, room_for_texts
+from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
 
 
@@ -187,20 +189,21 @@ class SKDTrainer(GKDTrainer):
         set_seed(args.seed)
         # GKDTrainer's own __init__ is passed over: it changes `args`, refuses padded vocabularies and missing arguments,
         # replaces LoRA's dropout by none, and leaves the teacher whole on every rank under FSDP. What it sets up is below.
-        super(GKDTrainer, self).__init__(
-            student,
-            args=args,
-            data_collator=data_collator
-            or DataCollatorForDistillation(pad_token_id(tokenizer, self.vocab_size), args.pad_to_multiple_of),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=peft_config,
-        )
+        with forward_kept(base_model(student)), router_settings_kept(student):
+            super(GKDTrainer, self).__init__(
+                student,
+                args=args,
+                data_collator=data_collator
+                or DataCollatorForDistillation(pad_token_id(tokenizer, self.vocab_size), args.pad_to_multiple_of),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                peft_config=peft_config,
+            )
         if args.disable_dropout:
             disable_dropout(self.model)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
@@ -210,7 +213,6 @@ class SKDTrainer(GKDTrainer):
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._compiled_student = args.compile_student and CompiledStudent()
         require(check_launch(self._inner_student(), teacher, args, self.accelerator))
-        add_loss_forward(self._inner_student())
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
         bound_waits(args.ddp_timeout)
@@ -297,6 +299,7 @@ class SKDTrainer(GKDTrainer):
         with (
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
             self.compute_loss_context_manager(),
+            without_router_logits(self._inner_student(), self._inner_teacher),
             # `torch_compile` is for the training step: every round has another shape, and would be compiled anew.
             nullcontext() if self._compiled_student else torch.compiler.set_stance("force_eager"),
         ):
@@ -364,7 +367,7 @@ class SKDTrainer(GKDTrainer):
             outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher_hidden, inputs, tokens))
             return {"loss": outcome[0].loss}
 
-        total = model(**model_inputs(inputs), loss_fn=loss_fn)["loss"]
+        total = self._forward_with(model, inputs, loss_fn)["loss"]
         if mode == "train":
             self._finite_check.add(outcome[0])
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
@@ -379,8 +382,13 @@ class SKDTrainer(GKDTrainer):
         self._add_loss_metrics(mode, outcome[0], inputs, tokens)
         if not return_outputs:
             return loss
-        with torch.no_grad():  # only for compute_metrics: full logits
+        with torch.no_grad(), without_router_logits(self._inner_student()):  # only for compute_metrics: full logits
             return loss, model(**model_inputs(inputs), use_cache=False)
+
+    def _forward_with(self, model, inputs, loss_fn: LossFunction) -> dict[str, torch.Tensor]:
+        """`loss_fn` of the student's last hidden states, inside the forward of `model`: the student, wrapped or not."""
+        with self.accelerator.autocast(), loss_in_forward(self._inner_student()):
+            return model(**model_inputs(inputs), loss_fn=loss_fn)
 
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
         """The loss at the N response tokens of a micro-batch, from both models' hidden states (N, H)."""
@@ -428,8 +436,7 @@ class SKDTrainer(GKDTrainer):
             yield student_head, teacher_head
 
     def _inner_student(self) -> PreTrainedModel:
-        model = self.accelerator.unwrap_model(self.model) if hasattr(self, "accelerator") else self.model
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return base_model(self.accelerator.unwrap_model(self.model))
 
     # What people see
 

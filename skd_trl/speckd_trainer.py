@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from accelerate.logging import get_logger
 
-from .data.batches import IGNORE_INDEX, Key, ResponseTokens, model_inputs
+from .data.batches import IGNORE_INDEX, Key, ResponseTokens
 from .data.vocabulary import describe_end_of_sequence_difference
 from .loss.distillation_loss import DistillationLoss, gate_weights
 from .loss.gates import Gate, GateWeights
@@ -138,9 +138,8 @@ class SpecKDTrainer(SKDTrainer):
         with eval_mode(self.model), torch.no_grad(), self.compute_loss_context_manager():
             for batch in batches:
                 tokens = ResponseTokens.of(batch)
-                student = self.model_wrapped(
-                    **model_inputs(batch),
-                    loss_fn=lambda states, tokens=tokens: {"hidden": tokens.predicted_by(states)},
+                student = self._forward_with(
+                    self.model_wrapped, batch, lambda states, tokens=tokens: {"hidden": tokens.predicted_by(states)}
                 )
                 teacher = self._teacher_hidden(batch, tokens)
                 batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(teacher)

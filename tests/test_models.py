@@ -1,10 +1,17 @@
 """Models as people bring them: each trains, or is refused before training in words that say how to load it."""
 
+import copy
+import math
+import pickle
+
 import pytest
 import torch
+from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from test_skd_trainer import ROWS, make_trainer
-from tiny import tiny_model
+from test_skd_trainer import ROWS, losses, make_trainer
+from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from skd_trl.training.trained_parameters import check_trained_parameters
 
@@ -107,3 +114,186 @@ def test_what_a_loss_reaches_is_counted():
     model.model.norm.requires_grad_(True)
     assert check_trained_parameters(model) == 2
     assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+# Objects that a trainer has had before
+
+
+def fit(tmp_path, student, teacher, **settings):
+    """One step in bf16, TRL's default, on weights in fp32."""
+    settings = {"bf16": True, "learning_rate": 1e-2, **settings}
+    trainer = make_trainer(tmp_path, ROWS[:4], model=student, teacher=teacher, **settings)
+    trainer.train()
+    return trainer
+
+
+def nothing_before(tmp_path, student, teacher):
+    pass
+
+
+def the_same_cell_twice(tmp_path, student, teacher):
+    fit(tmp_path, student, teacher, learning_rate=0.0)
+
+
+def warmed_up_on_given_texts(tmp_path, student, teacher):
+    fit(tmp_path, student, teacher, rollout="dataset", learning_rate=0.0)
+
+
+def one_teacher_for_two_trainers(tmp_path, student, teacher):
+    fit(tmp_path, tiny_model(seed=3), teacher)
+
+
+def the_teacher_was_a_student(tmp_path, student, teacher):
+    fit(tmp_path, teacher, tiny_model(seed=3), learning_rate=0.0)
+
+
+def warmed_up_by_sft(tmp_path, student, teacher):
+    args = SFTConfig(
+        str(tmp_path / "sft"), use_cpu=True, bf16=True, max_steps=1, learning_rate=0.0, report_to=[], save_strategy="no",
+        disable_tqdm=True, per_device_train_batch_size=2,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": "q", "completion": "ab"}] * 4)
+    SFTTrainer(student, args, train_dataset=rows, processing_class=byte_tokenizer()).train()
+
+
+def unwrapped_from_precision(tmp_path, student, teacher):
+    for model in (student, teacher):
+        before = fit(tmp_path, model, tiny_model(seed=3), learning_rate=0.0)
+        before.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+def trained_in_fp32_before(tmp_path, student, teacher):
+    fit(tmp_path, student, teacher, learning_rate=0.0, bf16=False)
+
+
+BEFORE = [
+    nothing_before,
+    the_same_cell_twice,
+    warmed_up_on_given_texts,
+    one_teacher_for_two_trainers,
+    the_teacher_was_a_student,
+    warmed_up_by_sft,
+    unwrapped_from_precision,
+    trained_in_fp32_before,
+]
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """Losses and weights of one step of two models that no trainer has had, by precision."""
+    runs = {}
+    for bf16 in (True, False):
+        student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+        trainer = fit(tmp_path_factory.mktemp("first"), student, teacher, bf16=bf16)
+        runs[bf16] = losses(trainer), student.state_dict()
+    assert runs[True][0] != runs[False][0]  # the precision shows
+    return runs
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_trainer_takes_the_same_step_whoever_had_the_models_before(tmp_path, first_run, before, bf16):
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    before(tmp_path, student, teacher)
+    trainer = fit(tmp_path, student, teacher, bf16=bf16)
+    expected_losses, expected = first_run[bf16]
+    assert losses(trainer) == expected_losses
+    assert all(torch.equal(p, expected[name]) for name, p in student.state_dict().items())
+
+
+# Copies
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 9)[None]).logits
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_made_during_training_is_a_model_by_itself(tmp_path, copy_of, bf16, peft_config):
+    if bf16 and copy_of is not copy.deepcopy:
+        pytest.skip("accelerate refuses to pickle its autocast, in its own words")
+    copies = []
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            copies.append(
+                (copy_of(kwargs["model"]), {name: p.clone() for name, p in kwargs["model"].state_dict().items()})
+            )
+
+    trainer = make_trainer(
+        tmp_path, ROWS, bf16=bf16, max_steps=3, learning_rate=1e-2, callbacks=[Copies()], peft_config=peft_config
+    )
+    trainer.train()
+    for model, weights in copies:
+        assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+        plain = tiny_model(seed=9)
+        plain = plain if peft_config is None else get_peft_model(plain, peft_config)
+        plain.load_state_dict(weights)
+        difference = (logits_of(model) - logits_of(plain)).abs().max()
+        assert difference < (0.1 if bf16 else 1e-5) * logits_of(plain).abs().max()
+    assert not torch.allclose(logits_of(copies[0][0]), logits_of(trainer.model), rtol=0.05)
+
+
+@pytest.mark.parametrize("first", ["skd", "sft"])
+def test_a_copy_of_a_trained_student_teaches_with_its_own_weights(tmp_path, first):
+    student = tiny_model(seed=1)
+    (fit if first == "skd" else warmed_up_by_sft)(tmp_path, student, tiny_model(seed=2))
+    teacher = copy.deepcopy(student)
+    plain = tiny_model(seed=9)
+    plain.load_state_dict(student.state_dict())
+    student.requires_grad_(True).lm_head.weight.data.mul_(-1.0)
+    trainer = make_trainer(tmp_path, ROWS[:4], model=student, teacher=teacher)
+    assert torch.equal(logits_of(trainer.teacher_model), logits_of(plain))
+    trainer.train()
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["whole", "lora"])
+def test_nothing_is_left_on_the_models_of_a_training_in_fp32(tmp_path, peft_config):
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    trainer = make_trainer(tmp_path, ROWS[:4], model=student, teacher=teacher, peft_config=peft_config)
+    trainer.train()
+    trainer.evaluate(Dataset.from_list(ROWS[:2]))
+    for model in (student, teacher, trainer.model):
+        assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
+
+
+# Mixtures of experts
+
+
+def mixture(seed, architecture="mixtral", **settings):
+    sizes = {"num_local_experts": 4} if architecture == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 16}
+    return tiny_model(architecture, seed=seed, num_experts_per_tok=2, **sizes, **settings)
+
+
+@pytest.fixture
+def mixtures(monkeypatch):
+    for name in ("mixtral", "qwen3_moe", "olmoe"):
+        monkeypatch.setitem(ARCHITECTURES, name, {})
+
+
+@pytest.mark.parametrize("rollout", ["interleaved", "dataset"])
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_mixture_of_experts_trains_on_the_divergence_alone_and_is_saved_as_it_was_loaded(
+    tmp_path, mixtures, architecture, asks, rollout
+):
+    def make(asks):
+        student, teacher = (mixture(seed, architecture, output_router_logits=asks, router_aux_loss_coef=0.5) for seed in (1, 2))  # fmt: skip
+        return make_trainer(tmp_path, ROWS[:4], model=student, teacher=teacher, rollout=rollout, learning_rate=1e-2)
+
+    trainer, plain = make(asks), make(False)
+    trainer.train(), plain.train()
+    assert losses(trainer) == losses(plain)
+    assert all(map(torch.equal, trainer.model.parameters(), plain.model.parameters()))
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert (saved.config.output_router_logits, saved.config.router_aux_loss_coef) == (asks, 0.5)
+    assert trainer.teacher_model.config.output_router_logits is asks
+    if not asks:
+        assert saved.generate(torch.arange(3, 9).view(2, 3), max_new_tokens=3, do_sample=False).shape == (2, 6)
+    assert math.isfinite(trainer.evaluate(Dataset.from_list(ROWS[:4]))["eval_loss"])

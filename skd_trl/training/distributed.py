@@ -53,7 +53,7 @@ def is_sharded(model: nn.Module) -> bool:
 @contextmanager
 def whole_head(head: LMHead, trained: bool = False):
     """`head` with its tensors whole, whatever shards them. Gradients do not find their way back from there: a head that is
-    `trained` has to be whole already, inside its own forward (`loss_forward.add_loss_forward`).
+    `trained` has to be whole already, inside its own forward (`loss_forward.loss_in_forward`).
 
     Raises:
         `RuntimeError`: if such a head is not.

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..loss.lm_head import backbone
+from .router_logits import without_router_logits
 
 
 @torch.no_grad()
@@ -17,7 +18,8 @@ def last_hidden_states(model: nn.Module, unwrapped: PreTrainedModel, **inputs: t
     caught = []
     hook = backbone(unwrapped).register_forward_hook(lambda module, args, output: caught.append(output[0]))
     try:
-        model(**inputs, use_cache=False, logits_to_keep=inputs["input_ids"].new_empty(0))
+        with without_router_logits(unwrapped):
+            model(**inputs, use_cache=False, logits_to_keep=inputs["input_ids"].new_empty(0))
     finally:
         hook.remove()
     return caught[0]

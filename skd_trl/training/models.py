@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import create_model_from_path, get_config_model_id
+from .forward_patches import take_off_patches
 
 
 if TYPE_CHECKING:
@@ -46,7 +47,14 @@ def load_pair(
     tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
     student = _load_student(model, args) if isinstance(model, str) else model
     teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
+    for loaded in (student, teacher):
+        take_off_patches(loaded)
     return student, teacher, tokenizer
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, which an adapter may be around."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
 def load_tokenizer(model, processing_class, args: "SKDConfig") -> PreTrainedTokenizerBase:

@@ -30,6 +30,7 @@ from ..skd_config import SKDConfig
 from .distributed import check_engine, check_head, is_sharded
 from .last_hidden_states import last_hidden_states
 from .models import pad_token_id
+from .router_logits import without_router_logits
 from .trained_parameters import check_trained_parameters
 
 
@@ -72,7 +73,8 @@ def check_pair(
     if args is None:
         args = SKDConfig("unused", bf16=False, use_cpu=not torch.cuda.is_available())
     pair = Pair(student, teacher, tokenizer, args, peft_config)
-    return [_finding(topic, check, pair) for topic, check in PAIR_CHECKS.items()]
+    with without_router_logits(student, teacher):
+        return [_finding(topic, check, pair) for topic, check in PAIR_CHECKS.items()]
 
 
 def check_launch(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
 from .distributed import is_sharded
+from .router_logits import without_router_logits
 
 
 def check_trained_parameters(student: PreTrainedModel) -> int:
@@ -30,7 +31,8 @@ def check_trained_parameters(student: PreTrainedModel) -> int:
 def _reached(student: PreTrainedModel) -> set[nn.Parameter]:
     """The parameters that want a gradient and are leaves of the graph of the logits of two tokens."""
     input_ids = torch.tensor([[1, 2]], device=student.device)
-    with torch.enable_grad(), eval_mode(student), attention_implementation(student, sampling_attention(student)):
+    plain_attention = attention_implementation(student, sampling_attention(student))
+    with torch.enable_grad(), eval_mode(student), plain_attention, without_router_logits(student):
         logits = student(input_ids=input_ids, use_cache=False).logits
     parameters, found = set(student.parameters()), set()
     waiting, seen = [logits.grad_fn], {None}

@@ -1,0 +1,63 @@
+"""What trainers leave on the models they were given: `model.forward` replaced by theirs. Taken off before the next trainer.
+
+accelerate puts autocast around it and marks the model as prepared: the next trainer, whatever its precision, would then run it
+in the last one's. TRL puts a function there that holds the model's own forward: a copy of the model then computes with the
+original's weights. What others put there (kernels, hooks of a `device_map`) stays.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .distributed import is_sharded
+
+
+def take_off_patches(model: nn.Module) -> None:
+    """Gives `model`, and under PEFT its base model, the forward back that it had before any trainer. Sharded models are left to
+    their engine."""
+    if is_sharded(model):
+        return
+    for module in _with_base(model):
+        original = module.__dict__.pop("_original_forward", None)
+        module.__dict__.pop("_is_accelerate_prepared", None)
+        forward = original if original is not None else module.__dict__.get("forward")
+        while (inner := _inside(forward)) is not None:
+            forward = inner
+        module.__dict__.pop("forward", None)
+        function = getattr(forward, "__func__", forward)
+        if function is not None and function not in _own_forwards(module):
+            module.forward = function.__get__(module) if inspect.isfunction(function) else forward
+
+
+@contextmanager
+def forward_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards the forward of `model` is what it was: SFTTrainer puts its own loss there, which is not used here."""
+    own = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+        if own is not None:
+            model.forward = own
+
+
+def _with_base(model: nn.Module) -> list[nn.Module]:
+    return [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]  # type: ignore[operator]
+
+
+def _inside(forward: Callable | None) -> Callable | None:
+    """The forward that TRL's patch (or an earlier version's of this package) holds in its closure."""
+    function = getattr(forward, "__func__", forward)
+    if not inspect.isfunction(function) or "original_forward" not in function.__code__.co_freevars:
+        return None
+    return inspect.getclosurevars(function).nonlocals["original_forward"]
+
+
+def _own_forwards(module: nn.Module) -> list[Callable]:
+    """The class's forward, and what its decorators wrap: accelerate unwraps down to that (`keep_fp32_wrapper=False`)."""
+    functions: list[Callable] = [type(module).forward]
+    while hasattr(functions[-1], "__wrapped__"):
+        functions.append(functions[-1].__wrapped__)  # type: ignore[attr-defined]
+    return functions
