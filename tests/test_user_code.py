@@ -19,10 +19,15 @@ from test_examples import arguments_for, tiny_assets  # noqa: F401 (a fixture)
 from tiny import byte_tokenizer, save_models
 
 import skd_trl
-from skd_trl import Schedule, SpecKDConfig
+from skd_trl import ACCEPTANCE_RULES, DIVERGENCES, GATES, Schedule, SpecKDConfig
 
 
 TESTS = Path(__file__).parent
+# What the script registers when it is imported. The tests of other files are not to see it.
+REGISTERED = [
+    (registry, name, registry.pop(name))
+    for registry, name in ((ACCEPTANCE_RULES, "one_in"), (GATES, "only_replaced"), (DIVERGENCES, "brier"))
+]
 # Settings that every way has in common, as a YAML file would hold them.
 COMMON = {
     "rollout": "interleaved", "max_steps": 2, "max_new_tokens": 12, "max_length": 64, "per_device_train_batch_size": 4,
@@ -37,6 +42,14 @@ NAMED = {
     "schedules": SCHEDULES,
 }  # fmt: skip
 PATHS = {**NAMED, "accept": "user_ideas:OneIn", "gate": "user_ideas:only_replaced", "divergence": "user_ideas:brier"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with pytest.MonkeyPatch.context() as patch:
+        for registry, name, idea in REGISTERED:
+            patch.setitem(registry, name, idea)
+        yield
 
 
 @pytest.fixture(scope="module")
