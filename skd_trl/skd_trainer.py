@@ -46,6 +46,7 @@ from .training.distributed import (
     student_for_sampling,
     whole_head,
 )
+from .training.ends_of_sequence import stop_at
 from .training.finite_check import FiniteCheck
 from .training.forward_patches import forward_kept
 from .training.last_hidden_states import last_hidden_states
@@ -229,6 +230,11 @@ class SKDTrainer(GKDTrainer):
         output.metrics.update(with_prefix(self._ratios["eval"].compute(self.accelerator), f"{metric_key_prefix}_"))
         return output
 
+    def train(self, *args, **kwargs):
+        """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
+        stop_at(self._inner_student(), self.eos_token_ids)
+        return super().train(*args, **kwargs)
+
     # One optimizer step: sample all of it, then train on it.
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -333,6 +339,10 @@ class SKDTrainer(GKDTrainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args = args
+        student = self._inner_student()
+        if student is not self.accelerator.unwrap_model(self.model) and student.generation_config is not None:
+            # An adapter is saved without its base model's.
+            student.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

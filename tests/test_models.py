@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_skd_trainer import ROWS, losses, make_trainer
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from skd_trl.training.trained_parameters import check_trained_parameters
@@ -297,3 +297,51 @@ def test_a_mixture_of_experts_trains_on_the_divergence_alone_and_is_saved_as_it_
     if not asks:
         assert saved.generate(torch.arange(3, 9).view(2, 3), max_new_tokens=3, do_sample=False).shape == (2, 6)
     assert math.isfinite(trainer.evaluate(Dataset.from_list(ROWS[:4]))["eval_loss"])
+
+
+# Ends of sequence
+
+
+def ends_of(student, teacher):
+    """A pair of models with these ends in their generation_config, and settings that sample some steps."""
+    models = {"model": tiny_model(seed=1), "teacher": tiny_model(seed=2)}
+    models["model"].generation_config.eos_token_id = student
+    models["teacher"].generation_config.eos_token_id = teacher
+    return models
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("student, teacher", [(257, 258), ([257, 5], [258, 5]), (None, [258, 6]), (257, 257)])
+def test_what_training_stopped_at_is_saved_with_the_student(tmp_path, student, teacher, peft_config):
+    models = ends_of(student, teacher)
+    given = models["model"].generation_config, models["teacher"].generation_config
+    trainer = make_trainer(
+        tmp_path, ROWS[:4], **models, peft_config=peft_config, save_strategy="steps", save_steps=1, rollout="dataset"
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "saved", tmp_path / "out" / "checkpoint-1"):
+        saved = GenerationConfig.from_pretrained(folder).eos_token_id
+        assert set([saved] if isinstance(saved, int) else saved) == set(trainer.eos_token_ids)
+    assert models["teacher"].generation_config is given[1] and given[1].eos_token_id == teacher
+
+
+def test_a_student_stops_where_it_was_taught_to(tmp_path):
+    """The teacher ends with a token that the student's own configuration does not name."""
+    trainer = make_trainer(tmp_path, ROWS[:4], **ends_of(257, 65))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    student.lm_head.weight.data.zero_()
+    student.lm_head.weight.data[65] = 1.0
+    student.model.norm.weight.data.fill_(1.0)
+    prompts = torch.arange(3, 30)[:, None]
+    written = student.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, do_sample=False)
+    of_end = (written[:, 1] == 65).nonzero().flatten()
+    assert len(of_end) > 3 and (written[of_end, 2:] != 65).all()  # ended: what follows is padding
+
+
+def test_a_generation_config_of_a_run_that_trained_nothing_stays_as_it_was(tmp_path):
+    models = ends_of(257, 258)
+    make_trainer(tmp_path, ROWS[:4], **models)
+    assert models["model"].generation_config.eos_token_id == 257
