@@ -51,7 +51,7 @@ from .training.finite_check import FiniteCheck
 from .training.forward_patches import forward_kept
 from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import LossFunction, loss_in_forward
-from .training.metrics import RatioMetrics, add_rollout, with_prefix
+from .training.metrics import RatioMetrics, add_rollout, with_prefix, without_filled_rows
 from .training.models import base_model, disable_dropout, load_pair, own_arguments, pad_token_id
 from .training.pair_check import check_launch, check_pair, require, room_for_prompts
 from .training.router_logits import router_settings_kept, without_router_logits
@@ -212,7 +212,8 @@ class SKDTrainer(GKDTrainer):
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
         bound_waits(args.ddp_timeout)
-        self._ratios = {mode: RatioMetrics(self._metric_names, totals=("skipped_rows",)) for mode in ("train", "eval")}
+        names = {"train": self._metric_names, "eval": (*self._metric_names, "loss")}
+        self._ratios = {mode: RatioMetrics(names[mode], totals=("skipped_rows",)) for mode in names}
 
     def _prepare_eval(self, dataset):
         if isinstance(dataset, dict):
@@ -226,9 +227,18 @@ class SKDTrainer(GKDTrainer):
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """As [`~transformers.Trainer.predict`], on reference responses, with the metrics of an evaluation."""
-        output = super().predict(self._prepare_eval(test_dataset), ignore_keys, metric_key_prefix)
+        return super().predict(self._prepare_eval(test_dataset), ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums
+        over the tokens of the set, divided once: no batch size changes them."""
+        self._ratios["eval"].reset()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(with_prefix(self._ratios["eval"].compute(self.accelerator), f"{metric_key_prefix}_"))
         return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, without_filled_rows(inputs, self.accelerator), *args, **kwargs)
 
     def train(self, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
@@ -442,6 +452,8 @@ class SKDTrainer(GKDTrainer):
 
     def _add_loss_metrics(self, mode: str, outcome: DistillationLoss, inputs: dict, tokens: ResponseTokens) -> None:
         metrics = self._ratios[mode]
+        if mode == "eval":
+            metrics.add("loss", outcome.loss.detach(), len(tokens.labels))
         for name in SKDTrainer._statistics:
             metrics.add_mean(name, outcome.statistics[name])
 
@@ -456,7 +468,6 @@ class SKDTrainer(GKDTrainer):
             print_completions(records, self.args.num_completions_to_print, step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics = self._ratios[mode].compute(self.accelerator)
-        logs.update(with_prefix(metrics, "eval_" if mode == "eval" else ""))
+        if self.model.training:
+            logs.update(self._ratios["train"].compute(self.accelerator))
         super().log(logs, start_time)
