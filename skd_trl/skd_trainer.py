@@ -48,7 +48,7 @@ from .training.distributed import (
 )
 from .training.ends_of_sequence import stop_at
 from .training.finite_check import FiniteCheck
-from .training.forward_patches import forward_kept
+from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import LossFunction, loss_in_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix, without_filled_rows
@@ -185,7 +185,8 @@ class SKDTrainer(GKDTrainer):
         set_seed(args.seed)
         # GKDTrainer's own __init__ is passed over: it changes `args`, refuses padded vocabularies and missing arguments,
         # replaces LoRA's dropout by none, and leaves the teacher whole on every rank under FSDP. What it sets up is below.
-        with forward_kept(base_model(student)), router_settings_kept(student):
+        base = base_model(student)
+        with forward_kept(base), adapters_on_heads_pass(base), router_settings_kept(base):
             super(GKDTrainer, self).__init__(
                 student,
                 args=args,

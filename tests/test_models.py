@@ -1,15 +1,17 @@
 """Models as people bring them: each trains, or is refused before training in words that say how to load it."""
 
 import copy
+import json
 import math
 import pickle
+import shutil
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_skd_trainer import ROWS, losses, make_trainer
-from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
+from tiny import ARCHITECTURES, byte_tokenizer, save_models, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -345,3 +347,80 @@ def test_a_generation_config_of_a_run_that_trained_nothing_stays_as_it_was(tmp_p
     models = ends_of(257, 258)
     make_trainer(tmp_path, ROWS[:4], **models)
     assert models["model"].generation_config.eos_token_id == 257
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A student with its tokenizer, and an adapter of it by which it writes other texts; neither has the other's files."""
+    directory = tmp_path_factory.mktemp("saved")
+    save_models(directory, {"student": 1, "teacher": 2})
+    model = AutoModelForCausalLM.from_pretrained(directory / "student")
+    get_peft_model(model, LORA).save_pretrained(directory / "adapter")
+    return directory
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_the_folder_of_an_adapter_is_a_student_that_goes_on_training_it(tmp_path, saved, with_tokenizer):
+    folder = shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    if with_tokenizer:
+        byte_tokenizer(num_extra_tokens=0).save_pretrained(folder)
+    trainer = make_trainer(
+        tmp_path,
+        ROWS[:4],
+        model=str(folder),
+        teacher=str(saved / "teacher"),
+        processing_class=None,
+        learning_rate=1e-2,
+    )
+    by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "student"), folder)
+    assert torch.equal(logits_of(trainer.model), logits_of(by_hand))
+    moved = moved_by(trainer)
+    assert moved and all("lora" in name for name in moved)
+    trainer.save_model(str(tmp_path / "again"))
+    again = make_trainer(tmp_path, ROWS[:4], model=str(tmp_path / "again"), teacher=str(saved / "teacher"))
+    assert torch.allclose(logits_of(again.model), logits_of(trainer.model), atol=1e-6)
+
+
+def test_the_folder_of_an_adapter_is_a_teacher(tmp_path, saved):
+    trainer = make_trainer(tmp_path, ROWS[:4], teacher=str(saved / "adapter"))
+    by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "student"), saved / "adapter")
+    assert torch.allclose(logits_of(trainer.teacher_model), logits_of(by_hand), atol=1e-6)
+    trainer.train()
+    assert torch.allclose(logits_of(trainer.teacher_model), logits_of(by_hand), atol=1e-6)
+
+
+def test_an_adapter_that_does_not_name_its_model_is_refused_with_the_way_to_load_it(tmp_path, saved):
+    folder = shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="base_model_name_or_path.*is_trainable=True"):
+        make_trainer(tmp_path, ROWS[:4], model=str(folder))
+
+
+@pytest.mark.parametrize("given", ["peft_config", "PeftModel"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_on_the_head_learns_from_the_loss_as_with_full_logits(tmp_path, use_dora, given):
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=use_dora, init_lora_weights=False)
+    student = tiny_model(seed=1)
+    student = get_peft_model(student, config) if given == "PeftModel" else student
+    trainer = make_trainer(
+        tmp_path, ROWS[:4], model=student, rollout="dataset", peft_config=config if given == "peft_config" else None
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    trainer.compute_loss(trainer.model.train(), batch).backward()
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.model.zero_grad(set_to_none=True)
+    q, p = (model(**inputs).logits[:, :-1].log_softmax(-1) for model in (trainer.model, trainer.teacher_model))
+    (p.exp() * (p - q)).sum(-1)[batch["labels"][:, 1:] != -100].mean().backward()
+    assert any("lm_head" in name for name in found)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert (found[name] - parameter.grad).norm() < 1e-4 * parameter.grad.norm() + 1e-7, name
+    assert (
+        type(trainer._inner_student()).get_output_embeddings(trainer._inner_student())
+        is trainer._inner_student().lm_head
+    )

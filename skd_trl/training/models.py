@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .._compat import create_model_from_path, get_config_model_id
 from .forward_patches import take_off_patches
 
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from ..skd_config import SKDConfig
 
 
@@ -59,7 +62,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def load_tokenizer(model, processing_class, args: "SKDConfig") -> PreTrainedTokenizerBase:
     if processing_class is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        name = _tokenizer_of(model, args) if isinstance(model, str) else get_config_model_id(model.config)
         if not name:
             raise ValueError(
                 "processing_class is None and the model does not say where it was loaded from. Pass the tokenizer."
@@ -150,8 +153,40 @@ def _load_student(name: str, args: "SKDConfig") -> PreTrainedModel:
     # Each process holds its own, on one device; TRL's default in a single process is to spread it over all.
     kwargs.setdefault("device_map", None)
     # The Trainer is given an object, and would warn that these no longer have an effect.
-    args.model_init_kwargs = None
-    return create_model_from_path(name, **kwargs)
+    adapter, args.model_init_kwargs = _adapter_at(name, args), None
+    if adapter is None:
+        return create_model_from_path(name, **kwargs)
+    from peft import PeftModel
+
+    revision = kwargs.pop("revision", None)  # of what was named: the adapter
+    base = create_model_from_path(_base_of(adapter, name), **kwargs, revision=adapter.revision or "main")
+    return PeftModel.from_pretrained(base, name, is_trainable=True, revision=revision)  # type: ignore[return-value]
+
+
+def _adapter_at(name: str, args: "SKDConfig") -> "PeftConfig | None":
+    """The configuration of the adapter that is saved under `name`, if it is one."""
+    revision = (args.model_init_kwargs or {}).get("revision")
+    if not is_peft_available() or find_adapter_config_file(name, revision=revision) is None:
+        return None
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(name, revision=revision)
+
+
+def _base_of(adapter: "PeftConfig", name: str) -> str:
+    if not adapter.base_model_name_or_path:
+        raise ValueError(
+            f"{name!r} is an adapter that does not say which model it belongs to (base_model_name_or_path). Load that model and "
+            "give PeftModel.from_pretrained(model, path, is_trainable=True) as the student."
+        )
+    return adapter.base_model_name_or_path
+
+
+def _tokenizer_of(name: str, args: "SKDConfig") -> str:
+    """Where the tokenizer of a model's name is: an adapter may be saved without one, then its base model's is meant."""
+    adapter = _adapter_at(name, args)
+    is_without = adapter is not None and Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()
+    return _base_of(adapter, name) if adapter is not None and is_without else name
 
 
 def _load_teacher(name: str, args: "SKDConfig") -> PreTrainedModel:
