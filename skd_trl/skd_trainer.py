@@ -36,7 +36,7 @@ from .sampling.ragged_cache import eval_mode
 from .sampling.rollout import Rollout
 from .skd_config import SKDConfig
 from .training.checkpoints import load_draft_length, save_draft_length
-from .training.completions import completion_records, print_completions, save_completions
+from .training.completions import completion_records, print_completions, save_completions, with_prompt_texts
 from .training.distributed import (
     agree_on_maximum,
     bound_waits,
@@ -245,6 +245,12 @@ class SKDTrainer(GKDTrainer):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
         stop_at(self._inner_student(), self.eos_token_ids)
         return super().train(*args, **kwargs)
+
+    def add_callback(self, callback):
+        # LogCompletionsCallback, WeaveCallback: they write to the prompts of the evaluation set, which are tokens by now.
+        if getattr(callback, "eval_dataset", None) is not None and "eval_dataset" in vars(callback):
+            callback.eval_dataset = with_prompt_texts(callback.eval_dataset, self.processing_class)
+        super().add_callback(callback)
 
     # One optimizer step: sample all of it, then train on it.
 
@@ -465,8 +471,11 @@ class SKDTrainer(GKDTrainer):
             return
         records = gather_object(completion_records(rollout, self.processing_class, step))
         if self.accelerator.is_main_process:
-            save_completions(records, self.args.output_dir, step)
-            print_completions(records, self.args.num_completions_to_print, step)
+            try:
+                save_completions(records, self.args.output_dir, step)
+                print_completions(records, self.args.num_completions_to_print, step)
+            except (OSError, ValueError) as error:  # a full disk, a closed console, a text that has no encoding
+                logger.warning(f"Step {step}: its completions could not be kept or shown ({error}). Training goes on.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

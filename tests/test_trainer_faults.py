@@ -1,16 +1,21 @@
 """What goes wrong while a trainer runs: nothing is spoilt, counted twice or silently left out, and each fault has its name."""
 
+import io
 import json
 
 import pytest
 import torch
 from datasets import Dataset
 from processes import torchrun
+from rich.console import Console
 from test_skd_trainer import ROWS, make_trainer
-from tiny import tiny_model
-from transformers import TrainerCallback
+from tiny import BOS, byte_tokenizer, tiny_model
+from tokenizers.processors import TemplateProcessing
+from transformers import GenerationConfig, TrainerCallback
+from trl import LogCompletionsCallback
 
 from skd_trl import SKDTrainer, SpecKDTrainer
+from skd_trl.training.completions import print_completions
 
 
 # NaN and infinity
@@ -154,3 +159,66 @@ def test_on_two_processes_each_row_of_an_evaluation_counts_once(tmp_path, num_ro
         metrics = json.loads((tmp_path / f"{rank}.json").read_text())
         assert metrics["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert metrics["eval_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
+
+
+# Callbacks and tables
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_trls_callback_for_completions_writes_to_the_prompts_of_the_evaluation_set(tmp_path, adds_bos):
+    tokenizer = byte_tokenizer(chat_template=None)
+    if adds_bos:
+        tokenizer.bos_token = BOS
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+        )
+    rows = [{"prompt": f"count {i} " + "x" * i, "completion": " ab"} for i in range(4)]
+    trainer = make_trainer(
+        tmp_path, rows, eval_dataset=Dataset.from_list(rows), processing_class=tokenizer, max_steps=2, learning_rate=0.0,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    assert (trainer.eval_dataset[0]["prompt_ids"][0] == tokenizer.bos_token_id) is adds_bos
+    generation = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    callback = LogCompletionsCallback(trainer, generation, num_prompts=3, freq=2)
+    trainer.add_callback(callback)
+    trainer.train()
+    expected = []
+    for row in trainer.eval_dataset.select(range(3)):
+        prompt = torch.tensor([row["prompt_ids"]])
+        written = trainer.model.eval().generate(prompt, generation_config=generation)[0, prompt.shape[1] :]
+        expected.append(["2", tokenizer.decode(written, skip_special_tokens=True)])
+    assert [[step, completion] for step, _, completion in map(list, callback.table)] == expected
+    assert [prompt for _, prompt, _ in callback.table] == [row["prompt"] for row in rows[:3]]
+
+
+def test_a_callback_that_cannot_have_prompts_is_refused_when_it_is_added(tmp_path):
+    sets = {name: Dataset.from_list(rows) for name, rows in SETS.items()}
+    trainer = make_trainer(tmp_path, eval_dataset=sets)
+    callback = LogCompletionsCallback(trainer, freq=1)
+    with pytest.raises(ValueError, match="evaluation set that is a dict; it needs one Dataset"):
+        trainer.add_callback(callback)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_table_is_printed_on_a_console_of_any_encoding(encoding):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    record = {"prompt": "Größe 東京 🙂", "tokens": ["a", "ﬁ", "東"], "replaced": [False, True, False]}
+    print_completions([record], 1, 1, Console(file=file, width=80))
+    file.seek(0)
+    shown = file.read()
+    opening, closing = ("⟦", "⟧") if encoding == "utf-8" else ("[", "]")
+    assert f"a{opening}{'ﬁ' if encoding == 'utf-8' else '?'}{closing}" in shown
+    assert ("東京" in shown) is (encoding == "utf-8")
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), ValueError("I/O operation on closed file")])
+@pytest.mark.parametrize("function", ["save_completions", "print_completions"])
+def test_completions_that_cannot_be_kept_or_shown_do_not_stop_training(tmp_path, monkeypatch, caplog, function, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(f"skd_trl.skd_trainer.{function}", fail)
+    trainer = make_trainer(tmp_path, log_completions=True, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert f"could not be kept or shown ({error})" in caplog.text
