@@ -52,7 +52,7 @@ from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import LossFunction, loss_in_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix, without_filled_rows
-from .training.models import base_model, disable_dropout, load_pair, own_arguments, pad_token_id
+from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
 from .training.pair_check import check_launch, check_pair, require, room_for_prompts
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
@@ -161,6 +161,7 @@ class SKDTrainer(GKDTrainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable | None = None,
     ):
+        model, teacher_model = given_model("model", model), given_model("teacher_model", teacher_model)
         args = own_arguments(args, self._config_class, f"-{self._name}", model)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
         require(check_pair(student, teacher, tokenizer, args, peft_config))

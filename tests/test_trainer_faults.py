@@ -9,12 +9,12 @@ from datasets import Dataset
 from processes import torchrun
 from rich.console import Console
 from test_skd_trainer import ROWS, make_trainer
-from tiny import BOS, byte_tokenizer, tiny_model
+from tiny import BOS, byte_tokenizer, save_models, tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, TrainerCallback
 from trl import LogCompletionsCallback
 
-from skd_trl import SKDTrainer, SpecKDTrainer
+from skd_trl import SKDConfig, SKDTrainer, SpecKDConfig, SpecKDTrainer
 from skd_trl.training.completions import print_completions
 
 
@@ -222,3 +222,65 @@ def test_completions_that_cannot_be_kept_or_shown_do_not_stop_training(tmp_path,
     trainer.train()
     assert trainer.state.global_step == 2
     assert f"could not be kept or shown ({error})" in caplog.text
+
+
+# What is given to a trainer that is not for it
+
+
+class OwnSKDConfig(SKDConfig):
+    pass
+
+
+class OwnSpecKDConfig(SpecKDConfig):
+    pass
+
+
+@pytest.mark.parametrize("config_class", [SpecKDConfig, OwnSpecKDConfig])
+def test_the_arguments_of_a_trainer_with_a_gate_are_not_taken_by_one_without(tmp_path, config_class):
+    with pytest.raises(TypeError, match="args is a SpecKDConfig.*Use SpecKDTrainer, or construct a SKDConfig"):
+        SKDTrainer(tiny_model(), tiny_model(seed=2), config_class(str(tmp_path), use_cpu=True, bf16=False))
+
+
+@pytest.mark.parametrize("config_class, trainer_class", [(OwnSKDConfig, SKDTrainer), (OwnSpecKDConfig, SpecKDTrainer)])
+def test_arguments_of_a_class_by_the_user_are_taken(tmp_path, config_class, trainer_class):
+    args = config_class(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1)
+    trainer = trainer_class(
+        tiny_model(),
+        tiny_model(seed=2),
+        args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=byte_tokenizer(),
+    )
+    assert type(trainer.args) is config_class
+
+
+@pytest.mark.parametrize("value", [[], ["a", "b"], {"a": "b"}, 3])
+@pytest.mark.parametrize("name", ["model", "teacher"])
+def test_what_is_no_model_is_refused_by_name(tmp_path, name, value):
+    argument = {"model": "model", "teacher": "teacher_model"}[name]
+    with pytest.raises(TypeError, match=f"{argument} is a {type(value).__name__}, which is no model"):
+        make_trainer(tmp_path, **{name: value})
+
+
+def test_paths_are_taken_as_models(tmp_path):
+    save_models(tmp_path, {"student": 1, "teacher": 2})
+    trainer = make_trainer(tmp_path, model=tmp_path / "student", teacher=tmp_path / "teacher", processing_class=None)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.distributed
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
+    worker = __file__.replace("test_trainer_faults", "evaluation_worker")
+    with pytest.raises(AssertionError, match="The launcher started 2 processes, and this one is in a group of 1"):
+        torchrun([worker, str(tmp_path), "4", "without use_cpu"], timeout=120)
+
+
+@pytest.mark.parametrize("gate", [{"gate": "one_minus_tv", "gate_floor": 0.0}, {"gate_warmup_steps": 100}, {}])
+def test_a_gate_that_rejects_everything_is_reported_with_the_weights_that_count(tmp_path, caplog, gate):
+    trainer = make_trainer(tmp_path, trainer_class=SpecKDTrainer, **gate)
+    trainer._ratios["train"].add("token_acceptance_rate", 0.0, 1.0)
+    trainer._ratios["train"].add("gate_weight", 0.4321, 1.0)
+    trainer.model.train()
+    trainer.log({})
+    assert "rejected every token since the last log; they weigh 0.432 on average" in caplog.text

@@ -1,8 +1,9 @@
 """Student, teacher, tokenizer and arguments from whatever the caller gives: objects, names or paths. None of the objects changes."""
 
 import copy
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -53,6 +54,22 @@ def load_pair(
     for loaded in (student, teacher):
         take_off_patches(loaded)
     return student, teacher, tokenizer
+
+
+def given_model(name: str, model: Any) -> Any:
+    """What was given as `name`: a model, its name or path, or nothing.
+
+    Raises:
+        `TypeError`: for anything else.
+    """
+    if isinstance(model, os.PathLike):
+        return os.fspath(model)
+    if model is not None and not isinstance(model, (str, nn.Module)):
+        raise TypeError(
+            f"{name} is a {type(model).__name__}, which is no model to run. Give one causal language model, or its name or path"
+            f"{' (of several choose one: this trainer has one teacher)' if isinstance(model, (list, tuple, dict)) else ''}."
+        )
+    return model
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -127,7 +144,7 @@ def own_arguments(
     """A copy of `args` that the trainer may change, the caller's stays as it was; the defaults if there are none.
 
     Raises:
-        `TypeError`: if `args` has no fields for sampling.
+        `TypeError`: if `args` has no fields for sampling, or has those of another trainer, which would do nothing here.
     """
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -136,6 +153,14 @@ def own_arguments(
         raise TypeError(
             f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__} (the other lacks fields). "
             "Construct one with the same values."
+        )
+    nearest = next(
+        c for c in type(args).__mro__ if c.__module__.split(".")[0] == config_class.__module__.split(".")[0]
+    )
+    if nearest is not config_class and config_class in nearest.__mro__:
+        raise TypeError(
+            f"args is a {nearest.__name__}, whose own settings this trainer does not know: it would train as if they were not "
+            f"there. Use {nearest.__name__.removesuffix('Config')}Trainer, or construct a {config_class.__name__}."
         )
     args = copy.copy(args)
     for name in ("dataset_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"):

@@ -27,7 +27,7 @@ from ..loss.lm_head import LMHead
 from ..sampling.admission import check_adapter, check_kind, check_one_device, positions_of, prove
 from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
 from ..skd_config import SKDConfig
-from .distributed import check_engine, check_head, is_sharded
+from .distributed import check_connected, check_engine, check_head, is_sharded
 from .last_hidden_states import last_hidden_states
 from .models import pad_token_id
 from .router_logits import without_router_logits
@@ -325,6 +325,7 @@ PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
 def _check_engine(
     student: PreTrainedModel, teacher: PreTrainedModel, args: SKDConfig, accelerator: Accelerator
 ) -> tuple[Verdict, str]:
+    check_connected(accelerator)
     check_engine(accelerator, args.shard_teacher, args.compile_student)
     for name, model in (("student", student), ("teacher", teacher)):
         check_head(LMHead.of(model), name, accelerator)
