@@ -15,7 +15,7 @@ from tiny import ARCHITECTURES, byte_tokenizer, save_models, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from skd_trl.training.trained_parameters import check_trained_parameters
+from skd_trl.training.trained_parameters import check_trained_parameters, describe_lost_updates
 
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -424,3 +424,41 @@ def test_an_adapter_on_the_head_learns_from_the_loss_as_with_full_logits(tmp_pat
         type(trainer._inner_student()).get_output_embeddings(trainer._inner_student())
         is trainer._inner_student().lm_head
     )
+
+
+# Weights in 16 bits
+
+
+def test_a_student_in_bf16_is_warned_about_because_its_weights_hardly_move(tmp_path, caplog):
+    shares = []
+    for dtype in (torch.bfloat16, torch.float32):
+        caplog.clear()
+        trainer = make_trainer(
+            tmp_path, model=tiny_model(seed=1).to(dtype), bf16=True, max_steps=3, learning_rate=2e-5, rollout="dataset"
+        )
+        assert ("100% of the weights that are trained are bfloat16" in caplog.text) is (dtype == torch.bfloat16)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        moved = sum((p != b).sum().item() for p, b in zip(trainer.model.parameters(), before, strict=True))
+        shares.append(moved / sum(b.numel() for b in before))
+    assert shares[0] < 0.2 and shares[1] > 0.5  # what the warning is about
+
+
+def test_a_student_in_bf16_by_model_init_kwargs_is_warned_about(tmp_path, saved, caplog):
+    make_trainer(tmp_path, model=str(saved / "student"), model_init_kwargs={"dtype": "bfloat16"})
+    assert "of the weights that are trained are bfloat16" in caplog.text
+
+
+def test_an_adapter_in_fp32_around_a_model_in_bf16_is_not_warned_about(tmp_path, caplog):
+    make_trainer(tmp_path, model=tiny_model(seed=1).to(torch.bfloat16), peft_config=LORA, bf16=True)
+    assert "of the weights that are trained" not in caplog.text
+
+
+def test_one_layer_in_16_bits_is_warned_about_with_its_share(tmp_path, caplog):
+    student = tiny_model(seed=1).requires_grad_(False)
+    student.lm_head.to(torch.float16).requires_grad_(True)
+    student.model.norm.requires_grad_(True)
+    accelerator = make_trainer(tmp_path).accelerator
+    warning = describe_lost_updates(student, accelerator)
+    share = student.lm_head.weight.numel() / (student.lm_head.weight.numel() + 32)
+    assert warning.startswith(f"{share:.0%} of the weights that are trained are float16")
