@@ -37,7 +37,7 @@ from .sampling.ragged_cache import eval_mode
 from .sampling.rollout import Rollout
 from .skd_config import SKDConfig
 from .training.checkpoints import load_draft_length, save_draft_length
-from .training.completions import completion_records, print_completions, save_completions
+from .training.completions import completion_records, print_completions, save_completions, with_prompt_texts
 from .training.distributed import (
     agree_on_maximum,
     bound_waits,
@@ -47,12 +47,13 @@ from .training.distributed import (
     student_for_sampling,
     whole_head,
 )
+from .training.ends_of_sequence import stop_at
 from .training.finite_check import FiniteCheck
-from .training.forward_patches import forward_kept
+from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import LossFunction, loss_in_forward
-from .training.metrics import RatioMetrics, add_rollout, with_prefix
-from .training.models import base_model, disable_dropout, load_pair, own_arguments, pad_token_id
+from .training.metrics import RatioMetrics, add_rollout, with_prefix, without_filled_rows
+from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
 from .training.pair_check import check_launch, check_pair, require, room_for_prompts, room_for_texts
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
@@ -161,6 +162,7 @@ class SKDTrainer(GKDTrainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable | None = None,
     ):
+        model, teacher_model = given_model("model", model), given_model("teacher_model", teacher_model)
         args = own_arguments(args, self._config_class, f"-{self._name}", model)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
         require(check_pair(student, teacher, tokenizer, args, peft_config))
@@ -189,7 +191,8 @@ class SKDTrainer(GKDTrainer):
         set_seed(args.seed)
         # GKDTrainer's own __init__ is passed over: it changes `args`, refuses padded vocabularies and missing arguments,
         # replaces LoRA's dropout by none, and leaves the teacher whole on every rank under FSDP. What it sets up is below.
-        with forward_kept(base_model(student)), router_settings_kept(student):
+        base = base_model(student)
+        with forward_kept(base), adapters_on_heads_pass(base), router_settings_kept(base):
             super(GKDTrainer, self).__init__(
                 student,
                 args=args,
@@ -216,7 +219,8 @@ class SKDTrainer(GKDTrainer):
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
         bound_waits(args.ddp_timeout)
-        self._ratios = {mode: RatioMetrics(self._metric_names, totals=("skipped_rows",)) for mode in ("train", "eval")}
+        names = {"train": self._metric_names, "eval": (*self._metric_names, "loss")}
+        self._ratios = {mode: RatioMetrics(names[mode], totals=("skipped_rows",)) for mode in names}
 
     def _prepare_eval(self, dataset):
         if isinstance(dataset, dict):
@@ -230,9 +234,29 @@ class SKDTrainer(GKDTrainer):
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """As [`~transformers.Trainer.predict`], on reference responses, with the metrics of an evaluation."""
-        output = super().predict(self._prepare_eval(test_dataset), ignore_keys, metric_key_prefix)
+        return super().predict(self._prepare_eval(test_dataset), ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums
+        over the tokens of the set, divided once: no batch size changes them."""
+        self._ratios["eval"].reset()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(with_prefix(self._ratios["eval"].compute(self.accelerator), f"{metric_key_prefix}_"))
         return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, without_filled_rows(inputs, self.accelerator), *args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
+        stop_at(self._inner_student(), self.eos_token_ids)
+        return super().train(*args, **kwargs)
+
+    def add_callback(self, callback):
+        # LogCompletionsCallback, WeaveCallback: they write to the prompts of the evaluation set, which are tokens by now.
+        if getattr(callback, "eval_dataset", None) is not None and "eval_dataset" in vars(callback):
+            callback.eval_dataset = with_prompt_texts(callback.eval_dataset, self.processing_class)
+        super().add_callback(callback)
 
     # One optimizer step: sample all of it, then train on it.
 
@@ -343,6 +367,10 @@ class SKDTrainer(GKDTrainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args = args
+        student = self._inner_student()
+        if student is not self.accelerator.unwrap_model(self.model) and student.generation_config is not None:
+            # An adapter is saved without its base model's.
+            student.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -442,6 +470,8 @@ class SKDTrainer(GKDTrainer):
 
     def _add_loss_metrics(self, mode: str, outcome: DistillationLoss, inputs: dict, tokens: ResponseTokens) -> None:
         metrics = self._ratios[mode]
+        if mode == "eval":
+            metrics.add("loss", outcome.loss.detach(), len(tokens.labels))
         for name in SKDTrainer._statistics:
             metrics.add_mean(name, outcome.statistics[name])
 
@@ -452,11 +482,13 @@ class SKDTrainer(GKDTrainer):
             return
         records = gather_object(completion_records(rollout, self.processing_class, step))
         if self.accelerator.is_main_process:
-            save_completions(records, self.args.output_dir, step)
-            print_completions(records, self.args.num_completions_to_print, step)
+            try:
+                save_completions(records, self.args.output_dir, step)
+                print_completions(records, self.args.num_completions_to_print, step)
+            except (OSError, ValueError) as error:  # a full disk, a closed console, a text that has no encoding
+                logger.warning(f"Step {step}: its completions could not be kept or shown ({error}). Training goes on.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics = self._ratios[mode].compute(self.accelerator)
-        logs.update(with_prefix(metrics, "eval_" if mode == "eval" else ""))
+        if self.model.training:
+            logs.update(self._ratios["train"].compute(self.accelerator))
         super().log(logs, start_time)

@@ -236,7 +236,7 @@ class SpecKDTrainer(SKDTrainer):
         super().log(logs, start_time)
         if logs.get("token_acceptance_rate") == 0.0:
             logger.warning(
-                f"Step {self.state.global_step}: the gate {self.args.gate!r} rejected every token since the last log, so "
-                f"each weighs gate_floor={self.args.gate_floor}. Raise gate_top_k or gate_floor, choose another gate, or "
-                "start from a student nearer to the teacher."
+                f"Step {self.state.global_step}: the gate {self.args.gate!r} rejected every token since the last log; they weigh "
+                f"{logs['gate_weight']:.3g} on average. Raise gate_top_k or gate_floor, choose another gate, or start from a "
+                "student nearer to the teacher."
             )

@@ -1,19 +1,21 @@
 """Models as people bring them: each trains, or is refused before training in words that say how to load it."""
 
 import copy
+import json
 import math
 import pickle
+import shutil
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_skd_trainer import ROWS, losses, make_trainer
-from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from tiny import ARCHITECTURES, byte_tokenizer, save_models, tiny_model
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from skd_trl.training.trained_parameters import check_trained_parameters
+from skd_trl.training.trained_parameters import check_trained_parameters, describe_lost_updates
 
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -297,3 +299,166 @@ def test_a_mixture_of_experts_trains_on_the_divergence_alone_and_is_saved_as_it_
     if not asks:
         assert saved.generate(torch.arange(3, 9).view(2, 3), max_new_tokens=3, do_sample=False).shape == (2, 6)
     assert math.isfinite(trainer.evaluate(Dataset.from_list(ROWS[:4]))["eval_loss"])
+
+
+# Ends of sequence
+
+
+def ends_of(student, teacher):
+    """A pair of models with these ends in their generation_config, and settings that sample some steps."""
+    models = {"model": tiny_model(seed=1), "teacher": tiny_model(seed=2)}
+    models["model"].generation_config.eos_token_id = student
+    models["teacher"].generation_config.eos_token_id = teacher
+    return models
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("student, teacher", [(257, 258), ([257, 5], [258, 5]), (None, [258, 6]), (257, 257)])
+def test_what_training_stopped_at_is_saved_with_the_student(tmp_path, student, teacher, peft_config):
+    models = ends_of(student, teacher)
+    given = models["model"].generation_config, models["teacher"].generation_config
+    trainer = make_trainer(
+        tmp_path, ROWS[:4], **models, peft_config=peft_config, save_strategy="steps", save_steps=1, rollout="dataset"
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "saved", tmp_path / "out" / "checkpoint-1"):
+        saved = GenerationConfig.from_pretrained(folder).eos_token_id
+        assert set([saved] if isinstance(saved, int) else saved) == set(trainer.eos_token_ids)
+    assert models["teacher"].generation_config is given[1] and given[1].eos_token_id == teacher
+
+
+def test_a_student_stops_where_it_was_taught_to(tmp_path):
+    """The teacher ends with a token that the student's own configuration does not name."""
+    trainer = make_trainer(tmp_path, ROWS[:4], **ends_of(257, 65))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    student.lm_head.weight.data.zero_()
+    student.lm_head.weight.data[65] = 1.0
+    student.model.norm.weight.data.fill_(1.0)
+    prompts = torch.arange(3, 30)[:, None]
+    written = student.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, do_sample=False)
+    of_end = (written[:, 1] == 65).nonzero().flatten()
+    assert len(of_end) > 3 and (written[of_end, 2:] != 65).all()  # ended: what follows is padding
+
+
+def test_a_generation_config_of_a_run_that_trained_nothing_stays_as_it_was(tmp_path):
+    models = ends_of(257, 258)
+    make_trainer(tmp_path, ROWS[:4], **models)
+    assert models["model"].generation_config.eos_token_id == 257
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A student with its tokenizer, and an adapter of it by which it writes other texts; neither has the other's files."""
+    directory = tmp_path_factory.mktemp("saved")
+    save_models(directory, {"student": 1, "teacher": 2})
+    model = AutoModelForCausalLM.from_pretrained(directory / "student")
+    get_peft_model(model, LORA).save_pretrained(directory / "adapter")
+    return directory
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_the_folder_of_an_adapter_is_a_student_that_goes_on_training_it(tmp_path, saved, with_tokenizer):
+    folder = shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    if with_tokenizer:
+        byte_tokenizer(num_extra_tokens=0).save_pretrained(folder)
+    trainer = make_trainer(
+        tmp_path,
+        ROWS[:4],
+        model=str(folder),
+        teacher=str(saved / "teacher"),
+        processing_class=None,
+        learning_rate=1e-2,
+    )
+    by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "student"), folder)
+    assert torch.equal(logits_of(trainer.model), logits_of(by_hand))
+    moved = moved_by(trainer)
+    assert moved and all("lora" in name for name in moved)
+    trainer.save_model(str(tmp_path / "again"))
+    again = make_trainer(tmp_path, ROWS[:4], model=str(tmp_path / "again"), teacher=str(saved / "teacher"))
+    assert torch.allclose(logits_of(again.model), logits_of(trainer.model), atol=1e-6)
+
+
+def test_the_folder_of_an_adapter_is_a_teacher(tmp_path, saved):
+    trainer = make_trainer(tmp_path, ROWS[:4], teacher=str(saved / "adapter"))
+    by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "student"), saved / "adapter")
+    assert torch.allclose(logits_of(trainer.teacher_model), logits_of(by_hand), atol=1e-6)
+    trainer.train()
+    assert torch.allclose(logits_of(trainer.teacher_model), logits_of(by_hand), atol=1e-6)
+
+
+def test_an_adapter_that_does_not_name_its_model_is_refused_with_the_way_to_load_it(tmp_path, saved):
+    folder = shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="base_model_name_or_path.*is_trainable=True"):
+        make_trainer(tmp_path, ROWS[:4], model=str(folder))
+
+
+@pytest.mark.parametrize("given", ["peft_config", "PeftModel"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_on_the_head_learns_from_the_loss_as_with_full_logits(tmp_path, use_dora, given):
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=use_dora, init_lora_weights=False)
+    student = tiny_model(seed=1)
+    student = get_peft_model(student, config) if given == "PeftModel" else student
+    trainer = make_trainer(
+        tmp_path, ROWS[:4], model=student, rollout="dataset", peft_config=config if given == "peft_config" else None
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    trainer.compute_loss(trainer.model.train(), batch).backward()
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.model.zero_grad(set_to_none=True)
+    q, p = (model(**inputs).logits[:, :-1].log_softmax(-1) for model in (trainer.model, trainer.teacher_model))
+    (p.exp() * (p - q)).sum(-1)[batch["labels"][:, 1:] != -100].mean().backward()
+    assert any("lm_head" in name for name in found)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert (found[name] - parameter.grad).norm() < 1e-4 * parameter.grad.norm() + 1e-7, name
+    assert (
+        type(trainer._inner_student()).get_output_embeddings(trainer._inner_student())
+        is trainer._inner_student().lm_head
+    )
+
+
+# Weights in 16 bits
+
+
+def test_a_student_in_bf16_is_warned_about_because_its_weights_hardly_move(tmp_path, caplog):
+    shares = []
+    for dtype in (torch.bfloat16, torch.float32):
+        caplog.clear()
+        trainer = make_trainer(
+            tmp_path, model=tiny_model(seed=1).to(dtype), bf16=True, max_steps=3, learning_rate=2e-5, rollout="dataset"
+        )
+        assert ("100% of the weights that are trained are bfloat16" in caplog.text) is (dtype == torch.bfloat16)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        moved = sum((p != b).sum().item() for p, b in zip(trainer.model.parameters(), before, strict=True))
+        shares.append(moved / sum(b.numel() for b in before))
+    assert shares[0] < 0.2 and shares[1] > 0.5  # what the warning is about
+
+
+def test_a_student_in_bf16_by_model_init_kwargs_is_warned_about(tmp_path, saved, caplog):
+    make_trainer(tmp_path, model=str(saved / "student"), model_init_kwargs={"dtype": "bfloat16"})
+    assert "of the weights that are trained are bfloat16" in caplog.text
+
+
+def test_an_adapter_in_fp32_around_a_model_in_bf16_is_not_warned_about(tmp_path, caplog):
+    make_trainer(tmp_path, model=tiny_model(seed=1).to(torch.bfloat16), peft_config=LORA, bf16=True)
+    assert "of the weights that are trained" not in caplog.text
+
+
+def test_one_layer_in_16_bits_is_warned_about_with_its_share(tmp_path, caplog):
+    student = tiny_model(seed=1).requires_grad_(False)
+    student.lm_head.to(torch.float16).requires_grad_(True)
+    student.model.norm.requires_grad_(True)
+    accelerator = make_trainer(tmp_path).accelerator
+    warning = describe_lost_updates(student, accelerator)
+    share = student.lm_head.weight.numel() / (student.lm_head.weight.numel() + 32)
+    assert warning.startswith(f"{share:.0%} of the weights that are trained are float16")

@@ -1,10 +1,21 @@
 """What goes wrong while a trainer runs: nothing is spoilt, counted twice or silently left out, and each fault has its name."""
 
+import io
+import json
+
 import pytest
 import torch
-from test_skd_trainer import make_trainer
-from tiny import tiny_model
-from transformers import TrainerCallback
+from datasets import Dataset
+from processes import torchrun
+from rich.console import Console
+from test_skd_trainer import ROWS, make_trainer
+from tiny import BOS, byte_tokenizer, save_models, tiny_model
+from tokenizers.processors import TemplateProcessing
+from transformers import GenerationConfig, TrainerCallback
+from trl import LogCompletionsCallback
+
+from skd_trl import SKDConfig, SKDTrainer, SpecKDConfig, SpecKDTrainer
+from skd_trl.training.completions import print_completions
 
 
 # NaN and infinity
@@ -63,3 +74,213 @@ def test_a_head_that_is_not_finite_is_no_unknown_architecture(tmp_path, name):
     spoil(models["model" if name == "student" else "teacher"], "lm_head", float("nan"))
     with pytest.raises(ValueError, match=f"The {name}'s head, of LlamaForCausalLM, has NaN or infinite weights"):
         make_trainer(tmp_path, **models)
+
+
+# Evaluations
+
+
+def token_means(trainer, rows):
+    """Loss and student's entropy over the tokens of `rows`, from full logits, row by row."""
+    divergences, entropies = [], []
+    for row in trainer._prepare_eval(Dataset.from_list(rows)):
+        batch = trainer.data_collator([row])
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            q, p = (m.eval()(**inputs).logits[0, :-1].log_softmax(-1) for m in (trainer.model, trainer.teacher_model))
+        is_response = batch["labels"][0, 1:] != -100
+        divergences.append((p.exp() * (p - q)).sum(-1)[is_response])
+        entropies.append(-(q.exp() * q).sum(-1)[is_response])
+    return {"loss": torch.cat(divergences).mean().item(), "student_entropy": torch.cat(entropies).mean().item()}
+
+
+SETS = {"a": ROWS[:3], "b": ROWS[3:8]}
+
+
+@pytest.mark.parametrize("trainer_class", [SKDTrainer, SpecKDTrainer])
+def test_each_evaluation_set_has_its_own_metrics_under_its_own_name(tmp_path, trainer_class):
+    eval_dataset = {name: Dataset.from_list(rows) for name, rows in SETS.items()}
+    trainer = make_trainer(tmp_path, eval_dataset=eval_dataset, trainer_class=trainer_class, rollout="dataset")
+    metrics = trainer.evaluate()
+    for name, rows in SETS.items():
+        expected = token_means(trainer, rows)
+        assert metrics[f"eval_{name}_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
+        if trainer_class is SKDTrainer:
+            assert metrics[f"eval_{name}_loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        else:
+            assert 0 <= metrics[f"eval_{name}_token_acceptance_rate"] <= 1
+    assert not any(name.startswith("eval_student") for name in metrics)
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"eval_a_student_entropy", "eval_b_student_entropy"} <= logged and "eval_student_entropy" not in logged
+
+
+def test_the_best_model_may_be_chosen_by_a_metric_of_one_set(tmp_path):
+    trainer = make_trainer(
+        tmp_path, eval_dataset={name: Dataset.from_list(rows) for name, rows in SETS.items()}, max_steps=2, rollout="dataset",
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="a_student_entropy", greater_is_better=True, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer.train()
+    entropies = [
+        entry["eval_a_student_entropy"] for entry in trainer.state.log_history if "eval_a_student_entropy" in entry
+    ]
+    assert trainer.state.best_metric == max(entropies) and len(set(entropies)) == 2
+    assert trainer.evaluate()["eval_a_student_entropy"] == pytest.approx(max(entropies), rel=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["valid", "eval_before"])
+def test_a_prefix_is_followed_and_metrics_of_training_are_not_taken_along(tmp_path, prefix):
+    trainer = make_trainer(tmp_path, rollout="dataset")
+    trainer.train()
+    expected = token_means(trainer, ROWS)
+    metrics = trainer.evaluate(Dataset.from_list(ROWS), metric_key_prefix=prefix)
+    predicted = trainer.predict(Dataset.from_list(ROWS), metric_key_prefix=prefix).metrics
+    for found in (metrics, predicted):
+        assert found[f"{prefix}_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
+        assert found[f"{prefix}_loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert all(name.startswith(prefix) or name == "epoch" for name in found)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_loss_of_an_evaluation_does_not_depend_on_its_batch_size(tmp_path, batch_size):
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=batch_size)
+    expected = token_means(trainer, ROWS)
+    metrics = trainer.evaluate(Dataset.from_list(ROWS))
+    assert metrics["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert metrics["eval_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_rows", [3, 5, 8])
+def test_on_two_processes_each_row_of_an_evaluation_counts_once(tmp_path, num_rows):
+    torchrun([__file__.replace("test_trainer_faults", "evaluation_worker"), str(tmp_path), str(num_rows)], timeout=120)
+    trainer = make_trainer(tmp_path)
+    expected = token_means(trainer, ROWS[:num_rows])
+    for rank in (0, 1):
+        metrics = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert metrics["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert metrics["eval_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
+
+
+# Callbacks and tables
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_trls_callback_for_completions_writes_to_the_prompts_of_the_evaluation_set(tmp_path, adds_bos):
+    tokenizer = byte_tokenizer(chat_template=None)
+    if adds_bos:
+        tokenizer.bos_token = BOS
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+        )
+    rows = [{"prompt": f"count {i} " + "x" * i, "completion": " ab"} for i in range(4)]
+    trainer = make_trainer(
+        tmp_path, rows, eval_dataset=Dataset.from_list(rows), processing_class=tokenizer, max_steps=2, learning_rate=0.0,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    assert (trainer.eval_dataset[0]["prompt_ids"][0] == tokenizer.bos_token_id) is adds_bos
+    generation = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    callback = LogCompletionsCallback(trainer, generation, num_prompts=3, freq=2)
+    trainer.add_callback(callback)
+    trainer.train()
+    expected = []
+    for row in trainer.eval_dataset.select(range(3)):
+        prompt = torch.tensor([row["prompt_ids"]])
+        written = trainer.model.eval().generate(prompt, generation_config=generation)[0, prompt.shape[1] :]
+        expected.append(["2", tokenizer.decode(written, skip_special_tokens=True)])
+    assert [[step, completion] for step, _, completion in map(list, callback.table)] == expected
+    assert [prompt for _, prompt, _ in callback.table] == [row["prompt"] for row in rows[:3]]
+
+
+def test_a_callback_that_cannot_have_prompts_is_refused_when_it_is_added(tmp_path):
+    sets = {name: Dataset.from_list(rows) for name, rows in SETS.items()}
+    trainer = make_trainer(tmp_path, eval_dataset=sets)
+    callback = LogCompletionsCallback(trainer, freq=1)
+    with pytest.raises(ValueError, match="evaluation set that is a dict; it needs one Dataset"):
+        trainer.add_callback(callback)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_table_is_printed_on_a_console_of_any_encoding(encoding):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    record = {"prompt": "Größe 東京 🙂", "tokens": ["a", "ﬁ", "東"], "replaced": [False, True, False]}
+    print_completions([record], 1, 1, Console(file=file, width=80))
+    file.seek(0)
+    shown = file.read()
+    opening, closing = ("⟦", "⟧") if encoding == "utf-8" else ("[", "]")
+    assert f"a{opening}{'ﬁ' if encoding == 'utf-8' else '?'}{closing}" in shown
+    assert ("東京" in shown) is (encoding == "utf-8")
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), ValueError("I/O operation on closed file")])
+@pytest.mark.parametrize("function", ["save_completions", "print_completions"])
+def test_completions_that_cannot_be_kept_or_shown_do_not_stop_training(tmp_path, monkeypatch, caplog, function, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(f"skd_trl.skd_trainer.{function}", fail)
+    trainer = make_trainer(tmp_path, log_completions=True, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert f"could not be kept or shown ({error})" in caplog.text
+
+
+# What is given to a trainer that is not for it
+
+
+class OwnSKDConfig(SKDConfig):
+    pass
+
+
+class OwnSpecKDConfig(SpecKDConfig):
+    pass
+
+
+@pytest.mark.parametrize("config_class", [SpecKDConfig, OwnSpecKDConfig])
+def test_the_arguments_of_a_trainer_with_a_gate_are_not_taken_by_one_without(tmp_path, config_class):
+    with pytest.raises(TypeError, match="args is a SpecKDConfig.*Use SpecKDTrainer, or construct a SKDConfig"):
+        SKDTrainer(tiny_model(), tiny_model(seed=2), config_class(str(tmp_path), use_cpu=True, bf16=False))
+
+
+@pytest.mark.parametrize("config_class, trainer_class", [(OwnSKDConfig, SKDTrainer), (OwnSpecKDConfig, SpecKDTrainer)])
+def test_arguments_of_a_class_by_the_user_are_taken(tmp_path, config_class, trainer_class):
+    args = config_class(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1)
+    trainer = trainer_class(
+        tiny_model(),
+        tiny_model(seed=2),
+        args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=byte_tokenizer(),
+    )
+    assert type(trainer.args) is config_class
+
+
+@pytest.mark.parametrize("value", [[], ["a", "b"], {"a": "b"}, 3])
+@pytest.mark.parametrize("name", ["model", "teacher"])
+def test_what_is_no_model_is_refused_by_name(tmp_path, name, value):
+    argument = {"model": "model", "teacher": "teacher_model"}[name]
+    with pytest.raises(TypeError, match=f"{argument} is a {type(value).__name__}, which is no model"):
+        make_trainer(tmp_path, **{name: value})
+
+
+def test_paths_are_taken_as_models(tmp_path):
+    save_models(tmp_path, {"student": 1, "teacher": 2})
+    trainer = make_trainer(tmp_path, model=tmp_path / "student", teacher=tmp_path / "teacher", processing_class=None)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.distributed
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
+    worker = __file__.replace("test_trainer_faults", "evaluation_worker")
+    with pytest.raises(AssertionError, match="The launcher started 2 processes, and this one is in a group of 1"):
+        torchrun([worker, str(tmp_path), "4", "without use_cpu"], timeout=120)
+
+
+@pytest.mark.parametrize("gate", [{"gate": "one_minus_tv", "gate_floor": 0.0}, {"gate_warmup_steps": 100}, {}])
+def test_a_gate_that_rejects_everything_is_reported_with_the_weights_that_count(tmp_path, caplog, gate):
+    trainer = make_trainer(tmp_path, trainer_class=SpecKDTrainer, **gate)
+    trainer._ratios["train"].add("token_acceptance_rate", 0.0, 1.0)
+    trainer._ratios["train"].add("gate_weight", 0.4321, 1.0)
+    trainer.model.train()
+    trainer.log({})
+    assert "rejected every token since the last log; they weigh 0.432 on average" in caplog.text

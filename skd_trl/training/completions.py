@@ -5,9 +5,11 @@ A response is shown with what the teacher replaced, the only way to see what int
 
 import os
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
 import torch
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -52,7 +54,8 @@ def print_completions(records: list[dict], num_rows: int, step: int, console: Co
     """A table of the first `num_rows` records. The teacher's tokens stand out: in reverse video on a terminal, between
     brackets in a file, which has no colours."""
     console = console or Console()
-    style, opening, closing = ("reverse", "", "") if console.is_terminal else ("", "⟦", "⟧")
+    brackets = ("[", "]") if console.options.ascii_only else ("⟦", "⟧")
+    style, opening, closing = ("reverse", "", "") if console.is_terminal else ("", *brackets)
     legend = "reversed" if style else f"{opening} {closing}"
     table = Table(title=Text(f"Sampled responses, step {step} ({legend}: the teacher's tokens)"), show_lines=True)
     table.add_column("prompt", max_width=60)
@@ -66,7 +69,40 @@ def print_completions(records: list[dict], num_rows: int, step: int, console: Co
         shown = prompt if len(prompt) <= 240 else "... " + prompt[-236:]
         share = sum(record["replaced"]) / max(len(record["replaced"]), 1)
         table.add_row(Text(shown), response, f"{share:.0%}")
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    _print_safely(captured.get(), console.file)
+
+
+def with_prompt_texts(dataset, tokenizer: PreTrainedTokenizerBase):
+    """A prepared data set with its prompts as texts in a column `prompt`, as the tokenizer would read them again: where callbacks of
+    TRL look for them.
+
+    Raises:
+        `ValueError`: for what is not one data set in memory.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"A callback looks for prompts in an evaluation set that is a {type(dataset).__name__}; it needs one Dataset. Give the "
+            "callback one (callback.eval_dataset), or leave it out: log_completions=True shows sampled responses of the training."
+        )
+    if "prompt" in dataset.column_names:
+        return dataset
+    texts = []
+    for ids in dataset["prompt_ids"]:
+        text = tokenizer.decode(ids)
+        # A tokenizer that begins texts with a token of its own would do so a second time.
+        again = tokenizer(text).input_ids
+        is_twice = tokenizer.bos_token and again[1:] == list(ids) and again[0] == tokenizer.bos_token_id
+        texts.append(text.removeprefix(tokenizer.bos_token) if is_twice else text)
+    return dataset.add_column("prompt", texts)
+
+
+def _print_safely(text: str, file: TextIO) -> None:
+    """Prints `text` with a mark in the place of every character that the console's encoding does not have."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    file.write(text.encode(encoding, errors="replace").decode(encoding))
+    file.flush()
 
 
 def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:

@@ -8,6 +8,7 @@ them too late for the first window.
 
 import copy
 import hashlib
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -138,6 +139,21 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, shard: b
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     prepared.eval()  # DeepSpeed's returns nothing
     return prepared
+
+
+def check_connected(accelerator: Accelerator) -> None:
+    """Refuses processes that a launcher started together and that do not know of each other: each would train a model by itself.
+
+    Raises:
+        `ValueError`: if there are fewer processes in the engine than the launcher says.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if launched > accelerator.num_processes:
+        raise ValueError(
+            f"The launcher started {launched} processes, and this one is in a group of {accelerator.num_processes}: each would "
+            "train a model by itself and overwrite what the others save. Without a GPU set use_cpu=True in the arguments; else "
+            "launch with `accelerate launch` or `torchrun`, one process per GPU."
+        )
 
 
 def check_engine(accelerator: Accelerator, shard_teacher: bool, compile_student: bool) -> None:

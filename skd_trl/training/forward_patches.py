@@ -43,6 +43,23 @@ def forward_kept(model: nn.Module) -> Iterator[None]:
             model.forward = own
 
 
+@contextmanager
+def adapters_on_heads_pass(model: nn.Module) -> Iterator[None]:
+    """Inside, `get_output_embeddings()` of a transformers model shows what is under an adapter on its head. SFTTrainer refuses
+    such an adapter, as its own loss would pass it over; the loss here calls the head."""
+    original: Callable = model.get_output_embeddings  # type: ignore[assignment]
+
+    def get_output_embeddings() -> nn.Module:
+        head = original()
+        return getattr(head, "base_layer", head)
+
+    model.get_output_embeddings = get_output_embeddings
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
+
+
 def _with_base(model: nn.Module) -> list[nn.Module]:
     return [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]  # type: ignore[operator]
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator
 
+from ..data.batches import IGNORE_INDEX, Key
 from ..sampling.rollout import Rollout
 
 
@@ -58,6 +59,20 @@ class RatioMetrics:
 
 def with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {f"{prefix}{name}": value for name, value in metrics.items()}
+
+
+def without_filled_rows(batch: dict, accelerator: Accelerator) -> dict:
+    """A batch of an evaluation without the labels of rows that fill the last batch up: on several processes rows of the
+    beginning are given out once more, and would be counted twice. (The rows of a stream are not known to be such.)"""
+    state = accelerator.gradient_state
+    labels = batch[Key.LABELS]
+    num_left = state.remainder if state.end_of_dataloader else -1
+    first = accelerator.process_index * len(labels)
+    if num_left <= 0 or first + len(labels) <= num_left:
+        return batch
+    labels = labels.clone()
+    labels[max(num_left - first, 0) :] = IGNORE_INDEX
+    return {**batch, Key.LABELS: labels}
 
 
 def add_rollout(metrics: RatioMetrics, rollout: Rollout, seconds: float, num_processes: int) -> None:

@@ -1,18 +1,22 @@
 """Student, teacher, tokenizer and arguments from whatever the caller gives: objects, names or paths. None of the objects changes."""
 
 import copy
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .._compat import create_model_from_path, get_config_model_id
 from .forward_patches import take_off_patches
 
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from ..skd_config import SKDConfig
 
 
@@ -52,6 +56,22 @@ def load_pair(
     return student, teacher, tokenizer
 
 
+def given_model(name: str, model: Any) -> Any:
+    """What was given as `name`: a model, its name or path, or nothing.
+
+    Raises:
+        `TypeError`: for anything else.
+    """
+    if isinstance(model, os.PathLike):
+        return os.fspath(model)
+    if model is not None and not isinstance(model, (str, nn.Module)):
+        raise TypeError(
+            f"{name} is a {type(model).__name__}, which is no model to run. Give one causal language model, or its name or path"
+            f"{' (of several choose one: this trainer has one teacher)' if isinstance(model, (list, tuple, dict)) else ''}."
+        )
+    return model
+
+
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model, which an adapter may be around."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
@@ -59,7 +79,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def load_tokenizer(model, processing_class, args: "SKDConfig") -> PreTrainedTokenizerBase:
     if processing_class is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        name = _tokenizer_of(model, args) if isinstance(model, str) else get_config_model_id(model.config)
         if not name:
             raise ValueError(
                 "processing_class is None and the model does not say where it was loaded from. Pass the tokenizer."
@@ -124,7 +144,7 @@ def own_arguments(
     """A copy of `args` that the trainer may change, the caller's stays as it was; the defaults if there are none.
 
     Raises:
-        `TypeError`: if `args` has no fields for sampling.
+        `TypeError`: if `args` has no fields for sampling, or has those of another trainer, which would do nothing here.
     """
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -133,6 +153,14 @@ def own_arguments(
         raise TypeError(
             f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__} (the other lacks fields). "
             "Construct one with the same values."
+        )
+    nearest = next(
+        c for c in type(args).__mro__ if c.__module__.split(".")[0] == config_class.__module__.split(".")[0]
+    )
+    if nearest is not config_class and config_class in nearest.__mro__:
+        raise TypeError(
+            f"args is a {nearest.__name__}, whose own settings this trainer does not know: it would train as if they were not "
+            f"there. Use {nearest.__name__.removesuffix('Config')}Trainer, or construct a {config_class.__name__}."
         )
     args = copy.copy(args)
     for name in ("dataset_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"):
@@ -150,8 +178,40 @@ def _load_student(name: str, args: "SKDConfig") -> PreTrainedModel:
     # Each process holds its own, on one device; TRL's default in a single process is to spread it over all.
     kwargs.setdefault("device_map", None)
     # The Trainer is given an object, and would warn that these no longer have an effect.
-    args.model_init_kwargs = None
-    return create_model_from_path(name, **kwargs)
+    adapter, args.model_init_kwargs = _adapter_at(name, args), None
+    if adapter is None:
+        return create_model_from_path(name, **kwargs)
+    from peft import PeftModel
+
+    revision = kwargs.pop("revision", None)  # of what was named: the adapter
+    base = create_model_from_path(_base_of(adapter, name), **kwargs, revision=adapter.revision or "main")
+    return PeftModel.from_pretrained(base, name, is_trainable=True, revision=revision)  # type: ignore[return-value]
+
+
+def _adapter_at(name: str, args: "SKDConfig") -> "PeftConfig | None":
+    """The configuration of the adapter that is saved under `name`, if it is one."""
+    revision = (args.model_init_kwargs or {}).get("revision")
+    if not is_peft_available() or find_adapter_config_file(name, revision=revision) is None:
+        return None
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(name, revision=revision)
+
+
+def _base_of(adapter: "PeftConfig", name: str) -> str:
+    if not adapter.base_model_name_or_path:
+        raise ValueError(
+            f"{name!r} is an adapter that does not say which model it belongs to (base_model_name_or_path). Load that model and "
+            "give PeftModel.from_pretrained(model, path, is_trainable=True) as the student."
+        )
+    return adapter.base_model_name_or_path
+
+
+def _tokenizer_of(name: str, args: "SKDConfig") -> str:
+    """Where the tokenizer of a model's name is: an adapter may be saved without one, then its base model's is meant."""
+    adapter = _adapter_at(name, args)
+    is_without = adapter is not None and Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()
+    return _base_of(adapter, name) if adapter is not None and is_without else name
 
 
 def _load_teacher(name: str, args: "SKDConfig") -> PreTrainedModel:

@@ -27,11 +27,11 @@ from ..loss.lm_head import LMHead
 from ..sampling.admission import check_adapter, check_kind, check_one_device, positions_of, prove
 from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
 from ..skd_config import SKDConfig
-from .distributed import check_engine, check_head, is_sharded
+from .distributed import check_connected, check_engine, check_head, is_sharded
 from .last_hidden_states import last_hidden_states
 from .models import pad_token_id
 from .router_logits import without_router_logits
-from .trained_parameters import check_trained_parameters
+from .trained_parameters import check_trained_parameters, describe_lost_updates
 
 
 logger = get_logger(__name__)
@@ -80,10 +80,12 @@ def check_pair(
 def check_launch(
     student: PreTrainedModel, teacher: PreTrainedModel, args: SKDConfig, accelerator: Accelerator
 ) -> list[Finding]:
-    """Whether the engine that was launched can train the pair, and whether it trains anything. `student` has its adapter by then."""
+    """Whether the engine that was launched can train the pair, and what it trains, in which precision. `student` has its adapter by
+    then."""
     return [
         _finding("engine", _check_engine, student, teacher, args, accelerator),
         _finding("trained parameters", _check_trained, student),
+        _finding("precision", _check_precision, student, accelerator),
     ]
 
 
@@ -340,9 +342,15 @@ PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
 def _check_engine(
     student: PreTrainedModel, teacher: PreTrainedModel, args: SKDConfig, accelerator: Accelerator
 ) -> tuple[Verdict, str]:
+    check_connected(accelerator)
     check_engine(accelerator, args.shard_teacher, args.compile_student)
     for name, model in (("student", student), ("teacher", teacher)):
         check_head(LMHead.of(model), name, accelerator)
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     engine = "without an engine that shards" if kind in ("NO", "MULTI_CPU", "MULTI_GPU") else f"under {kind}"
     return Verdict.GOOD, f"{accelerator.num_processes} process(es) {engine}."
+
+
+def _check_precision(student: PreTrainedModel, accelerator: Accelerator) -> tuple[Verdict, str]:
+    lost = describe_lost_updates(student, accelerator)
+    return (Verdict.GOOD, "The optimizer moves weights in fp32.") if lost is None else (Verdict.WARNING, lost)

@@ -1,0 +1,16 @@
+"""What each of two processes runs for `test_trainer_faults.py`: an evaluation whose last batch is filled up, and with one argument
+more a trainer that was not told to stay on the CPU."""
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from test_skd_trainer import ROWS, make_trainer
+
+
+if __name__ == "__main__":
+    directory, num_rows = Path(sys.argv[1]), int(sys.argv[2])
+    trainer = make_trainer(directory, per_device_eval_batch_size=2, use_cpu=len(sys.argv) == 3)
+    metrics = trainer.evaluate(Dataset.from_list(ROWS[:num_rows]))
+    (directory / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(metrics))
