@@ -129,7 +129,7 @@ def test_reasoning_of_earlier_turns_may_be_left_out():
         ("llama3", "joined"),
         ("gemma3", "joined"),
         ("smolvlm", "needed"),
-        ("qwen2_5_vl", "kept"),
+        ("qwen2_5_vl", "joined"),
     ],
 )
 def test_real_templates_are_given_contents_as_they_want_them(name, parts):
@@ -184,6 +184,17 @@ def conversations(draw):
                     {"role": "assistant", "content": content("assistant")},
                 ]
     return turns
+
+
+def test_a_tools_answer_in_parts_is_text_also_where_the_template_prints_such_parts_as_python():
+    parts = [{"type": "text", "text": "4 is "}, {"type": "text", "text": "it."}]
+    turns = [QUESTION, {"role": "tool", "content": parts}, ANSWER]
+    tokenizer = template_tokenizer("glm4moe")
+    (result,) = tokenize_row(
+        {"messages": turns}, tokenizer=tokenizer, rules=RowRules(None, None, True, (tokenizer.eos_token_id,))
+    )
+    prompt = tokenizer.decode(result["prompt_ids"])
+    assert "4 is it." in prompt and "'text'" not in prompt
 
 
 def template_tokenizer(name):

@@ -27,8 +27,8 @@ HALVES = ("SKDCONTENT", "MARK")
 
 @dataclass(frozen=True)
 class TemplateHabits:
-    """`parts`: "kept" where a template prints parts one after the other, "joined" where it wants a text, "needed" where it prints
-    no text. `prints_null`: whether it prints the word "None" for a content that is null."""
+    """`parts`: "needed" where a template prints no text, else "joined": the text is what it would print of the parts, and some
+    templates print parts of a tool's turn as Python. `prints_null`: whether it prints the word "None" for a content that is null."""
 
     parts: str
     prints_null: bool
@@ -70,10 +70,9 @@ def habits_of(tokenizer: PreTrainedTokenizerBase, template: str) -> TemplateHabi
     mark, in_parts = "".join(HALVES), [{"type": "text", "text": half} for half in HALVES]
     parts = "joined"
     for number in (3, 2):  # not every template takes a system turn
-        as_texts, as_parts = render(*[mark] * number), render(*[in_parts] * number)
-        if mark in as_texts:
-            parts = "kept" if as_parts == as_texts else "joined"
+        if mark in render(*[mark] * number):
             break
+        as_parts = render(*[in_parts] * number)
         if mark in as_parts and "'text'" not in as_parts:
             parts = "needed"
             break
