@@ -205,7 +205,7 @@ def template_tokenizer(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(turns=conversations(), kind=st.sampled_from(["messages", "completion", "every"]))
 def test_every_row_is_rendered_whole_or_refused_or_counted_by_name(name, turns, kind):
     tokenizer = template_tokenizer(name)
