@@ -16,6 +16,7 @@ from .sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .sampling.draft_length import AUTO, DraftLength
 from .sampling.sampling_params import SamplingParams
 from .schedules import Schedule
+from .teacher_options import TeacherOptions
 
 
 ROLLOUTS = ("interleaved", "student", "teacher", "dataset")
@@ -53,11 +54,12 @@ DIVERGENCE = IdeaField(
 
 
 @dataclass
-class SKDConfig(GKDConfig):
+class SKDConfig(TeacherOptions, GKDConfig):
     """
     Configuration class for [`SKDTrainer`].
 
-    This class includes only the parameters that are specific to SKD training, and those of
+    This class includes only the parameters that are specific to SKD training (those about the teacher are in
+    [`~skd_trl.teacher_options.TeacherOptions`]), and those of
     [`~trl.experimental.gkd.GKDConfig`] whose default differs. Defaults are those of the paper (Xu et al., ICLR 2025,
     arXiv 2410.11325) and of its authors' settings, where they give any and the responses depend on them.
 
@@ -310,6 +312,7 @@ class SKDConfig(GKDConfig):
                 "give a number (the paper's is 5)."
             )
         self._check_ideas()
+        self.check_teacher()
         check_inherited_options(self)
         self.draft_length()
         for name in ("max_new_tokens", "log_completions_steps", "num_completions_to_print"):

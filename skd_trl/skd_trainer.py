@@ -20,7 +20,16 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction
 
 from ._compat import GKDTrainer
-from .data.batches import IGNORE_INDEX, DataCollatorForDistillation, Key, ResponseTokens, merge_prompts, model_inputs
+from .data.batches import (
+    IGNORE_INDEX,
+    DataCollatorForDistillation,
+    Key,
+    ResponseTokens,
+    as_teacher_reads,
+    merge_prompts,
+    model_inputs,
+    teacher_prompts_of,
+)
 from .data.dataset import prepare_dataset
 from .data.mixed_batches import mix_sampled_rows
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
@@ -33,6 +42,7 @@ from .loss.teacher_signal import HiddenStates
 from .sampling.compiled_step import CompiledStudent
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant
+from .sampling.prompts import Prompts
 from .sampling.ragged_cache import eval_mode
 from .sampling.rollout import Rollout
 from .skd_config import SKDConfig
@@ -54,7 +64,14 @@ from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import LossFunction, loss_in_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix, without_filled_rows
 from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
-from .training.pair_check import check_launch, check_pair, require, room_for_prompts, room_for_texts
+from .training.pair_check import (
+    check_launch,
+    check_pair,
+    require,
+    room_for_prompts,
+    room_for_texts,
+    rules_of_teacher_prompts,
+)
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
 
@@ -106,7 +123,8 @@ class SKDTrainer(GKDTrainer):
             Makes batches of prepared rows; defaults to [`DataCollatorForDistillation`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `messages`, with `prompt` and `completion`, or with `prompt` alone (enough where every response is
-            sampled); each a text or a conversation.
+            sampled); each a text or a conversation. With a `teacher_prompt`, or with a `privileged_context` for
+            `args.teacher_prompt_template`, the teacher reads that and the student its own prompt.
         eval_dataset (the same, or a `dict` of them, *optional*):
             Evaluated on reference responses.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -180,6 +198,7 @@ class SKDTrainer(GKDTrainer):
             formatting_func=formatting_func,
             every_answer=args.every_answer,
             vocab_size=self.vocab_size,
+            teacher_prompts=rules_of_teacher_prompts(args, teacher),
             length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
         train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
@@ -297,24 +316,25 @@ class SKDTrainer(GKDTrainer):
         """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
         row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
         key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
-        prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        is_sampled = torch.rand(len(prompts), generator=keyed_generator(*key)) < self._lmbda_at(self.state.global_step)
-        chosen = is_sampled.to(prompts.device)
-        some = {Key.PROMPTS: prompts[chosen], Key.PROMPT_ATTENTION_MASK: mask[chosen]}
+        window = merge_prompts(batches)
+        chosen = torch.rand(len(window[Key.PROMPTS]), generator=keyed_generator(*key))
+        is_sampled = chosen < self._lmbda_at(self.state.global_step)
+        some = {name: values[is_sampled.to(values.device)] for name, values in window.items()}
         sampled = self._sample([some], self.args.rollout)
         return mix_sampled_rows(batches, sampled, is_sampled, self.data_collator)
 
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
-        prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        sampled = self._write(prompts, mask, rollout)
+        sampled = self._write(merge_prompts(batches), rollout)
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled)
         return sampled_batches(sampled, batches)
 
-    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str) -> Rollout:
-        """Sampled responses to left-padded prompts (B, P), of which a rank may have none; collective where the models are."""
+    def _write(self, window: dict[str, torch.Tensor], rollout: str) -> Rollout:
+        """Sampled responses to left-padded prompts (B, P) of both models, of which a rank may have none; collective where the
+        models are."""
         step, rank = self.state.global_step, self.accelerator.process_index
+        prompts, mask = window[Key.PROMPTS], window[Key.PROMPT_ATTENTION_MASK]
         noise = torch.rand(
             (len(prompts), self.args.max_new_tokens, 3),
             generator=keyed_generator("sampling", self.args.seed, step, rank),
@@ -335,7 +355,12 @@ class SKDTrainer(GKDTrainer):
                     vocab_size=self.vocab_size,
                     compiled=self._compiled_student or None,
                 ),
-                LocalParticipant(teacher, self._args_of_step.teacher_sampling(), vocab_size=self.vocab_size),
+                LocalParticipant(
+                    teacher,
+                    self._args_of_step.teacher_sampling(),
+                    prompts=Prompts(*teacher_prompts_of(window)),
+                    vocab_size=self.vocab_size,
+                ),
                 prompts,
                 mask,
                 accept=self._args_of_step.acceptance_rule(rollout),
@@ -451,9 +476,10 @@ class SKDTrainer(GKDTrainer):
         """The teacher's hidden states (N, H) that predict the response tokens: from the sampling, if it judged them."""
         if Key.TEACHER_HIDDEN_STATES in inputs:
             return tokens.pick(inputs[Key.TEACHER_HIDDEN_STATES])
+        own = as_teacher_reads(inputs)
         with eval_mode(self.teacher_model):
-            hidden = last_hidden_states(self.teacher_model, self._inner_teacher, **model_inputs(inputs))
-        return tokens.predicted_by(hidden)
+            hidden = last_hidden_states(self.teacher_model, self._inner_teacher, **model_inputs(own))
+        return (tokens if own is inputs else ResponseTokens.of(own)).predicted_by(hidden)
 
     @contextmanager
     def _heads(self):

@@ -13,15 +13,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
+from .teacher_prompts import COLUMNS as TEACHER_COLUMNS
 from .tokenization import RowRules, tokenize_row
 
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = {"prompt_ids": Sequence(Value("int32")), "response_ids": Sequence(Value("int32"))}
+COLUMNS = {name: Sequence(Value("int32")) for name in ("prompt_ids", "response_ids", "teacher_prompt_ids")}
 REPORT_COLUMNS = {
     "row": Value("int64"),
     "problem": Value("string"),
@@ -33,6 +35,10 @@ REPORT_COLUMNS = {
 PROBLEMS = {
     "form": "cannot be used",
     "no_prompt": "have no prompt, and there is nothing to answer. Fill in or remove these rows",
+    "no_teacher_prompt": (
+        "have a column that says what the teacher reads, and nothing in it. Fill in or remove these rows, or remove the column: the "
+        "teacher then reads the student's prompt"
+    ),
     "no_response": (
         "have no reference response, and this run trains or evaluates on reference responses. Fill in or remove "
         "these rows, or train on sampled responses only"
@@ -50,7 +56,11 @@ PROBLEMS = {
     "long_prompt": "have a prompt over max_prompt_length={limits.max_prompt_length} and are left out (a cut prompt is "
     "no longer what its template means). Raise max_prompt_length to keep them, or max_length, from which it is taken by default; "
     "the models' positions are a limit too",
+    "long_teacher_prompt": "have a prompt of the teacher's own over its limit and are left out. Raise max_teacher_prompt_length, which "
+    "is by default what the teacher's positions leave beside the response, or shorten these rows",
 }
+# A row with one of these is left out; each other problem is an error.
+LEFT_OUT = ("long_prompt", "long_teacher_prompt")
 # What was changed in a usable row, and what to do about it.
 NOTES = {
     "not_prefix": (
@@ -130,6 +140,7 @@ def prepare_dataset(
     formatting_func: Callable[[dict], dict] | None = None,
     every_answer: bool = False,
     max_text_length: int | None = None,
+    teacher_prompts: dict[str, Any] | None = None,
     length_column: str | None = None,
     vocab_size: int | None = None,
 ) -> Dataset | IterableDataset:
@@ -171,14 +182,17 @@ def prepare_dataset(
             row more where no references are needed.
         max_text_length (`int`, *optional*):
             Reference responses are cut where prompt and reference together have this many tokens.
+        teacher_prompts (`dict`, *optional*):
+            How prompts of the teacher's own are made: `teacher_prompt_template`, `max_teacher_prompt_length` and
+            `max_teacher_text_length` of [`RowRules`].
         vocab_size (`int`, *optional*):
             Number of ids that both models have; rows that hold others, or ids beyond the tokenizer's, are errors.
         length_column (`str`, *optional*):
             A column more, of the tokens of prompt and reference, for samplers that group rows by length. Not of streams.
 
     Returns:
-        `Dataset` or `IterableDataset`: columns `prompt_ids` and `response_ids` (empty for a prompt alone), and for
-        streams `skipped_rows`: how many unusable rows were passed over since the row before.
+        `Dataset` or `IterableDataset`: columns `prompt_ids` and `response_ids` (empty for a prompt alone),
+        `teacher_prompt_ids` if the rows say that the teacher reads something else (`teacher_prompts.py`), and for streams `skipped_rows`: how many unusable rows were passed over since the row before.
 
     Raises:
         `ValueError`: for a map-style data set if it is empty, if rows have no prompt, no reference where one is
@@ -201,6 +215,7 @@ def prepare_dataset(
         max_text_length=max_text_length,
         num_ids=None if vocab_size is None else min(vocab_size, max(tokenizer.get_vocab().values()) + 1),
         every_answer=every_answer,
+        **(teacher_prompts or {}),
     )
     arguments = {"tokenizer": tokenizer, "rules": rules, "formatting_func": formatting_func}
     if isinstance(dataset, IterableDataset):
@@ -226,8 +241,13 @@ def prepare_dataset(
     if length_column is not None:
         lengths = [len(p) + len(r) for p, r in zip(tokenized["prompt_ids"], tokenized["response_ids"], strict=True)]
         tokenized = tokenized.add_column(length_column, lengths)
-    tokenized = tokenized.select_columns([*COLUMNS, *([length_column] if length_column else [])])
+    columns = [name for name in COLUMNS if name != "teacher_prompt_ids" or _longest(tokenized, name) > 0]
+    tokenized = tokenized.select_columns([*columns, *([length_column] if length_column else [])])
     return tokenized if len(usable) == len(tokenized) else tokenized.select(usable)
+
+
+def _longest(dataset: Dataset, column: str) -> int:
+    return pc.max(pc.list_value_length(dataset.data.column(column))).as_py() or 0  # type: ignore[attr-defined]
 
 
 def _tokenize_rows(batch: dict[str, list], indices: list[int], **arguments: Any) -> dict[str, list]:
@@ -253,7 +273,7 @@ def _report(tokenized: Dataset, num_rows: int, rules: RowRules, name: str) -> li
             text = text.format(limits=rules)
             detail = f"row {named[0]}: {tokenized[found[0]]['detail']}"
             message = f"{len(named)} of {num_rows} rows of the {name} data set {text}. {_name(named)} ({detail})"
-            if problem != "long_prompt" or not usable:
+            if problem not in LEFT_OUT or not usable:
                 raise ValueError(message if usable else f"{message} No usable row is left.")
             warn(message)
     if rules.every_answer:
@@ -284,21 +304,23 @@ def _prepare_stream(dataset: IterableDataset, arguments: dict[str, Any], name: s
     first = tokenize_row(first_row, **arguments)[0]
     if first["problem"] == "form":
         raise ValueError(f"The {name} data set cannot be used. Row 0: {first['detail']}")
+    teachers = any(column in (dataset.column_names or first_row) for column in TEACHER_COLUMNS)
+    columns = {key: value for key, value in COLUMNS.items() if key != "teacher_prompt_ids" or teachers}
     return dataset.map(
-        _StreamTokenizer(arguments, name),
+        _StreamTokenizer(arguments, name, list(columns)),
         with_indices=True,
         batched=True,
         batch_size=1,
         remove_columns=dataset.column_names or list(first_row),
-        features=Features(**COLUMNS, skipped_rows=Value("int32")),
+        features=Features(**columns, skipped_rows=Value("int32")),
     )
 
 
 class _StreamTokenizer:
     """`tokenize_row` for `IterableDataset.map(batched=True, batch_size=1)`: gives the usable ones of its results."""
 
-    def __init__(self, arguments: dict[str, Any], name: str):
-        self.arguments = arguments
+    def __init__(self, arguments: dict[str, Any], name: str, columns: list[str]):
+        self.arguments, self.columns = arguments, columns
         self.name = name
         self.num_pending = 0  # unusable rows since the last usable one
         self.counts: Counter[str] = Counter()
@@ -306,7 +328,7 @@ class _StreamTokenizer:
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         row = {key: values[0] for key, values in batch.items()}
         usable = [result for result in tokenize_row(row, **self.arguments) if self._is_usable(result, indices[0])]
-        columns: dict[str, list] = {column: [result[column] for result in usable] for column in COLUMNS}
+        columns: dict[str, list] = {column: [result[column] for result in usable] for column in self.columns}
         return columns | {"skipped_rows": [result["skipped_rows"] for result in usable]}
 
     def _is_usable(self, result: dict[str, Any], row: int) -> bool:

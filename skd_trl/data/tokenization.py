@@ -6,7 +6,7 @@ where it begins. The functions are pure and see one row: they count nothing and 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from .conversations import (
     turns_of,
     with_system_column,
 )
+from .teacher_prompts import DEFAULT_TEMPLATE, teacher_row
 from .templates import held_by, make_renderer, missing_from
 
 
@@ -36,16 +37,21 @@ class RowRules:
     max_text_length: int | None = None  # of prompt and reference together
     num_ids: int | None = None  # ids from here on are no tokens of the tokenizer and both models
     every_answer: bool = False  # a row for each answer of a conversation, instead of one for its last
+    teacher_prompt_template: str = DEFAULT_TEMPLATE  # see `teacher_prompts.py`
+    max_teacher_prompt_length: int | None = None  # of prompts of its own
+    max_teacher_text_length: int | None = None  # of these and the reference together
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
-    version: int = 2
+    version: int = 3
 
 
 KINDS = {"reasoning": "reasoning", "text": "a text", "calls": "calls of tools"}
 # Prompt, answer (None: to be sampled), and how many turns after it are not used.
 Example = tuple[list[dict], dict | None, int]
-# Of one example: adds to the notes it is given, and returns the ids of the prompt and of the response.
-Encoder = Callable[[list[str]], tuple[list[int], list[int]]]
+# Of one example: adds to the notes it is given, and returns the ids of the prompt, of the response, and of the teacher's prompt if
+# it has its own.
+Encoder = Callable[[list[str]], tuple[list[int], list[int], list[int]]]
+PairEncoder = Callable[[list[str]], tuple[list[int], list[int]]]
 
 
 def tokenize_row(
@@ -59,8 +65,8 @@ def tokenize_row(
     Ids of one row, or why it has none: one result, and with `rules.every_answer` one for each answer.
 
     Returns:
-        `list` of `dict`: `prompt_ids` and `response_ids` (lists of ids; the response is empty for a prompt-only row), `problem`
-        (a key of `dataset.PROBLEMS`, empty for a usable row), `detail` (its text) and `notes` (keys of `dataset.NOTES`:
+        `list` of `dict`: `prompt_ids` and `response_ids` (lists of ids; the response is empty for a prompt-only row),
+        `teacher_prompt_ids` (empty where the teacher reads the student's prompt), `problem` (a key of `dataset.PROBLEMS`, empty for a usable row), `detail` (its text) and `notes` (keys of `dataset.NOTES`:
         what was changed in a usable row).
     """
     try:
@@ -77,24 +83,34 @@ def tokenize_row(
 def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
     notes: list[str] = []
     try:
-        prompt_ids, response_ids = encode(notes)
+        prompt_ids, response_ids, teacher_prompt_ids = encode(notes)
         _check(prompt_ids, response_ids, rules)
-        _check_ids([*prompt_ids, *response_ids], rules)
+        _check_ids([*prompt_ids, *response_ids, *teacher_prompt_ids], rules)
     except UnusableRow as problem:
         return _unusable(problem)
     limit = rules.max_response_length
     if limit is not None and len(response_ids) > limit:
         notes.append("cut_response")
         response_ids = response_ids[:limit]
-    room = None if rules.max_text_length is None else rules.max_text_length - len(prompt_ids)
+    rooms = [
+        longest - len(ids)
+        for longest, ids in (
+            (rules.max_text_length, prompt_ids),
+            (rules.max_teacher_text_length, teacher_prompt_ids or prompt_ids),
+        )
+        if longest is not None
+    ]
+    room = min(rooms, default=None)
     if room is not None and len(response_ids) > room:
         notes.append("cut_text")
         response_ids = response_ids[:room]
-    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "problem": "", "detail": "", "notes": notes}
+    ids = {"prompt_ids": prompt_ids, "response_ids": response_ids, "teacher_prompt_ids": teacher_prompt_ids}
+    return {**ids, "problem": "", "detail": "", "notes": notes}
 
 
 def _unusable(problem: UnusableRow) -> dict[str, Any]:
-    return {"prompt_ids": [], "response_ids": [], "problem": problem.kind, "detail": str(problem), "notes": []}
+    ids = {"prompt_ids": [], "response_ids": [], "teacher_prompt_ids": []}
+    return {**ids, "problem": problem.kind, "detail": str(problem), "notes": []}
 
 
 def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
@@ -109,10 +125,15 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
                 "`prompt` alone.",
             )
     if {"prompt_ids", "response_ids"} <= row.keys():
-        return [lambda notes: (list(row["prompt_ids"] or []), list(row["response_ids"] or []))]
+        given = list(row["prompt_ids"] or []), list(row["response_ids"] or [])
+        if "teacher_prompt_ids" in row:
+            return [lambda notes: (*given, list(row["teacher_prompt_ids"] or []))]
+        return [_with_teacher(lambda notes: given, row, None, tokenizer, rules)]
     if "input_ids" in row:
         examples = _split_tokenized(row, rules)
-        return [partial(_cut_tokenized, *example, tokenizer, rules) for example in examples]
+        _refuse_one_for_several(row, examples)
+        encoders = [partial(_cut_tokenized, *example, tokenizer, rules) for example in examples]
+        return [_with_teacher(encode, row, None, tokenizer, rules) for encode in encoders]
     if images := {"image", "images"} & row.keys():
         raise UnusableRow("form", f"it has a column {images.pop()!r}. Only text is supported: remove the column.")
     for column in ("messages", "conversations"):
@@ -135,12 +156,48 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
         raise UnusableRow("no_prompt", "its prompt is missing or empty.")
     if isinstance(row["prompt"], str):
         refuse_system_column(row)
-        return [partial(_encode_text, row["prompt"], row.get("completion"), tokenizer, rules)]
+        encode = partial(_encode_text, row["prompt"], row.get("completion"), tokenizer, rules)
+        return [_with_teacher(encode, row, row["prompt"], tokenizer, rules)]
     if isinstance(row.get("completion"), str) and row["completion"]:
         raise UnusableRow("unreadable", "its prompt is a conversation and its completion is a text: use one form.")
     prompt = with_system_column(row, turns_of(row["prompt"], "prompt"))
     completion = turns_of(row.get("completion") or None, "completion")
     return _chat_encoders(row, _examples_of_completion(prompt, completion, rules), tokenizer, rules)
+
+
+def _with_teacher(encode: PairEncoder, row, prompt: str | list[dict] | None, tokenizer, rules: RowRules) -> Encoder:
+    """`encode` and what the teacher reads, if that is not the `prompt`."""
+
+    def encode_both(notes: list[str]) -> tuple[list[int], list[int], list[int]]:
+        own = encode(notes)
+        other = teacher_row(row, prompt, rules.teacher_prompt_template)
+        if other is None:
+            return *own, []
+        try:
+            (encode_teacher,) = _encoders(other, tokenizer, replace(rules, needs_response=False), None)
+            teacher_prompt_ids = encode_teacher([])[0]
+        except UnusableRow as problem:
+            raise UnusableRow(problem.kind, f"of what its teacher reads: {problem}") from problem
+        if not teacher_prompt_ids:
+            raise UnusableRow("no_teacher_prompt", "what its teacher reads has no tokens.")
+        limit = rules.max_teacher_prompt_length
+        if limit is not None and len(teacher_prompt_ids) > limit:
+            raise UnusableRow(
+                "long_teacher_prompt",
+                f"its teacher's prompt has {len(teacher_prompt_ids)} tokens, and there is room for {limit}.",
+            )
+        return *own, teacher_prompt_ids
+
+    return encode_both
+
+
+def _refuse_one_for_several(row: dict[str, Any], examples: list) -> None:
+    if len(examples) > 1 and row.get("teacher_prompt"):
+        raise UnusableRow(
+            "unreadable",
+            f"it has one `teacher_prompt` for {len(examples)} answers. Give `privileged_context`, which is put into the prompt of "
+            "each, or one row for each answer.",
+        )
 
 
 def _check(prompt_ids: list[int], response_ids: list[int], rules: RowRules) -> None:
@@ -220,7 +277,8 @@ def _chat_encoders(row, examples: list[Example], tokenizer, rules) -> list[Encod
     functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools or []]
     tool_names = [str(function.get("name") or "") for function in functions]
     encode = partial(_encode_chat, render=render, tool_names=tool_names, tokenizer=tokenizer, rules=rules)
-    return [partial(encode, *example) for example in examples]
+    _refuse_one_for_several(row, examples)
+    return [_with_teacher(partial(encode, *example), row, example[0], tokenizer, rules) for example in examples]
 
 
 def _examples_of_messages(turns: list[dict], rules: RowRules) -> list[Example]:

@@ -244,6 +244,18 @@ def room_for_texts(args: SKDConfig, student: PreTrainedModel, teacher: PreTraine
     return min([*limits, *_positions(args, student, teacher).values()], default=None)
 
 
+def rules_of_teacher_prompts(args: SKDConfig, teacher: PreTrainedModel) -> dict[str, Any]:
+    """What `data.dataset.prepare_dataset` is told of rows in which the teacher reads a prompt of its own."""
+    positions = _positions(args, teacher, teacher).get("teacher")
+    room = None if positions is None else positions - (args.max_new_tokens if args.samples else 1)
+    limits = [limit for limit in (args.max_teacher_prompt_length, room) if limit is not None]
+    return {
+        "teacher_prompt_template": args.teacher_prompt_template,
+        "max_teacher_prompt_length": min(limits, default=None),
+        "max_teacher_text_length": positions,
+    }
+
+
 def _positions(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, int]:
     """The positions of each model that has a limit of them."""
     found = {}

@@ -1,0 +1,50 @@
+"""What each of two processes runs for the tests of teachers: several trainings in one start, results as JSON.
+
+`torchrun ... teachers_worker.py two DIR` writes `DIR/<case>-<rank>.json` and, of the trained student, `DIR/<case>.pt`; `single`
+does the same in one process, on the same rows of each step.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from cpu_processes.sitecustomize import without_compiler
+from distributed_worker import ROWS, enter, run
+
+
+CONTEXTS = ["a hint", "b", "first a, then b" * 2, "abab"]
+OWN_PROMPTS = [{**row, "privileged_context": CONTEXTS[i % 4]} for i, row in enumerate(ROWS)]
+# Plain gradient descent, unclipped: updates are as large as the gradients, and a wrong factor shows.
+PLAIN = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e6, "max_steps": 2}
+
+
+def matrix() -> dict[str, dict]:
+    """Settings by name of the case; names start with the mode."""
+    cases = {}
+    for mode in ("ddp", "zero3"):
+        cases[f"{mode}-prompts-dataset"] = {**PLAIN, "rollout": "dataset", "rows": OWN_PROMPTS}
+        cases[f"{mode}-prompts-sampled"] = {**PLAIN, "rows": OWN_PROMPTS}
+    return cases
+
+
+def main() -> None:
+    what, directory = sys.argv[1], Path(sys.argv[2])
+    if what == "single":
+        for name, settings in matrix().items():
+            if name.startswith("ddp") and name.endswith("dataset"):
+                whole = {"per_device_train_batch_size": 4}
+                run(directory, name.replace("ddp", "single"), **{**settings, **whole})
+        return
+    without_compiler()
+    for name, settings in matrix().items():
+        enter(name.split("-")[0])
+        run(directory, name, **settings)
+        print(name, flush=True)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads abort at interpreter exit in about every third run
+
+
+if __name__ == "__main__":
+    main()
