@@ -25,10 +25,8 @@ from .data.batches import (
     DataCollatorForDistillation,
     Key,
     ResponseTokens,
-    as_teacher_reads,
     merge_prompts,
     model_inputs,
-    teacher_prompts_of,
 )
 from .data.dataset import prepare_dataset
 from .data.mixed_batches import mix_sampled_rows
@@ -38,12 +36,10 @@ from .loss.distillation_loss import DistillationLoss, distillation_loss
 from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
 from .loss.response_facts import ResponseFacts
-from .loss.teacher_signal import HiddenStates
+from .loss.teacher_signal import HiddenStates, TeacherSignal
 from .sampling.compiled_step import CompiledStudent
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant
-from .sampling.prompts import Prompts
-from .sampling.ragged_cache import eval_mode
 from .sampling.rollout import Rollout
 from .skd_config import SKDConfig
 from .training.checkpoints import load_draft_length, save_draft_length
@@ -60,13 +56,13 @@ from .training.distributed import (
 from .training.ends_of_sequence import stop_at
 from .training.finite_check import FiniteCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
-from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import LossFunction, loss_in_forward
 from .training.metrics import RatioMetrics, add_rollout, with_prefix, without_filled_rows
 from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
 from .training.pair_check import (
     check_launch,
     check_pair,
+    check_teacher_differs,
     require,
     room_for_prompts,
     room_for_texts,
@@ -74,6 +70,8 @@ from .training.pair_check import (
 )
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
+from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
+from .training.teachers import OneTeacher, Teacher, whole_signal
 
 
 if TYPE_CHECKING:
@@ -235,11 +233,31 @@ class SKDTrainer(GKDTrainer):
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._compiled_student = args.compile_student and CompiledStudent()
         require(check_launch(self._inner_student(), teacher, args, self.accelerator))
-        self._inner_teacher = teacher
-        self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
+        self._teacher = self._make_teacher(teacher)
         bound_waits(args.ddp_timeout)
         names = {"train": self._metric_names, "eval": (*self._metric_names, "loss")}
         self._ratios = {mode: RatioMetrics(names[mode], totals=("skipped_rows",)) for mode in names}
+
+    def _make_teacher(self, teacher: PreTrainedModel) -> Teacher:
+        kind = self.args.teacher_model_kind
+        self._average = self._shared = None
+        if kind is not None:
+            check_self_teacher(kind, self.accelerator, self.model)
+            teacher = self_teacher(self.model, kind)
+            self._shared = SharedTensors(teacher, self.model)
+            has_own_prompts = "teacher_prompt_ids" in (self.train_dataset.column_names or [])
+            require([check_teacher_differs(kind, has_own_prompts)])
+        if kind == "ema":
+            self._average = StudentAverage(
+                teacher, self.model, self.args.teacher_update_rate, self.args.teacher_sync_steps
+            )
+            self.add_callback(self._average)
+        self._inner_teacher = teacher
+        if kind is None:
+            self.teacher_model = prepare_teacher(teacher, self.accelerator, self.args.shard_teacher)
+        else:  # in no engine of its own, which would move the student's tensors
+            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        return OneTeacher(teacher, self.teacher_model)
 
     def _prepare_eval(self, dataset):
         if isinstance(dataset, dict):
@@ -339,15 +357,16 @@ class SKDTrainer(GKDTrainer):
             (len(prompts), self.args.max_new_tokens, 3),
             generator=keyed_generator("sampling", self.args.seed, step, rank),
         )
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        if self._shared is not None:
+            self._shared.check(self.accelerator.unwrap_model(self.model))
         with (
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
             self.compute_loss_context_manager(),
-            without_router_logits(self._inner_student(), self._inner_teacher),
+            without_router_logits(self._inner_student(), *self._teacher.inner),
             # `torch_compile` is for the training step: every round has another shape, and would be compiled anew.
             nullcontext() if self._compiled_student else torch.compiler.set_stance("force_eager"),
         ):
-            collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
+            collective = self.accelerator.num_processes > 1 and any(map(is_sharded, [student, *self._teacher.inner]))
             return interleaved_sample(
                 LocalParticipant(
                     student,
@@ -355,11 +374,8 @@ class SKDTrainer(GKDTrainer):
                     vocab_size=self.vocab_size,
                     compiled=self._compiled_student or None,
                 ),
-                LocalParticipant(
-                    teacher,
-                    self._args_of_step.teacher_sampling(),
-                    prompts=Prompts(*teacher_prompts_of(window)),
-                    vocab_size=self.vocab_size,
+                self._teacher.participant(
+                    window, self._args_of_step.teacher_sampling(), self.vocab_size, self.accelerator
                 ),
                 prompts,
                 mask,
@@ -400,11 +416,15 @@ class SKDTrainer(GKDTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         save_draft_length(self._draft_length, output_dir, self.accelerator, self.args)
+        if self._average is not None and self.accelerator.is_main_process:
+            self._average.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_draft_length(self._draft_length, checkpoint, self.accelerator, self.args)
+        if checkpoint is not None and self._average is not None:
+            self._average.load(checkpoint)
 
     # The loss
 
@@ -413,11 +433,11 @@ class SKDTrainer(GKDTrainer):
         optimizer step on all processes (in evaluation: of the batch)."""
         mode = "train" if self.model.training else "eval"
         tokens = ResponseTokens.of(inputs)
-        teacher_hidden = self._teacher_hidden(inputs, tokens)
+        teacher = self._teacher.signal(inputs, tokens)
         outcome: list[DistillationLoss] = []
 
         def loss_fn(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-            outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher_hidden, inputs, tokens))
+            outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher, inputs, tokens))
             return {"loss": outcome[0].loss}
 
         total = self._forward_with(model, inputs, loss_fn)["loss"]
@@ -443,12 +463,14 @@ class SKDTrainer(GKDTrainer):
         with self.accelerator.autocast(), loss_in_forward(self._inner_student()):
             return model(**model_inputs(inputs), loss_fn=loss_fn)
 
-    def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
-        """The loss at the N response tokens of a micro-batch, from both models' hidden states (N, H)."""
-        with self._heads() as (student_head, teacher_head):
+    def _distillation_loss(
+        self, student_hidden: torch.Tensor, teacher: TeacherSignal, inputs, tokens: ResponseTokens
+    ) -> DistillationLoss:
+        """The loss at the N response tokens of a micro-batch, from the student's hidden states (N, H) and the teacher's signal."""
+        with self._student_head() as student_head, whole_signal(teacher) as whole_teacher:
             return distillation_loss(
                 HiddenStates(student_hidden, student_head),
-                HiddenStates(teacher_hidden, teacher_head),
+                whole_teacher,
                 self._facts(inputs, tokens),
                 divergence=self.divergence,
                 gate=self._gate_for(inputs),
@@ -472,22 +494,10 @@ class SKDTrainer(GKDTrainer):
         """How much each token of a micro-batch counts: here all alike."""
         return None
 
-    def _teacher_hidden(self, inputs, tokens: ResponseTokens) -> torch.Tensor:
-        """The teacher's hidden states (N, H) that predict the response tokens: from the sampling, if it judged them."""
-        if Key.TEACHER_HIDDEN_STATES in inputs:
-            return tokens.pick(inputs[Key.TEACHER_HIDDEN_STATES])
-        own = as_teacher_reads(inputs)
-        with eval_mode(self.teacher_model):
-            hidden = last_hidden_states(self.teacher_model, self._inner_teacher, **model_inputs(own))
-        return (tokens if own is inputs else ResponseTokens.of(own)).predicted_by(hidden)
-
     @contextmanager
-    def _heads(self):
-        with (
-            whole_head(LMHead.of(self._inner_student()), trained=torch.is_grad_enabled()) as student_head,
-            whole_head(LMHead.of(self._inner_teacher)) as teacher_head,
-        ):
-            yield student_head, teacher_head
+    def _student_head(self):
+        with whole_head(LMHead.of(self._inner_student()), trained=torch.is_grad_enabled()) as head:
+            yield head
 
     def _inner_student(self) -> PreTrainedModel:
         return base_model(self.accelerator.unwrap_model(self.model))

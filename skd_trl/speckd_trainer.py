@@ -15,11 +15,12 @@ from .data.vocabulary import describe_end_of_sequence_difference
 from .loss.distillation_loss import DistillationLoss, gate_weights
 from .loss.gates import Gate, GateWeights
 from .loss.response_facts import ResponseFacts
-from .loss.teacher_signal import HiddenStates
+from .loss.teacher_signal import HiddenStates, TeacherSignal
 from .sampling.ragged_cache import eval_mode
 from .skd_trainer import METRICS, SKDTrainer
 from .speckd_config import SpecKDConfig
 from .training.distributed import gather_rows, keyed_generator
+from .training.teachers import whole_signal
 
 
 logger = get_logger(__name__)
@@ -134,20 +135,20 @@ class SpecKDTrainer(SKDTrainer):
     def _weigh_window(self, batches: list[dict], num_tokens: torch.Tensor) -> torch.Tensor:
         """Weights of all micro-batches, from a forward without gradient each, and the divisor they make. A gate that
         compares tokens with each other compares those of the whole step, on all processes."""
-        hidden = []
+        hidden, signals = [], []
         with eval_mode(self.model), torch.no_grad(), self.compute_loss_context_manager():
             for batch in batches:
                 tokens = ResponseTokens.of(batch)
                 student = self._forward_with(
                     self.model_wrapped, batch, lambda states, tokens=tokens: {"hidden": tokens.predicted_by(states)}
                 )
-                teacher = self._teacher_hidden(batch, tokens)
-                batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(teacher)
-                hidden.append((student["hidden"], teacher))
-        student_hidden, teacher_hidden = map(torch.cat, zip(*hidden, strict=True))
+                hidden.append(student["hidden"])
+                signals.append(self._teacher.signal(batch, tokens))
+                self._teacher.keep(batch, tokens, signals[-1])
+        teacher = type(signals[0]).cat(signals)
         facts = ResponseFacts.cat([self._facts(batch, ResponseTokens.of(batch)) for batch in batches])
-        weights = self._weights(self._gate, student_hidden, teacher_hidden, facts)
-        sizes = [len(student) for student, _ in hidden]
+        weights = self._weights(self._gate, torch.cat(hidden), teacher, facts)
+        sizes = list(map(len, hidden))
         for batch, weight, accepted in zip(
             batches, weights.weight.split(sizes), weights.accepted.split(sizes), strict=True
         ):
@@ -155,12 +156,12 @@ class SpecKDTrainer(SKDTrainer):
         return self._divisor(weights, num_tokens)
 
     @torch.no_grad()
-    def _weights(self, gate: Gate, student_hidden, teacher_hidden, facts: ResponseFacts) -> GateWeights:
+    def _weights(self, gate: Gate, student_hidden, teacher: TeacherSignal, facts: ResponseFacts) -> GateWeights:
         """Weights (N,) of `gate`, without a loss."""
-        with self._heads() as (student_head, teacher_head):
+        with self._student_head() as student_head, whole_signal(teacher) as whole_teacher:
             return gate_weights(
                 HiddenStates(student_hidden, student_head),
-                HiddenStates(teacher_hidden, teacher_head),
+                whole_teacher,
                 facts,
                 gate=gate,
                 vocab_size=self.vocab_size,
@@ -201,14 +202,14 @@ class SpecKDTrainer(SKDTrainer):
             else self._gate
         )
 
-    def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
+    def _distillation_loss(self, student_hidden, teacher, inputs, tokens: ResponseTokens) -> DistillationLoss:
         if Key.GATE_WEIGHT not in inputs and not self.model.training:
             self._add_uniforms([inputs], "eval")  # of the last step's gate
-        outcome = super()._distillation_loss(student_hidden, teacher_hidden, inputs, tokens)
+        outcome = super()._distillation_loss(student_hidden, teacher, inputs, tokens)
         if self._compared_gate is not None:
             facts = self._facts(inputs, tokens, Key.COMPARED_UNIFORMS)
             inputs[Key.COMPARED_ACCEPTED] = self._weights(
-                self._compared_gate, student_hidden.detach(), teacher_hidden, facts
+                self._compared_gate, student_hidden.detach(), teacher, facts
             ).accepted
         return outcome
 

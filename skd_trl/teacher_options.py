@@ -8,12 +8,22 @@ from dataclasses import dataclass, field
 from .data.teacher_prompts import DEFAULT_TEMPLATE, check_template
 
 
+SELF_TEACHERS = ("base", "ema", "live")
+
+
 @dataclass
 class TeacherOptions:
     """
     What [`SKDConfig`] says of the teacher.
 
     Args:
+        teacher_model_kind (`str`, *optional*):
+            Makes the student its own teacher, in the place of a `teacher_model`: `"base"`, as training started (with an adapter:
+            the model without it), `"ema"`, an average of what it has been, `"live"`, as it is. Frozen weights are shared.
+        teacher_update_rate (`float`, *optional*, defaults to `0.05`):
+            The share of its distance to the student that an `ema` teacher moves; 1 makes it the student of that moment.
+        teacher_sync_steps (`int`, *optional*, defaults to `1`):
+            After how many optimizer steps it moves.
         teacher_prompt_template (`str`, *optional*, defaults to `"{prompt}\\n\\n{privileged_context}"`):
             How the teacher's prompt is made of rows with a `privileged_context`: the text of the last user turn and the context.
         max_teacher_prompt_length (`int`, *optional*):
@@ -21,6 +31,21 @@ class TeacherOptions:
             leave beside the response.
     """
 
+    teacher_model_kind: str | None = field(
+        default=None,
+        metadata={
+            "help": "Makes the student its own teacher: 'base' (as training started; with an adapter the model without it), 'ema' (an "
+            "average of what it has been) or 'live' (as it is).",
+            "choices": list(SELF_TEACHERS),
+        },
+    )
+    teacher_update_rate: float = field(
+        default=0.05,
+        metadata={"help": "The share of its distance to the student that an ema teacher moves, above 0 and up to 1."},
+    )
+    teacher_sync_steps: int = field(
+        default=1, metadata={"help": "After how many optimizer steps an ema teacher moves."}
+    )
     teacher_prompt_template: str = field(
         default=DEFAULT_TEMPLATE,
         metadata={
@@ -44,3 +69,21 @@ class TeacherOptions:
         check_template(self.teacher_prompt_template)
         if self.max_teacher_prompt_length is not None and self.max_teacher_prompt_length < 1:
             raise ValueError(f"max_teacher_prompt_length={self.max_teacher_prompt_length} must be at least 1.")
+        kind = self.teacher_model_kind
+        if kind is not None and kind not in SELF_TEACHERS:
+            raise ValueError(f"teacher_model_kind={kind!r} is unknown; choose one of {', '.join(SELF_TEACHERS)}.")
+        for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs", "shard_teacher"):
+            if kind is not None and getattr(self, name):
+                raise ValueError(
+                    f"teacher_model_kind={kind!r} makes the student its own teacher, and {name}={getattr(self, name)!r} is about "
+                    "another one. Drop one of them."
+                )
+        if not 0 < self.teacher_update_rate <= 1:
+            raise ValueError(f"teacher_update_rate={self.teacher_update_rate} must be above 0 and at most 1.")
+        if not isinstance(self.teacher_sync_steps, int) or self.teacher_sync_steps < 1:
+            raise ValueError(f"teacher_sync_steps={self.teacher_sync_steps!r} must be a whole number of at least 1.")
+        for name in ("teacher_update_rate", "teacher_sync_steps"):
+            if kind != "ema" and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} would have no effect: it belongs to teacher_model_kind='ema', which is {kind!r}."
+                )

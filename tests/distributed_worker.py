@@ -192,7 +192,7 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     args = config_class(**{**defaults, **settings})
     trainer = trainer_class(
         model=student,
-        teacher_model=teacher,
+        teacher_model=None if args.teacher_model_kind else teacher,
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=byte_tokenizer(),

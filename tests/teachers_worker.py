@@ -17,6 +17,11 @@ CONTEXTS = ["a hint", "b", "first a, then b" * 2, "abab"]
 OWN_PROMPTS = [{**row, "privileged_context": CONTEXTS[i % 4]} for i, row in enumerate(ROWS)]
 # Plain gradient descent, unclipped: updates are as large as the gradients, and a wrong factor shows.
 PLAIN = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e6, "max_steps": 2}
+SELF_TEACHERS = {
+    "base": {"teacher_model_kind": "base", "lora": True},
+    "average": {"teacher_model_kind": "ema", "teacher_update_rate": 0.5, "lora": True},
+    "live": {"teacher_model_kind": "live"},
+}
 
 
 def matrix() -> dict[str, dict]:
@@ -25,6 +30,15 @@ def matrix() -> dict[str, dict]:
     for mode in ("ddp", "zero3"):
         cases[f"{mode}-prompts-dataset"] = {**PLAIN, "rollout": "dataset", "rows": OWN_PROMPTS}
         cases[f"{mode}-prompts-sampled"] = {**PLAIN, "rows": OWN_PROMPTS}
+    # Three steps, so that what moves with the student shows.
+    own = {**PLAIN, "max_steps": 3, "rows": OWN_PROMPTS}
+    for mode in ("ddp", "zero2"):
+        for kind, settings in SELF_TEACHERS.items():
+            cases[f"{mode}-{kind}-dataset"] = {**own, **settings, "rollout": "dataset"}
+            cases[f"{mode}-{kind}-sampled"] = {**own, **settings}
+    cases["zero2-bf16_average"] = {**own, **SELF_TEACHERS["average"], "bf16": True}
+    for mode in ("zero3", "fsdp2"):
+        cases[f"{mode}-refused_live"] = {**own, **SELF_TEACHERS["live"], "refused": True}
     return cases
 
 
@@ -33,8 +47,7 @@ def main() -> None:
     if what == "single":
         for name, settings in matrix().items():
             if name.startswith("ddp") and name.endswith("dataset"):
-                whole = {"per_device_train_batch_size": 4}
-                run(directory, name.replace("ddp", "single"), **{**settings, **whole})
+                run(directory, name.replace("ddp", "single"), **settings)
         return
     without_compiler()
     for name, settings in matrix().items():

@@ -41,9 +41,21 @@ def test_two_processes_take_the_steps_of_one(directory, name):
         torch.testing.assert_close(trained[key], expected[key], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("zero3") and name.endswith("sampled")])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("ddp") and name.endswith("sampled")])
 def test_what_is_sampled_does_not_depend_on_the_engine(directory, name):
-    plain = results(directory, name.replace("zero3", "ddp"))
+    plain = results(directory, "ddp-" + name.split("-", 1)[1])
     for expected, result in zip(plain, results(directory, name), strict=True):
         assert result["responses"] == expected["responses"]
         assert result["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "refused" in name])
+def test_a_self_teacher_is_refused_by_name_where_the_students_tensors_are_spread(directory, name):
+    for result in results(directory, name):
+        assert "teacher_model_kind='live'" in result["refused"]
+        assert "ZeRO-3 and FSDP2" in result["refused"] and "DDP, ZeRO-1 or ZeRO-2" in result["refused"]
+
+
+def test_an_average_trains_in_an_engine_of_16_bits(directory):
+    for result in results(directory, "zero2-bf16_average"):
+        assert len(result["losses"]) == 3 and all(0 < loss < 20 for loss in result["losses"])

@@ -30,14 +30,26 @@ def load_pair(
 
     Raises:
         `ValueError`: if one of them is missing, or both are one object, or both an object and ways to load it were given.
+
+    With `args.teacher_model_kind` the teacher is the student, the same object.
     """
     if model is None:
         raise ValueError("model is None: give the student, a model or its name or path.")
+    if args.teacher_model_kind is not None:
+        if teacher_model is not None:
+            raise ValueError(
+                f"teacher_model_kind={args.teacher_model_kind!r} makes the student its own teacher, and a teacher_model was given "
+                "too. Drop one of them."
+            )
+        tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
+        student = _load_student(model, args) if isinstance(model, str) else model
+        take_off_patches(student)
+        return student, student, tokenizer
     teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
     if teacher_model is None:
         raise ValueError(
             "There is no teacher: teacher_model is None and args.teacher_model_name_or_path is not set. Give one of them. "
-            "(A student cannot be its own teacher: it would change while it is learnt from.)"
+            "(For the student as its own teacher set args.teacher_model_kind.)"
         )
     if teacher_model is model and not isinstance(model, str):
         raise ValueError(

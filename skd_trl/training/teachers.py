@@ -1,0 +1,86 @@
+"""The trainer's teacher, whatever it is: who judges what is sampled, and what the loss is told.
+
+A teacher gives a participant for the sampling and a `TeacherSignal` for each micro-batch. The signal is made before the student's
+forward, as the forward of a sharded teacher is collective; heads are made whole around the loss (`whole_signal`).
+
+Shapes: B rows, S columns, T the longest response, N response tokens of a micro-batch, H hidden.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data.batches import Key, ResponseTokens, as_teacher_reads, model_inputs, teacher_prompts_of
+from ..loss.lm_head import LMHead
+from ..loss.teacher_signal import HiddenStates, TeacherSignal
+from ..sampling.participants import LocalParticipant, Participant
+from ..sampling.prompts import Prompts
+from ..sampling.ragged_cache import eval_mode
+from ..sampling.sampling_params import SamplingParams
+from .distributed import whole_head
+from .last_hidden_states import last_hidden_states
+
+
+class Teacher(ABC):
+    """What a trainer asks of its teacher."""
+
+    inner: list[PreTrainedModel]  # the models in this process, without their wrappers
+
+    @abstractmethod
+    def participant(
+        self, window: dict[str, torch.Tensor], sampling: SamplingParams, vocab_size: int, accelerator: Accelerator
+    ) -> Participant:
+        """Who judges responses to the prompts of a `window` of micro-batches."""
+
+    @abstractmethod
+    def signal(self, batch: dict[str, torch.Tensor], tokens: ResponseTokens) -> TeacherSignal:
+        """What is known of the teacher at the N response tokens of a micro-batch: from the sampling, if it judged them. Heads may
+        be sharded."""
+
+    @abstractmethod
+    def keep(self, batch: dict[str, torch.Tensor], tokens: ResponseTokens, signal: TeacherSignal) -> None:
+        """Leaves a micro-batch's signal in it: the next `signal` costs no forward."""
+
+
+class OneTeacher(Teacher):
+    """A model in this process; `prepared` is what an engine made of it."""
+
+    def __init__(self, inner: PreTrainedModel, prepared: nn.Module):
+        self.inner, self.prepared = [inner], prepared
+
+    def participant(self, window, sampling, vocab_size, accelerator) -> Participant:
+        prompts = Prompts(*teacher_prompts_of(window))
+        model = accelerator.unwrap_model(self.prepared)
+        return LocalParticipant(model, sampling, prompts=prompts, vocab_size=vocab_size)
+
+    def signal(self, batch, tokens) -> HiddenStates:
+        if Key.TEACHER_HIDDEN_STATES in batch:
+            states = tokens.pick(batch[Key.TEACHER_HIDDEN_STATES])
+        else:
+            states = hidden_states(self.inner[0], self.prepared, batch, tokens)
+        return HiddenStates(states, LMHead.of(self.inner[0]))
+
+    def keep(self, batch, tokens, signal) -> None:
+        batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(signal.states)
+
+
+def hidden_states(
+    inner: PreTrainedModel, prepared: nn.Module, batch: dict[str, torch.Tensor], tokens: ResponseTokens
+) -> torch.Tensor:
+    """The hidden states (N, H) that predict the response tokens of a batch, by a forward on what the teacher reads."""
+    own = as_teacher_reads(batch)
+    with eval_mode(prepared):
+        hidden = last_hidden_states(prepared, inner, **model_inputs(own))
+    return (tokens if own is batch else ResponseTokens.of(own)).predicted_by(hidden)
+
+
+@contextmanager
+def whole_signal(signal: TeacherSignal) -> Iterator[TeacherSignal]:
+    """The signal with its heads whole, whatever shards them."""
+    with ExitStack() as stack:
+        yield signal.with_heads(lambda head: stack.enter_context(whole_head(head)))
