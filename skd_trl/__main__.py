@@ -21,10 +21,18 @@ from .training.pair_check import Finding, Verdict, check_launch, check_pair
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["score"]:
+        from .training import score
+
+        return score.main(arguments[1:])
     parser = argparse.ArgumentParser("python -m skd_trl", description="Speculative knowledge distillation for TRL.")
     commands = parser.add_subparsers(title="commands", metavar="command")
     for add_command in (add_check,):
         add_command(commands)
+    commands.add_parser(
+        "score", help="write a teacher's scores of given responses, for a training without it", add_help=False
+    )
     options, rest = parser.parse_known_args(arguments)
     if "run" not in options:
         if rest:

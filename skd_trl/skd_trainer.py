@@ -28,15 +28,17 @@ from .data.batches import (
     merge_prompts,
     model_inputs,
 )
-from .data.dataset import prepare_dataset
+from .data.dataset import num_scored_tokens, prepare_dataset
 from .data.mixed_batches import mix_sampled_rows
+from .data.recorded_scores import has_scores
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
 from .inherited_options import asks_for_lengths
 from .loss.distillation_loss import DistillationLoss, distillation_loss
 from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
 from .loss.response_facts import ResponseFacts
-from .loss.teacher_signal import HiddenStates, TeacherSignal
+from .loss.teacher_signal import HiddenStates, TeacherSignal, check_signal
+from .loss.token_distributions import FULL_VOCABULARY_STATISTICS
 from .sampling.compiled_step import CompiledStudent
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant
@@ -71,7 +73,7 @@ from .training.pair_check import (
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
 from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
-from .training.teachers import OneTeacher, Teacher, whole_signal
+from .training.teachers import OneTeacher, RecordedTeacher, Teacher, whole_signal
 
 
 if TYPE_CHECKING:
@@ -79,6 +81,14 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+# Of a batch, what keeps its own precision in every engine.
+EXACT = (
+    Key.GATE_UNIFORMS,
+    Key.COMPARED_UNIFORMS,
+    Key.GATE_WEIGHT,
+    Key.TEACHER_TOP_LOG_PROBS,
+    Key.TEACHER_LABEL_LOG_PROBS,
+)
 METRICS = (
     "acceptance_rate",
     "replaced_share",
@@ -180,7 +190,14 @@ class SKDTrainer(GKDTrainer):
     ):
         model, teacher_model = given_model("model", model), given_model("teacher_model", teacher_model)
         args = own_arguments(args, self._config_class, f"-{self._name}", model)
-        student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
+        scored = train_dataset is not None and has_scores(train_dataset.column_names)
+        student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args, scored)
+        self._is_recorded = teacher is student and args.teacher_model_kind is None
+        if self._is_recorded and args.rollouts != {"dataset"}:
+            raise ValueError(
+                "There is no teacher but the scores beside the rows, which are of given responses and judge no others: set "
+                "rollout='dataset' (and lmbda and seq_kd at their defaults), or give a teacher_model."
+            )
         require(check_pair(student, teacher, tokenizer, args, peft_config))
         self.vocab_size = shared_vocab_size(student, teacher)
         self.eos_token_ids = end_of_sequence_ids(student, teacher, tokenizer)
@@ -196,7 +213,7 @@ class SKDTrainer(GKDTrainer):
             formatting_func=formatting_func,
             every_answer=args.every_answer,
             vocab_size=self.vocab_size,
-            teacher_prompts=rules_of_teacher_prompts(args, teacher),
+            teacher_prompts={**rules_of_teacher_prompts(args, teacher), "needs_scores": self._is_recorded},
             length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
         train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
@@ -241,6 +258,11 @@ class SKDTrainer(GKDTrainer):
     def _make_teacher(self, teacher: PreTrainedModel) -> Teacher:
         kind = self.args.teacher_model_kind
         self._average = self._shared = None
+        if self._is_recorded:
+            self.teacher_model = self._inner_teacher = None
+            self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
+            self._check_scores(num_scored_tokens(self.train_dataset, "train"))
+            return RecordedTeacher()
         if kind is not None:
             check_self_teacher(kind, self.accelerator, self.model)
             teacher = self_teacher(self.model, kind)
@@ -258,6 +280,10 @@ class SKDTrainer(GKDTrainer):
         else:  # in no engine of its own, which would move the student's tensors
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return OneTeacher(teacher, self.teacher_model)
+
+    def _check_scores(self, top_k: int) -> None:
+        """Refuses what k recorded tokens cannot give."""
+        check_signal(top_k, self.vocab_size, divergence=self.divergence, statistics=self._statistics)
 
     def _prepare_eval(self, dataset):
         if isinstance(dataset, dict):
@@ -390,6 +416,12 @@ class SKDTrainer(GKDTrainer):
                 ),
             )
 
+    def _prepare_inputs(self, inputs):
+        # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
+        exact = {name: inputs[name] for name in EXACT if name in inputs}
+        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in EXACT})
+        return {**prepared, **{name: value.to(self.args.device) for name, value in exact.items()}}
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
         num_tokens = int((inputs[Key.LABELS] != IGNORE_INDEX).sum())
@@ -508,7 +540,7 @@ class SKDTrainer(GKDTrainer):
         metrics = self._ratios[mode]
         if mode == "eval":
             metrics.add("loss", outcome.loss.detach(), len(tokens.labels))
-        for name in SKDTrainer._statistics:
+        for name in set(self._statistics) & set(SKDTrainer._statistics):
             metrics.add_mean(name, outcome.statistics[name])
 
     def _keep_completions(self, rollout: Rollout) -> None:

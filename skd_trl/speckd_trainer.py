@@ -15,7 +15,7 @@ from .data.vocabulary import describe_end_of_sequence_difference
 from .loss.distillation_loss import DistillationLoss, gate_weights
 from .loss.gates import Gate, GateWeights
 from .loss.response_facts import ResponseFacts
-from .loss.teacher_signal import HiddenStates, TeacherSignal
+from .loss.teacher_signal import HiddenStates, TeacherSignal, check_signal
 from .sampling.ragged_cache import eval_mode
 from .skd_trainer import METRICS, SKDTrainer
 from .speckd_config import SpecKDConfig
@@ -27,9 +27,6 @@ logger = get_logger(__name__)
 
 POSITION_BINS = ((0, 8), (8, 32), (32, 128), (128, None))
 POSITION_NAMES = tuple(f"token_acceptance_rate_{a}_{'on' if b is None else b - 1}" for a, b in POSITION_BINS)
-
-# Of a batch, what keeps its own precision in every engine.
-EXACT = (Key.GATE_UNIFORMS, Key.COMPARED_UNIFORMS, Key.GATE_WEIGHT)
 
 
 class SpecKDTrainer(SKDTrainer):
@@ -100,12 +97,17 @@ class SpecKDTrainer(SKDTrainer):
                 "closes fully. Shorten the warm-up."
             )
         difference = describe_end_of_sequence_difference(
-            self._inner_student(), self._inner_teacher, self.processing_class
+            self._inner_student(), self._inner_teacher or self._inner_student(), self.processing_class
         )
         if difference and not config.gate_keep_eos:
             logger.warning(
                 "The gate may reject every end of sequence, and the student would unlearn to stop: set gate_keep_eos=True."
             )
+
+    def _check_scores(self, top_k: int) -> None:
+        super()._check_scores(top_k)
+        for gate in filter(None, (self._gate, self._compared_gate)):
+            check_signal(top_k, self.vocab_size, gate=gate)
 
     # One optimizer step: its noise, and where the divisor depends on the weights, its weights
 
@@ -182,12 +184,6 @@ class SpecKDTrainer(SKDTrainer):
             "step divides by all response tokens."
         )
         return num_tokens
-
-    def _prepare_inputs(self, inputs):
-        # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
-        exact = {name: inputs[name] for name in EXACT if name in inputs}
-        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in EXACT})
-        return {**prepared, **{name: value.to(self.args.device) for name, value in exact.items()}}
 
     # The loss
 

@@ -39,6 +39,11 @@ class Key(StrEnum):
     TEACHER_RANK = "teacher_rank"
     # The teacher's last hidden states: from the sampling, where it judged the responses, (B, T, H)
     TEACHER_HIDDEN_STATES = "teacher_hidden_states"
+    # The data collator, of rows with recorded scores: the teacher's k most probable tokens, `torch.long`, (B, T, k), their
+    # log-probabilities (B, T, k), and those of the response's tokens, (B, T)
+    TEACHER_TOP_IDS = "teacher_top_ids"
+    TEACHER_TOP_LOG_PROBS = "teacher_top_log_probs"
+    TEACHER_LABEL_LOG_PROBS = "teacher_label_log_probs"
     # SpecKD: noise of its gates, (N, U), weights of a window that is weighed as a whole, (N,), what the compared gate accepts (N,)
     GATE_UNIFORMS = "gate_uniforms"
     COMPARED_UNIFORMS = "compared_uniforms"
@@ -66,7 +71,7 @@ class DataCollatorForDistillation:
 
     Returns (of a call):
         `dict`: `input_ids`, `attention_mask`, `labels` (B, S), `prompts`, `prompt_attention_mask` (B, P), all
-        `torch.long`; `teacher_prompts` and `teacher_prompt_attention_mask` where a row has `teacher_prompt_ids`; and for
+        `torch.long`; recorded scores of rows that have them; `teacher_prompts` and `teacher_prompt_attention_mask` where a row has `teacher_prompt_ids`; and for
         streamed rows `skipped_rows` (B,): how many unusable rows were passed over before each.
     """
 
@@ -105,6 +110,8 @@ class DataCollatorForDistillation:
         if any(row.get("teacher_prompt_ids") for row in rows):
             own = [row.get("teacher_prompt_ids") or row["prompt_ids"] for row in rows]
             batch[Key.TEACHER_PROMPTS], batch[Key.TEACHER_PROMPT_ATTENTION_MASK] = self._left_padded(own)
+        if Key.TEACHER_TOP_IDS in rows[0]:
+            batch |= _scores(rows, max(len(row["response_ids"]) for row in rows))
         if Key.SKIPPED_ROWS in rows[0]:
             batch[Key.SKIPPED_ROWS] = torch.tensor([row[Key.SKIPPED_ROWS] for row in rows], dtype=torch.long)
         return batch
@@ -117,6 +124,22 @@ class DataCollatorForDistillation:
             ids[i, num_columns - len(prompt) :] = torch.as_tensor(prompt)
             mask[i, num_columns - len(prompt) :] = 1
         return ids, mask
+
+
+def _scores(rows: list[dict[str, Any]], num_positions: int) -> dict[str, torch.Tensor]:
+    """The recorded scores of rows, right-padded with 0."""
+    k = max((len(ids) for row in rows for ids in row[Key.TEACHER_TOP_IDS]), default=1)
+    shape = (len(rows), num_positions)
+    scores: dict[str, torch.Tensor] = {
+        Key.TEACHER_TOP_IDS: torch.zeros((*shape, k), dtype=torch.long),
+        Key.TEACHER_TOP_LOG_PROBS: torch.zeros((*shape, k)),
+        Key.TEACHER_LABEL_LOG_PROBS: torch.zeros(shape),
+    }
+    for i, row in enumerate(rows):
+        for name, values in scores.items():
+            if len(row["response_ids"]) > 0:
+                values[i, : len(row["response_ids"])] = torch.as_tensor(row[name], dtype=values.dtype)
+    return scores
 
 
 def teacher_prompts_of(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

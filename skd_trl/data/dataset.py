@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
+from .recorded_scores import TOKENIZER_COLUMN, has_scores, vocabulary_digest
 from .teacher_prompts import COLUMNS as TEACHER_COLUMNS
 from .tokenization import RowRules, tokenize_row
 
@@ -24,6 +25,11 @@ from .tokenization import RowRules, tokenize_row
 logger = logging.getLogger(__name__)
 
 COLUMNS = {name: Sequence(Value("int32")) for name in ("prompt_ids", "response_ids", "teacher_prompt_ids")}
+SCORE_COLUMNS = {
+    "teacher_top_ids": Sequence(Sequence(Value("int32"))),
+    "teacher_top_log_probs": Sequence(Sequence(Value("float32"))),
+    "teacher_label_log_probs": Sequence(Value("float32")),
+}
 REPORT_COLUMNS = {
     "row": Value("int64"),
     "problem": Value("string"),
@@ -42,6 +48,14 @@ PROBLEMS = {
     "no_response": (
         "have no reference response, and this run trains or evaluates on reference responses. Fill in or remove "
         "these rows, or train on sampled responses only"
+    ),
+    "no_scores": (
+        "have no scores of a teacher, and this run has no other teacher. Fill in or remove these rows, or give a teacher_model"
+    ),
+    "bad_scores": "have scores of a teacher that cannot be right. Score them again, or remove these rows",
+    "unlike_scores": (
+        "have scores of other texts than they would be trained on, so each score would be held against another token. Score them "
+        "again with this tokenizer and chat template, or train with the settings that they were scored with"
     ),
     "unreadable": "cannot be turned into tokens. Change or remove these rows",
     "unknown_id": (
@@ -98,6 +112,9 @@ NOTES = {
     "several_turns": (
         "the completion has several turns; the first is the reference response and the others are not used. Set "
         "every_answer=True to make each answer a row"
+    ),
+    "unscored_end": (
+        "the end of sequence has no score, so it is left out of the response: nothing teaches the student to stop"
     ),
     "merged": (
         "tokens merge across the end of the prompt, so the response is tokenized on its own, as the model would write "
@@ -183,8 +200,8 @@ def prepare_dataset(
         max_text_length (`int`, *optional*):
             Reference responses are cut where prompt and reference together have this many tokens.
         teacher_prompts (`dict`, *optional*):
-            How prompts of the teacher's own are made: `teacher_prompt_template`, `max_teacher_prompt_length` and
-            `max_teacher_text_length` of [`RowRules`].
+            What is asked of rows about the teacher: `teacher_prompt_template`, `max_teacher_prompt_length`,
+            `max_teacher_text_length` and `needs_scores` of [`RowRules`].
         vocab_size (`int`, *optional*):
             Number of ids that both models have; rows that hold others, or ids beyond the tokenizer's, are errors.
         length_column (`str`, *optional*):
@@ -218,6 +235,8 @@ def prepare_dataset(
         **(teacher_prompts or {}),
     )
     arguments = {"tokenizer": tokenizer, "rules": rules, "formatting_func": formatting_func}
+    if rules.needs_scores:
+        _check_scores(dataset, tokenizer, name)
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, arguments, name)
     if dataset.format["type"] == "custom":
@@ -233,7 +252,7 @@ def prepare_dataset(
         with_indices=True,
         batched=True,
         remove_columns=dataset.column_names,
-        features=Features(**COLUMNS, **REPORT_COLUMNS),
+        features=Features(**COLUMNS, **(SCORE_COLUMNS if rules.needs_scores else {}), **REPORT_COLUMNS),
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
@@ -242,8 +261,45 @@ def prepare_dataset(
         lengths = [len(p) + len(r) for p, r in zip(tokenized["prompt_ids"], tokenized["response_ids"], strict=True)]
         tokenized = tokenized.add_column(length_column, lengths)
     columns = [name for name in COLUMNS if name != "teacher_prompt_ids" or _longest(tokenized, name) > 0]
+    columns += SCORE_COLUMNS if rules.needs_scores else ()
     tokenized = tokenized.select_columns([*columns, *([length_column] if length_column else [])])
     return tokenized if len(usable) == len(tokenized) else tokenized.select(usable)
+
+
+def _check_scores(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a data set without scores, or with those of another tokenizer (if it says so)."""
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not has_scores(columns):
+        raise ValueError(
+            f"The {name} data set has no scores of a teacher (`teacher_top_ids` and others), and there is no teacher. Score it "
+            "(`python -m skd_trl score`), or give a teacher_model."
+        )
+    if TOKENIZER_COLUMN in columns:
+        is_map = isinstance(dataset, Dataset)
+        found = dataset.unique(TOKENIZER_COLUMN) if is_map else [next(iter(dataset))[TOKENIZER_COLUMN]]
+        if found and set(found) != {vocabulary_digest(tokenizer)}:
+            raise ValueError(
+                f"The {name} data set was scored with another tokenizer ({', '.join(map(str, found))}; the student's is "
+                f"{vocabulary_digest(tokenizer)}), whose ids are other tokens. Use a teacher and a student of one tokenizer."
+            )
+
+
+def num_scored_tokens(dataset: Dataset | IterableDataset, name: str) -> int:
+    """How many tokens a prepared data set knows at each position (k), of a stream in its first row.
+
+    Raises:
+        `ValueError`: if rows know different numbers of them.
+    """
+    if not isinstance(dataset, Dataset):
+        return max(map(len, next(iter(dataset))["teacher_top_ids"]), default=1)
+    column = dataset.with_format("arrow")[:]["teacher_top_ids"] if len(dataset) else None
+    lengths = pc.unique(pc.list_value_length(pc.list_flatten(column))).to_pylist()  # type: ignore[attr-defined]
+    if len(lengths) != 1:
+        raise ValueError(
+            f"Rows of the {name} data set have scores of {sorted(lengths)} tokens at a position, and the loss needs one number for "
+            "all. Cut them to the smallest."
+        )
+    return lengths[0]
 
 
 def _longest(dataset: Dataset, column: str) -> int:
@@ -256,7 +312,8 @@ def _tokenize_rows(batch: dict[str, list], indices: list[int], **arguments: Any)
     for i, number in enumerate(indices):
         row = {key: values[i] for key, values in batch.items()}
         results += [{**result, "row": number} for result in tokenize_row(row, **arguments)]
-    return {column: [result[column] for result in results] for column in (*COLUMNS, *REPORT_COLUMNS)}
+    columns = [*COLUMNS, *(SCORE_COLUMNS if arguments["rules"].needs_scores else ()), *REPORT_COLUMNS]
+    return {column: [result.get(column, ()) for result in results] for column in columns}
 
 
 def _report(tokenized: Dataset, num_rows: int, rules: RowRules, name: str) -> list[int]:
@@ -306,6 +363,7 @@ def _prepare_stream(dataset: IterableDataset, arguments: dict[str, Any], name: s
         raise ValueError(f"The {name} data set cannot be used. Row 0: {first['detail']}")
     teachers = any(column in (dataset.column_names or first_row) for column in TEACHER_COLUMNS)
     columns = {key: value for key, value in COLUMNS.items() if key != "teacher_prompt_ids" or teachers}
+    columns |= SCORE_COLUMNS if arguments["rules"].needs_scores else {}
     return dataset.map(
         _StreamTokenizer(arguments, name, list(columns)),
         with_indices=True,

@@ -21,6 +21,7 @@ from .conversations import (
     turns_of,
     with_system_column,
 )
+from .recorded_scores import scores_of
 from .teacher_prompts import DEFAULT_TEMPLATE, teacher_row
 from .templates import held_by, make_renderer, missing_from
 
@@ -40,6 +41,7 @@ class RowRules:
     teacher_prompt_template: str = DEFAULT_TEMPLATE  # see `teacher_prompts.py`
     max_teacher_prompt_length: int | None = None  # of prompts of its own
     max_teacher_text_length: int | None = None  # of these and the reference together
+    needs_scores: bool = False  # of a teacher that is not there: see `recorded_scores.py`
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
     version: int = 3
@@ -74,6 +76,8 @@ def tokenize_row(
     except UnusableRow as problem:
         return [_unusable(problem)]
     results = [_result(encode, rules) for encode in encoders]
+    if rules.needs_scores:
+        results = [_with_scores(row, result, rules, len(results)) for result in results]
     for number, result in enumerate(results, start=1):
         if result["problem"] and len(results) > 1:
             result["detail"] = f"answer {number} of {len(results)}: {result['detail']}"
@@ -106,6 +110,20 @@ def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
         response_ids = response_ids[:room]
     ids = {"prompt_ids": prompt_ids, "response_ids": response_ids, "teacher_prompt_ids": teacher_prompt_ids}
     return {**ids, "problem": "", "detail": "", "notes": notes}
+
+
+def _with_scores(row: dict[str, Any], result: dict[str, Any], rules: RowRules, num_results: int) -> dict[str, Any]:
+    try:
+        if result["problem"]:
+            return result
+        if num_results > 1:
+            raise UnusableRow(
+                "form",
+                "it has scores of one response, and several answers. Give one row for each answer, or every_answer=False.",
+            )
+        return result | scores_of(row, result, rules.num_ids)
+    except UnusableRow as problem:
+        return _unusable(problem)
 
 
 def _unusable(problem: UnusableRow) -> dict[str, Any]:

@@ -25,17 +25,20 @@ def load_pair(
     teacher_model: PreTrainedModel | nn.Module | str | None,
     processing_class: PreTrainedTokenizerBase | None,
     args: "SKDConfig",
+    has_scores: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Student, teacher and tokenizer, loaded where names were given.
 
     Raises:
         `ValueError`: if one of them is missing, or both are one object, or both an object and ways to load it were given.
 
-    With `args.teacher_model_kind` the teacher is the student, the same object.
+    Where there is no second model the teacher is the student, the same object: with `args.teacher_model_kind`, and without a teacher
+    for data that have a teacher's scores beside them (`has_scores`).
     """
     if model is None:
         raise ValueError("model is None: give the student, a model or its name or path.")
-    if args.teacher_model_kind is not None:
+    has_teacher = teacher_model is not None or args.teacher_model_name_or_path is not None
+    if args.teacher_model_kind is not None or (has_scores and not has_teacher):
         if teacher_model is not None:
             raise ValueError(
                 f"teacher_model_kind={args.teacher_model_kind!r} makes the student its own teacher, and a teacher_model was given "
@@ -49,7 +52,7 @@ def load_pair(
     if teacher_model is None:
         raise ValueError(
             "There is no teacher: teacher_model is None and args.teacher_model_name_or_path is not set. Give one of them. "
-            "(For the student as its own teacher set args.teacher_model_kind.)"
+            "(For the student as its own teacher set args.teacher_model_kind; for none, score the data: python -m skd_trl score.)"
         )
     if teacher_model is model and not isinstance(model, str):
         raise ValueError(

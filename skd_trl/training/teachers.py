@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..data.batches import Key, ResponseTokens, as_teacher_reads, model_inputs, teacher_prompts_of
 from ..loss.lm_head import LMHead
-from ..loss.teacher_signal import HiddenStates, TeacherSignal
+from ..loss.teacher_signal import HiddenStates, TeacherSignal, TopLogProbs
 from ..sampling.participants import LocalParticipant, Participant
 from ..sampling.prompts import Prompts
 from ..sampling.ragged_cache import eval_mode
@@ -67,6 +67,25 @@ class OneTeacher(Teacher):
 
     def keep(self, batch, tokens, signal) -> None:
         batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(signal.states)
+
+
+class RecordedTeacher(Teacher):
+    """Scores that lie beside the rows: no model at all. It judges nothing."""
+
+    inner = []
+
+    def participant(self, window, sampling, vocab_size, accelerator) -> Participant:
+        raise NotImplementedError("Recorded scores are of given responses; the configuration refuses to sample.")
+
+    def signal(self, batch, tokens) -> TopLogProbs:
+        return TopLogProbs(
+            tokens.pick(batch[Key.TEACHER_TOP_IDS]),
+            tokens.pick(batch[Key.TEACHER_TOP_LOG_PROBS]),
+            tokens.pick(batch[Key.TEACHER_LABEL_LOG_PROBS]),
+        )
+
+    def keep(self, batch, tokens, signal) -> None:
+        """It is in the batch."""
 
 
 def hidden_states(
