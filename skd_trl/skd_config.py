@@ -142,6 +142,7 @@ class SKDConfig(TeacherOptions, GKDConfig):
         "divergence_kwargs",
         "chat_template_kwargs",
         "schedules",
+        "teacher_models",
     ]
     _IDEA_FIELDS = ("accept", "divergence")
 

@@ -4,6 +4,7 @@ Glue: who writes the responses is `sampling/interleaved.py`, what they cost is `
 `training/`. Shapes: B rows of a micro-batch, P prompt, T response, N response tokens of a micro-batch, H hidden.
 """
 
+import itertools
 import textwrap
 import time
 from collections.abc import Callable
@@ -59,8 +60,24 @@ from .training.ends_of_sequence import stop_at
 from .training.finite_check import FiniteCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.loss_forward import LossFunction, loss_in_forward
-from .training.metrics import RatioMetrics, add_rollout, with_prefix, without_filled_rows
-from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
+from .training.metrics import (
+    RatioMetrics,
+    add_loss_by_teacher,
+    add_rollout,
+    add_rollout_by_teacher,
+    names_by_teacher,
+    with_prefix,
+    without_filled_rows,
+)
+from .training.models import (
+    base_model,
+    disable_dropout,
+    given_model,
+    load_pair,
+    named_teachers,
+    own_arguments,
+    pad_token_id,
+)
 from .training.pair_check import (
     check_launch,
     check_pair,
@@ -69,11 +86,12 @@ from .training.pair_check import (
     room_for_prompts,
     room_for_texts,
     rules_of_teacher_prompts,
+    smallest,
 )
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
 from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
-from .training.teachers import OneTeacher, RecordedTeacher, Teacher, whole_signal
+from .training.teachers import OneTeacher, RecordedTeacher, Teacher, TeachersByRow, whole_signal
 
 
 if TYPE_CHECKING:
@@ -124,7 +142,9 @@ class SKDTrainer(GKDTrainer):
             The student.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The teacher, or its name or path, loaded with `args.teacher_model_init_kwargs`. Defaults to
-            `args.teacher_model_name_or_path`.
+            `args.teacher_model_name_or_path`. A `dict` of names is several teachers, of which a row's `teacher_id` names its own.
+            None is needed with `args.teacher_model_kind` (the student is its own teacher), and for rows that have a teacher's
+            scores beside them (`python -m skd_trl score`).
         args ([`SKDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -175,7 +195,7 @@ class SKDTrainer(GKDTrainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
-        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | dict[str, PreTrainedModel | nn.Module | str] | None = None,
         args: SKDConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -188,8 +208,11 @@ class SKDTrainer(GKDTrainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable | None = None,
     ):
-        model, teacher_model = given_model("model", model), given_model("teacher_model", teacher_model)
+        model = given_model("model", model)
         args = own_arguments(args, self._config_class, f"-{self._name}", model)
+        named = named_teachers(teacher_model, args)
+        self._teacher_names = tuple(named)
+        teacher_model, *others = named.values() if named else [given_model("teacher_model", teacher_model)]
         scored = train_dataset is not None and has_scores(train_dataset.column_names)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args, scored)
         self._is_recorded = teacher is student and args.teacher_model_kind is None
@@ -198,22 +221,28 @@ class SKDTrainer(GKDTrainer):
                 "There is no teacher but the scores beside the rows, which are of given responses and judge no others: set "
                 "rollout='dataset' (and lmbda and seq_kd at their defaults), or give a teacher_model."
             )
-        require(check_pair(student, teacher, tokenizer, args, peft_config))
-        self.vocab_size = shared_vocab_size(student, teacher)
-        self.eos_token_ids = end_of_sequence_ids(student, teacher, tokenizer)
+        teachers = [teacher, *(load_pair(student, other, tokenizer, args)[1] for other in others)]
+        for one in teachers:
+            require(check_pair(student, one, tokenizer, args, peft_config))
+        self.vocab_size = min(shared_vocab_size(student, one) for one in teachers)
+        self.eos_token_ids = sorted({i for one in teachers for i in end_of_sequence_ids(student, one, tokenizer)})
         self._prepare = partial(
             prepare_dataset,
             tokenizer=tokenizer,
-            max_prompt_length=room_for_prompts(args, student, teacher),
+            max_prompt_length=smallest(room_for_prompts(args, student, one) for one in teachers),
             max_response_length=args.response_limit,
-            max_text_length=room_for_texts(args, student, teacher),
+            max_text_length=smallest(room_for_texts(args, student, one) for one in teachers),
             eos_token_ids=self.eos_token_ids,
             num_proc=args.dataset_num_proc,
             chat_template_kwargs=args.chat_template_kwargs,
             formatting_func=formatting_func,
             every_answer=args.every_answer,
             vocab_size=self.vocab_size,
-            teacher_prompts={**rules_of_teacher_prompts(args, teacher), "needs_scores": self._is_recorded},
+            teacher_prompts={
+                **rules_of_teacher_prompts(args, teachers),
+                "teacher_names": self._teacher_names,
+                "needs_scores": self._is_recorded,
+            },
             length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
         train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
@@ -249,20 +278,30 @@ class SKDTrainer(GKDTrainer):
         self._finite_check = FiniteCheck()
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._compiled_student = args.compile_student and CompiledStudent()
-        require(check_launch(self._inner_student(), teacher, args, self.accelerator))
-        self._teacher = self._make_teacher(teacher)
+        for one in teachers:
+            require(check_launch(self._inner_student(), one, args, self.accelerator))
+        self._teacher = self._make_teacher(teachers)
         bound_waits(args.ddp_timeout)
-        names = {"train": self._metric_names, "eval": (*self._metric_names, "loss")}
-        self._ratios = {mode: RatioMetrics(names[mode], totals=("skipped_rows",)) for mode in names}
+        by_teacher = names_by_teacher(self._teacher_names)
+        own_names = (*self._metric_names, *itertools.chain(*by_teacher.values()))
+        names = {"train": own_names, "eval": (*own_names, "loss")}
+        totals = ("skipped_rows", *by_teacher["num_tokens"])
+        self._ratios = {mode: RatioMetrics(names[mode], totals=totals) for mode in names}
 
-    def _make_teacher(self, teacher: PreTrainedModel) -> Teacher:
-        kind = self.args.teacher_model_kind
+    def _make_teacher(self, teachers: list[PreTrainedModel]) -> Teacher:
+        teacher, kind = teachers[0], self.args.teacher_model_kind
         self._average = self._shared = None
         if self._is_recorded:
             self.teacher_model = self._inner_teacher = None
             self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
             self._check_scores(num_scored_tokens(self.train_dataset, "train"))
             return RecordedTeacher()
+        if self._teacher_names:
+            prepared = [prepare_teacher(one, self.accelerator, self.args.shard_teacher) for one in teachers]
+            self.teacher_model = dict(zip(self._teacher_names, prepared, strict=True))
+            self._inner_teacher = nn.ModuleList(teachers)  # for the messages of checks
+            is_collective = self.accelerator.num_processes > 1 and any(map(is_sharded, teachers))
+            return TeachersByRow(teachers, prepared, is_collective)
         if kind is not None:
             check_self_teacher(kind, self.accelerator, self.model)
             teacher = self_teacher(self.model, kind)
@@ -369,7 +408,10 @@ class SKDTrainer(GKDTrainer):
 
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
-        sampled = self._write(merge_prompts(batches), rollout)
+        window = merge_prompts(batches)
+        sampled = self._write(window, rollout)
+        if self._teacher_names:
+            add_rollout_by_teacher(self._ratios["train"], sampled, window[Key.TEACHER_INDEX], self._teacher_names)
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled)
         return sampled_batches(sampled, batches)
@@ -540,6 +582,9 @@ class SKDTrainer(GKDTrainer):
         metrics = self._ratios[mode]
         if mode == "eval":
             metrics.add("loss", outcome.loss.detach(), len(tokens.labels))
+        if self._teacher_names:
+            which = inputs[Key.TEACHER_INDEX][tokens.rows]
+            add_loss_by_teacher(metrics, outcome, which, self._teacher_names)
         for name in set(self._statistics) & set(SKDTrainer._statistics):
             metrics.add_mean(name, outcome.statistics[name])
 

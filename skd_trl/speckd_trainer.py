@@ -96,10 +96,11 @@ class SpecKDTrainer(SKDTrainer):
                 f"gate_warmup_steps={config.gate_warmup_steps} is not below max_steps={config.max_steps}: the gate never "
                 "closes fully. Shorten the warm-up."
             )
-        difference = describe_end_of_sequence_difference(
-            self._inner_student(), self._inner_teacher or self._inner_student(), self.processing_class
-        )
-        if difference and not config.gate_keep_eos:
+        student = self._inner_student()
+        differences = [
+            describe_end_of_sequence_difference(student, one, self.processing_class) for one in self._teacher.inner
+        ]
+        if any(differences) and not config.gate_keep_eos:
             logger.warning(
                 "The gate may reject every end of sequence, and the student would unlearn to stop: set gate_keep_eos=True."
             )

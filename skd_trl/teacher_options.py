@@ -4,6 +4,7 @@ Names that TRL's SDFT has are those of SDFT, with their meaning and defaults.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .data.teacher_prompts import DEFAULT_TEMPLATE, check_template
 
@@ -17,6 +18,9 @@ class TeacherOptions:
     What [`SKDConfig`] says of the teacher.
 
     Args:
+        teacher_models (`dict`, *optional*):
+            Several teachers, in the place of one: names and where each is loaded from. A row's `teacher_id` says which is its own.
+            (The trainer's `teacher_model` may also be such a dict, of models too.)
         teacher_model_kind (`str`, *optional*):
             Makes the student its own teacher, in the place of a `teacher_model`: `"base"`, as training started (with an adapter:
             the model without it), `"ema"`, an average of what it has been, `"live"`, as it is. Frozen weights are shared.
@@ -31,6 +35,13 @@ class TeacherOptions:
             leave beside the response.
     """
 
+    teacher_models: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers, in the place of one: names and paths, such as {'code': 'path', 'prose': 'path'}. A row's "
+            "`teacher_id` says which is its own."
+        },
+    )
     teacher_model_kind: str | None = field(
         default=None,
         metadata={
@@ -69,6 +80,8 @@ class TeacherOptions:
         check_template(self.teacher_prompt_template)
         if self.max_teacher_prompt_length is not None and self.max_teacher_prompt_length < 1:
             raise ValueError(f"max_teacher_prompt_length={self.max_teacher_prompt_length} must be at least 1.")
+        if self.teacher_models is not None and not isinstance(self.teacher_models, dict):
+            raise ValueError(f"teacher_models={self.teacher_models!r} is not a dict of names and paths.")
         kind = self.teacher_model_kind
         if kind is not None and kind not in SELF_TEACHERS:
             raise ValueError(f"teacher_model_kind={kind!r} is unknown; choose one of {', '.join(SELF_TEACHERS)}.")

@@ -182,12 +182,14 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     }
     if settings.get("rollout") not in ("dataset", "student", "teacher") and "gate" not in settings:
         defaults["accept_top_k"] = 80
-    from_path = settings.pop("from_path", False)
+    from_path, num_teachers = settings.pop("from_path", False), settings.pop("teachers", 1)
     if from_path:
         student, teacher = (str(directory / which) for which in ("student", "teacher"))
     else:  # before the arguments, from which on ZeRO-3 would shard new models before they have their weights
         student = tiny_model("qwen2" if tied else "llama", seed=1, tie_word_embeddings=tied, **STUDENT)
         teacher = tiny_model("qwen2" if tied else "llama", seed=2, tie_word_embeddings=tied, **TEACHER)
+    if num_teachers > 1:
+        teacher = {"a": teacher, "b": tiny_model("llama", seed=3, **STUDENT)}
     config_class, trainer_class = (SpecKDConfig, RecordingSpecKD) if "gate" in settings else (SKDConfig, RecordingSKD)
     args = config_class(**{**defaults, **settings})
     trainer = trainer_class(

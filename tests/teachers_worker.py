@@ -17,6 +17,8 @@ CONTEXTS = ["a hint", "b", "first a, then b" * 2, "abab"]
 OWN_PROMPTS = [{**row, "privileged_context": CONTEXTS[i % 4]} for i, row in enumerate(ROWS)]
 # Plain gradient descent, unclipped: updates are as large as the gradients, and a wrong factor shows.
 PLAIN = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e6, "max_steps": 2}
+# Some micro-batches of a process have no row for one of the teachers.
+SEVERAL = [{**row, "teacher_id": "ab"[i % 3 == 0]} for i, row in enumerate(ROWS)]
 SELF_TEACHERS = {
     "base": {"teacher_model_kind": "base", "lora": True},
     "average": {"teacher_model_kind": "ema", "teacher_update_rate": 0.5, "lora": True},
@@ -37,6 +39,10 @@ def matrix() -> dict[str, dict]:
             cases[f"{mode}-{kind}-dataset"] = {**own, **settings, "rollout": "dataset"}
             cases[f"{mode}-{kind}-sampled"] = {**own, **settings}
     cases["zero2-bf16_average"] = {**own, **SELF_TEACHERS["average"], "bf16": True}
+    for mode in ("ddp", "zero3"):
+        several = {**PLAIN, "rows": SEVERAL, "teachers": 2}
+        cases[f"{mode}-several-dataset"] = {**several, "rollout": "dataset"}
+        cases[f"{mode}-several-sampled"] = several
     for mode in ("zero3", "fsdp2"):
         cases[f"{mode}-refused_live"] = {**own, **SELF_TEACHERS["live"], "refused": True}
     return cases

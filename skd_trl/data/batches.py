@@ -31,6 +31,8 @@ class Key(StrEnum):
     # The same of the teacher, where rows have a prompt for it, (B, P of its own); the student's prompt in rows that have none
     TEACHER_PROMPTS = "teacher_prompts"
     TEACHER_PROMPT_ATTENTION_MASK = "teacher_prompt_attention_mask"
+    # The data collator: which of several teachers a row belongs to, (B,)
+    TEACHER_INDEX = "teacher_index"
     # The data collator, of streams: unusable rows before each row, (B,)
     SKIPPED_ROWS = "skipped_rows"
     # The sampling: where the teacher's token is, `torch.bool`, (B, T), and the rank of the student's proposal among the teacher's
@@ -71,7 +73,7 @@ class DataCollatorForDistillation:
 
     Returns (of a call):
         `dict`: `input_ids`, `attention_mask`, `labels` (B, S), `prompts`, `prompt_attention_mask` (B, P), all
-        `torch.long`; recorded scores of rows that have them; `teacher_prompts` and `teacher_prompt_attention_mask` where a row has `teacher_prompt_ids`; and for
+        `torch.long`; recorded scores of rows that have them; `teacher_prompts` and `teacher_prompt_attention_mask` where a row has `teacher_prompt_ids`; `teacher_index` (B,) where there are several teachers; and for
         streamed rows `skipped_rows` (B,): how many unusable rows were passed over before each.
     """
 
@@ -112,8 +114,9 @@ class DataCollatorForDistillation:
             batch[Key.TEACHER_PROMPTS], batch[Key.TEACHER_PROMPT_ATTENTION_MASK] = self._left_padded(own)
         if Key.TEACHER_TOP_IDS in rows[0]:
             batch |= _scores(rows, max(len(row["response_ids"]) for row in rows))
-        if Key.SKIPPED_ROWS in rows[0]:
-            batch[Key.SKIPPED_ROWS] = torch.tensor([row[Key.SKIPPED_ROWS] for row in rows], dtype=torch.long)
+        for name in (Key.TEACHER_INDEX, Key.SKIPPED_ROWS):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.long)
         return batch
 
     def _left_padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +178,8 @@ PROMPT_KEYS = ((Key.PROMPTS, Key.PROMPT_ATTENTION_MASK), (Key.TEACHER_PROMPTS, K
 
 
 def merge_prompts(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The left-padded prompts and masks, (B, P) each, of several batches as one batch; the teacher's if any has its own."""
+    """The left-padded prompts and masks, (B, P) each, of several batches as one batch; the teacher's if any has its own, and which
+    of several teachers each row has."""
     merged: dict[str, torch.Tensor] = {}
     has_own = any(Key.TEACHER_PROMPTS in batch for batch in batches)
     for keys in PROMPT_KEYS if has_own else PROMPT_KEYS[:1]:
@@ -186,6 +190,8 @@ def merge_prompts(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
         for i, key in enumerate(keys):
             parts = [torch.nn.functional.pad(pair[i], (width - pair[i].shape[1], 0)) for pair in pairs]
             merged[key] = torch.cat(parts)
+    if Key.TEACHER_INDEX in batches[0]:
+        merged[Key.TEACHER_INDEX] = torch.cat([batch[Key.TEACHER_INDEX] for batch in batches])
     return merged
 
 

@@ -49,6 +49,7 @@ PROBLEMS = {
         "have no reference response, and this run trains or evaluates on reference responses. Fill in or remove "
         "these rows, or train on sampled responses only"
     ),
+    "unknown_teacher": "name none of the teachers in `teacher_id`, so nobody judges them. Fill in or remove these rows",
     "no_scores": (
         "have no scores of a teacher, and this run has no other teacher. Fill in or remove these rows, or give a teacher_model"
     ),
@@ -201,7 +202,7 @@ def prepare_dataset(
             Reference responses are cut where prompt and reference together have this many tokens.
         teacher_prompts (`dict`, *optional*):
             What is asked of rows about the teacher: `teacher_prompt_template`, `max_teacher_prompt_length`,
-            `max_teacher_text_length` and `needs_scores` of [`RowRules`].
+            `max_teacher_text_length`, `teacher_names` and `needs_scores` of [`RowRules`].
         vocab_size (`int`, *optional*):
             Number of ids that both models have; rows that hold others, or ids beyond the tokenizer's, are errors.
         length_column (`str`, *optional*):
@@ -252,7 +253,7 @@ def prepare_dataset(
         with_indices=True,
         batched=True,
         remove_columns=dataset.column_names,
-        features=Features(**COLUMNS, **(SCORE_COLUMNS if rules.needs_scores else {}), **REPORT_COLUMNS),
+        features=Features(**COLUMNS, **_extra_columns(rules), **REPORT_COLUMNS),
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
@@ -261,9 +262,15 @@ def prepare_dataset(
         lengths = [len(p) + len(r) for p, r in zip(tokenized["prompt_ids"], tokenized["response_ids"], strict=True)]
         tokenized = tokenized.add_column(length_column, lengths)
     columns = [name for name in COLUMNS if name != "teacher_prompt_ids" or _longest(tokenized, name) > 0]
-    columns += SCORE_COLUMNS if rules.needs_scores else ()
+    columns += _extra_columns(rules)
     tokenized = tokenized.select_columns([*columns, *([length_column] if length_column else [])])
     return tokenized if len(usable) == len(tokenized) else tokenized.select(usable)
+
+
+def _extra_columns(rules: RowRules) -> dict[str, Any]:
+    """What rows have besides ids: which of several teachers is theirs, and the scores of one that is not there."""
+    index = {"teacher_index": Value("int32")} if rules.teacher_names else {}
+    return index | (SCORE_COLUMNS if rules.needs_scores else {})
 
 
 def _check_scores(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -312,7 +319,7 @@ def _tokenize_rows(batch: dict[str, list], indices: list[int], **arguments: Any)
     for i, number in enumerate(indices):
         row = {key: values[i] for key, values in batch.items()}
         results += [{**result, "row": number} for result in tokenize_row(row, **arguments)]
-    columns = [*COLUMNS, *(SCORE_COLUMNS if arguments["rules"].needs_scores else ()), *REPORT_COLUMNS]
+    columns = [*COLUMNS, *_extra_columns(arguments["rules"]), *REPORT_COLUMNS]
     return {column: [result.get(column, ()) for result in results] for column in columns}
 
 
@@ -363,7 +370,7 @@ def _prepare_stream(dataset: IterableDataset, arguments: dict[str, Any], name: s
         raise ValueError(f"The {name} data set cannot be used. Row 0: {first['detail']}")
     teachers = any(column in (dataset.column_names or first_row) for column in TEACHER_COLUMNS)
     columns = {key: value for key, value in COLUMNS.items() if key != "teacher_prompt_ids" or teachers}
-    columns |= SCORE_COLUMNS if arguments["rules"].needs_scores else {}
+    columns |= _extra_columns(arguments["rules"])
     return dataset.map(
         _StreamTokenizer(arguments, name, list(columns)),
         with_indices=True,

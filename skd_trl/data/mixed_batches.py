@@ -7,13 +7,14 @@ Shapes: R rows of all micro-batches, B rows of one, P prompt, T response.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .batches import IGNORE_INDEX, Key
 
 
-COLLATED = ("prompt_ids", "response_ids", "teacher_prompt_ids")
+COLLATED = ("prompt_ids", "response_ids", "teacher_prompt_ids", Key.TEACHER_INDEX)
 # What sampling says of each response token, and its value in a reference response.
 SAMPLED_FACTS = {Key.REPLACED: False, Key.TEACHER_RANK: -1}
 
@@ -53,7 +54,7 @@ def mix_sampled_rows(
     return mixed
 
 
-def _rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, list]]:
+def _rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Prompt ids, response ids, and of a sampled batch the facts of each response token, row by row."""
     rows = []
     for i, labels in enumerate(batch[Key.LABELS]):
@@ -63,6 +64,8 @@ def _rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, list]]:
         if Key.TEACHER_PROMPTS in batch:
             is_token = batch[Key.TEACHER_PROMPT_ATTENTION_MASK][i] == 1
             row["teacher_prompt_ids"] = batch[Key.TEACHER_PROMPTS][i][is_token].tolist()
+        if Key.TEACHER_INDEX in batch:
+            row[Key.TEACHER_INDEX] = int(batch[Key.TEACHER_INDEX][i])
         for name in SAMPLED_FACTS:
             if name in batch:
                 row[name] = batch[name][i, : len(response_ids)].tolist()

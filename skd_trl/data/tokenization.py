@@ -41,6 +41,7 @@ class RowRules:
     teacher_prompt_template: str = DEFAULT_TEMPLATE  # see `teacher_prompts.py`
     max_teacher_prompt_length: int | None = None  # of prompts of its own
     max_teacher_text_length: int | None = None  # of these and the reference together
+    teacher_names: tuple[str, ...] = ()  # of several teachers, one of which `teacher_id` names
     needs_scores: bool = False  # of a teacher that is not there: see `recorded_scores.py`
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
@@ -76,6 +77,8 @@ def tokenize_row(
     except UnusableRow as problem:
         return [_unusable(problem)]
     results = [_result(encode, rules) for encode in encoders]
+    if rules.teacher_names:
+        results = [_with_teacher_index(row, result, rules.teacher_names) for result in results]
     if rules.needs_scores:
         results = [_with_scores(row, result, rules, len(results)) for result in results]
     for number, result in enumerate(results, start=1):
@@ -110,6 +113,14 @@ def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
         response_ids = response_ids[:room]
     ids = {"prompt_ids": prompt_ids, "response_ids": response_ids, "teacher_prompt_ids": teacher_prompt_ids}
     return {**ids, "problem": "", "detail": "", "notes": notes}
+
+
+def _with_teacher_index(row: dict[str, Any], result: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    if result["problem"] or row.get("teacher_id") in names:
+        return result | {"teacher_index": -1 if result["problem"] else names.index(row["teacher_id"])}
+    found = f"its `teacher_id` is {row['teacher_id']!r}" if "teacher_id" in row else "it has no `teacher_id`"
+    problem = UnusableRow("unknown_teacher", f"{found}; the teachers are {', '.join(names)}.")
+    return _unusable(problem) | {"teacher_index": -1}
 
 
 def _with_scores(row: dict[str, Any], result: dict[str, Any], rules: RowRules, num_results: int) -> dict[str, Any]:

@@ -71,6 +71,32 @@ def load_pair(
     return student, teacher, tokenizer
 
 
+def named_teachers(teacher_model: Any, args: "SKDConfig") -> dict[str, PreTrainedModel | nn.Module | str]:
+    """Several teachers by their names, from a dict that was given or `args.teacher_models`; empty where there is one, or none.
+
+    Raises:
+        `ValueError`: for a dict without an entry, or several teachers beside one.
+        `TypeError`: for an entry that is no model, name or path.
+    """
+    is_dict = isinstance(teacher_model, dict)
+    given = teacher_model if is_dict else args.teacher_models
+    if given is None:
+        return {}
+    others = {
+        "teacher_model": None if is_dict else teacher_model,
+        "args.teacher_model_name_or_path": args.teacher_model_name_or_path,
+    }
+    others |= {
+        "args.teacher_models": args.teacher_models if is_dict else None,
+        "args.teacher_model_kind": args.teacher_model_kind,
+    }
+    if beside := [name for name, other in others.items() if other is not None]:
+        raise ValueError(f"There are several teachers by name, and {beside[0]} beside them. Drop one of them.")
+    if not given:
+        raise ValueError("teacher_models is empty: give names and models, or one teacher_model.")
+    return {str(name): given_model(f"teacher {name!r}", model) for name, model in given.items()}
+
+
 def given_model(name: str, model: Any) -> Any:
     """What was given as `name`: a model, its name or path, or nothing.
 
@@ -82,7 +108,7 @@ def given_model(name: str, model: Any) -> Any:
     if model is not None and not isinstance(model, (str, nn.Module)):
         raise TypeError(
             f"{name} is a {type(model).__name__}, which is no model to run. Give one causal language model, or its name or path"
-            f"{' (of several choose one: this trainer has one teacher)' if isinstance(model, (list, tuple, dict)) else ''}."
+            f"{' (several teachers are a dict of their names)' if isinstance(model, (list, tuple)) else ''}."
         )
     return model
 

@@ -7,7 +7,7 @@ trainers raise the first refusal; `python -m skd_trl check` prints all findings.
 Shapes: T tokens of a row, H hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -243,6 +243,11 @@ def _check_room(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, f"Prompts of up to {room} tokens {beside}; rows with longer ones are left out."
 
 
+def smallest(limits: Iterable[int | None]) -> int | None:
+    """The smallest of several limits, of which `None` is none."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
     """The longest prompt that both models have positions for, or a lower limit that `args` sets; `None` is no limit.
 
@@ -267,14 +272,13 @@ def room_for_texts(args: SKDConfig, student: PreTrainedModel, teacher: PreTraine
     return min([*limits, *_positions(args, student, teacher).values()], default=None)
 
 
-def rules_of_teacher_prompts(args: SKDConfig, teacher: PreTrainedModel) -> dict[str, Any]:
-    """What `data.dataset.prepare_dataset` is told of rows in which the teacher reads a prompt of its own."""
-    positions = _positions(args, teacher, teacher).get("teacher")
+def rules_of_teacher_prompts(args: SKDConfig, teachers: list[PreTrainedModel]) -> dict[str, Any]:
+    """What `data.dataset.prepare_dataset` is told of rows in which a teacher reads a prompt of its own."""
+    positions = smallest(_positions(args, teacher, teacher).get("teacher") for teacher in teachers)
     room = None if positions is None else positions - (args.max_new_tokens if args.samples else 1)
-    limits = [limit for limit in (args.max_teacher_prompt_length, room) if limit is not None]
     return {
         "teacher_prompt_template": args.teacher_prompt_template,
-        "max_teacher_prompt_length": min(limits, default=None),
+        "max_teacher_prompt_length": smallest((args.max_teacher_prompt_length, room)),
         "max_teacher_text_length": positions,
     }
 

@@ -25,7 +25,12 @@ def sampled_batches(rollout: Rollout, batches: list[dict[str, torch.Tensor]]) ->
         num_positions = int((rollout.labels[rows] != IGNORE_INDEX).sum(dim=1).max()) if size > 0 else 0
         sampled.append(
             {
-                **{name: batch[name] for pair in PROMPT_KEYS for name in pair if name in batch},
+                **{
+                    name: batch[name]
+                    for pair in (*PROMPT_KEYS, (Key.TEACHER_INDEX,))
+                    for name in pair
+                    if name in batch
+                },
                 **{name: values[rows, :num_columns] for name, values in by_column.items()},
                 **{name: values[rows, :num_positions] for name, values in by_position.items()},
             }
