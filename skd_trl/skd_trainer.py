@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from ._compat import GKDTrainer
 from .data.batches import IGNORE_INDEX, DataCollatorForDistillation, Key, ResponseTokens, merge_prompts, model_inputs
 from .data.dataset import prepare_dataset
 from .data.mixed_batches import mix_sampled_rows
+from .data.tokenization import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
 from .inherited_options import asks_for_lengths
 from .loss.distillation_loss import DistillationLoss, distillation_loss
@@ -52,11 +54,12 @@ from .training.finite_check import FiniteCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.last_hidden_states import last_hidden_states
 from .training.loss_forward import LossFunction, loss_in_forward
-from .training.metrics import RatioMetrics, add_rollout, with_prefix, without_filled_rows
+from .training.metrics import RatioMetrics, add_rollout, num_own_rows, with_prefix, without_filled_rows
 from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
 from .training.pair_check import check_launch, check_pair, require, room_for_prompts, room_for_texts
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
+from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
 
 
 if TYPE_CHECKING:
@@ -108,7 +111,8 @@ class SKDTrainer(GKDTrainer):
             Rows with `messages`, with `prompt` and `completion`, or with `prompt` alone (enough where every response is
             sampled); each a text or a conversation.
         eval_dataset (the same, or a `dict` of them, *optional*):
-            Evaluated on reference responses.
+            Evaluated on reference responses; rows without one on a response that the student samples (its own text, drawn as the run
+            draws it), where `eval_loss` is the divergence on the student's text.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The student's tokenizer, which the teacher has to share. If `None`, loaded from the student's name.
         compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics:
@@ -168,24 +172,29 @@ class SKDTrainer(GKDTrainer):
         require(check_pair(student, teacher, tokenizer, args, peft_config))
         self.vocab_size = shared_vocab_size(student, teacher)
         self.eos_token_ids = end_of_sequence_ids(student, teacher, tokenizer)
+        self._rules = RowRules(
+            room_for_prompts(args, student, teacher),
+            args.response_limit,
+            needs_response="dataset" in args.rollouts,
+            eos_token_ids=tuple(self.eos_token_ids),
+            chat_template_kwargs=args.chat_template_kwargs or {},
+            max_text_length=room_for_texts(args, student, teacher),
+            num_ids=self.vocab_size,
+            every_answer=args.every_answer,
+            reads_response="dataset" in args.rollouts,
+        )
+        self._check_sampled_evaluation = partial(check_sampled_evaluation, max_new_tokens=args.max_new_tokens)
         self._prepare = partial(
             prepare_dataset,
             tokenizer=tokenizer,
-            max_prompt_length=room_for_prompts(args, student, teacher),
-            max_response_length=args.response_limit,
-            max_text_length=room_for_texts(args, student, teacher),
-            eos_token_ids=self.eos_token_ids,
             num_proc=args.dataset_num_proc,
-            chat_template_kwargs=args.chat_template_kwargs,
             formatting_func=formatting_func,
-            every_answer=args.every_answer,
-            vocab_size=self.vocab_size,
             length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
-        train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
+        train_dataset = self._prepare(train_dataset, rules=self._rules, name="train")
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
-        eval_dataset = self._prepare_eval(eval_dataset)
+        eval_dataset = self._prepare_eval(eval_dataset, base_model(student))
 
         # Adapters are initialised at random, and the oldest supported TRL seeds too late for that.
         set_seed(args.seed)
@@ -219,33 +228,62 @@ class SKDTrainer(GKDTrainer):
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
         bound_waits(args.ddp_timeout)
-        names = {"train": self._metric_names, "eval": (*self._metric_names, "loss")}
+        names = {"train": self._metric_names, "eval": (*self._metric_names, "loss", "sampled_share")}
         self._ratios = {mode: RatioMetrics(names[mode], totals=("skipped_rows",)) for mode in names}
 
-    def _prepare_eval(self, dataset):
+    def _prepare_eval(self, dataset, student: PreTrainedModel):
+        """Prepared evaluation sets: one, a dict of them, or none."""
         if isinstance(dataset, dict):
-            return {name: self._prepare(split, needs_response=True, name=name) for name, split in dataset.items()}
-        return None if dataset is None else self._prepare(dataset, needs_response=True, name="eval")
+            return {name: self._prepare_eval_set(split, name, student) for name, split in dataset.items()}
+        return None if dataset is None else self._prepare_eval_set(dataset, "eval", student)
+
+    def _prepare_eval_set(self, dataset, name: str, student: PreTrainedModel) -> Dataset | IterableDataset:
+        rules = replace(self._rules, needs_response=False, reads_response=True)
+        prepared = self._prepare(dataset, rules=rules, name=name)
+        self._check_sampled_evaluation(prepared, name, student)
+        return prepared
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_eval(eval_dataset)
+            eval_dataset = self._prepare_eval(eval_dataset, self._inner_student())
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As [`~transformers.Trainer.predict`], on reference responses, with the metrics of an evaluation."""
-        return super().predict(self._prepare_eval(test_dataset), ignore_keys, metric_key_prefix)
+        """As [`~transformers.Trainer.predict`], on the responses and with the metrics of an evaluation."""
+        return super().predict(self._prepare_eval(test_dataset, self._inner_student()), ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums
         over the tokens of the set, divided once: no batch size changes them."""
         self._ratios["eval"].reset()
+        self._num_evaluated = 0  # rows so far, on all processes
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update(with_prefix(self._ratios["eval"].compute(self.accelerator), f"{metric_key_prefix}_"))
+        metrics = self._ratios["eval"].compute(self.accelerator)
+        if metrics.get("sampled_share") == 0:
+            del metrics["sampled_share"]
+        output.metrics.update(with_prefix(metrics, f"{metric_key_prefix}_"))
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs = self._with_sampled_responses(inputs)
         return super().prediction_step(model, without_filled_rows(inputs, self.accelerator), *args, **kwargs)
+
+    def _with_sampled_responses(self, batch: dict) -> dict:
+        """A batch of an evaluation in which rows without a reference have a response of the student's."""
+        size, rank, metrics = len(batch[Key.LABELS]), self.accelerator.process_index, self._ratios["eval"]
+        first = self._num_evaluated + rank * size
+        self._num_evaluated += self.accelerator.num_processes * size
+        is_missing = rows_to_sample(batch, self.accelerator)
+        metrics.add("sampled_share", is_missing.sum(), num_own_rows(batch, self.accelerator))
+        if not any_on_any_process(is_missing, self.accelerator):
+            return batch
+        noise = row_noise((first + is_missing.nonzero().flatten()).tolist(), self.args.max_new_tokens, self.args.seed)
+        chosen = is_missing.to(batch[Key.PROMPTS].device)
+        some = {key: batch[key][chosen] for key in (Key.PROMPTS, Key.PROMPT_ATTENTION_MASK)}
+        rollout = self._write(*some.values(), "student", noise)
+        metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
+        metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
+        return mix_sampled_rows([batch], sampled_batches(rollout, [some]), is_missing, self.data_collator)[0]
 
     def train(self, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
@@ -307,18 +345,20 @@ class SKDTrainer(GKDTrainer):
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
         prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        sampled = self._write(prompts, mask, rollout)
+        noise = torch.rand(
+            (len(prompts), self.args.max_new_tokens, 3),
+            generator=keyed_generator(
+                "sampling", self.args.seed, self.state.global_step, self.accelerator.process_index
+            ),
+        )
+        sampled = self._write(prompts, mask, rollout, noise)
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled)
         return sampled_batches(sampled, batches)
 
-    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str) -> Rollout:
-        """Sampled responses to left-padded prompts (B, P), of which a rank may have none; collective where the models are."""
-        step, rank = self.state.global_step, self.accelerator.process_index
-        noise = torch.rand(
-            (len(prompts), self.args.max_new_tokens, 3),
-            generator=keyed_generator("sampling", self.args.seed, step, rank),
-        )
+    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str, noise: torch.Tensor) -> Rollout:
+        """Sampled responses to left-padded prompts (B, P), of which a rank may have none, on noise (B, T, 3); collective where
+        the models are."""
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with (
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
