@@ -53,10 +53,11 @@ from .training.ends_of_sequence import stop_at
 from .training.finite_check import FiniteCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.last_hidden_states import last_hidden_states
+from .training.limits import response_limit, room_for_prompts, room_for_texts
 from .training.loss_forward import LossFunction, loss_in_forward
 from .training.metrics import RatioMetrics, add_rollout, num_own_rows, with_prefix, without_filled_rows
 from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
-from .training.pair_check import check_launch, check_pair, require, room_for_prompts, room_for_texts
+from .training.pair_check import check_launch, check_pair, require
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
 from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
@@ -174,7 +175,7 @@ class SKDTrainer(GKDTrainer):
         self.eos_token_ids = end_of_sequence_ids(student, teacher, tokenizer)
         self._rules = RowRules(
             room_for_prompts(args, student, teacher),
-            args.response_limit,
+            response_limit(args),
             needs_response="dataset" in args.rollouts,
             eos_token_ids=tuple(self.eos_token_ids),
             chat_template_kwargs=args.chat_template_kwargs or {},
