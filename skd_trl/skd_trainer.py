@@ -26,7 +26,14 @@ from .data.dataset import prepare_dataset
 from .data.mixed_batches import mix_sampled_rows
 from .data.tokenization import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
-from .inherited_options import asks_for_lengths
+from .inherited_options import (
+    FOLLOWED_ATTRIBUTES,
+    GENERATION_ADVICE,
+    Absent,
+    asks_for_lengths,
+    check_overrides,
+    follow_attributes,
+)
 from .loss.distillation_loss import DistillationLoss, distillation_loss
 from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
@@ -51,13 +58,14 @@ from .training.distributed import (
 )
 from .training.ends_of_sequence import stop_at
 from .training.finite_check import FiniteCheck
-from .training.forward_patches import adapters_on_heads_pass, forward_kept
+from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.last_hidden_states import last_hidden_states
 from .training.limits import response_limit, room_for_prompts, room_for_texts
 from .training.loss_forward import LossFunction, loss_in_forward
 from .training.metrics import RatioMetrics, add_rollout, num_own_rows, with_prefix, without_filled_rows
 from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
 from .training.pair_check import check_launch, check_pair, require
+from .training.quantised import keep_gradients
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
 from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
@@ -150,6 +158,8 @@ class SKDTrainer(GKDTrainer):
     _statistics: tuple[str, ...] = ("student_entropy", "teacher_entropy")  # computed along with the loss
     # `compute_loss` divides by the tokens of the whole optimizer step.
     loss_is_scaled_for_ga = True
+    generation_config = Absent(GENERATION_ADVICE)
+    generation_kwargs = Absent(GENERATION_ADVICE)
 
     def __init__(
         self,
@@ -167,6 +177,7 @@ class SKDTrainer(GKDTrainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable | None = None,
     ):
+        check_overrides(self, SKDTrainer)
         model, teacher_model = given_model("model", model), given_model("teacher_model", teacher_model)
         args = own_arguments(args, self._config_class, f"-{self._name}", model)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
@@ -220,8 +231,9 @@ class SKDTrainer(GKDTrainer):
         if args.disable_dropout:
             disable_dropout(self.model)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
-        self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
+        self._set_attributes()
         self._enter_step(0, 1)
+        self._has_adapter = base_model(self.model) is not self.model
         self._finite_check = FiniteCheck()
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._compiled_student = args.compile_student and CompiledStudent()
@@ -288,8 +300,40 @@ class SKDTrainer(GKDTrainer):
 
     def train(self, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
-        stop_at(self._inner_student(), self.eos_token_ids)
+        check_overrides(self, SKDTrainer)
+        if self.model_init is None:
+            stop_at(self._inner_student(), self.eos_token_ids)
         return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial=None):
+        """A new student of a hyperparameter search, set up as the one that the trainer was constructed with."""
+        model = super().call_model_init(trial)
+        if self._has_adapter and base_model(model) is model:
+            raise ValueError(
+                "model_init returned a model without an adapter, and this trainer was given one (peft_config). Return "
+                "get_peft_model(model, peft_config), so the same parameters train in every trial."
+            )
+        take_off_patches(model)
+        keep_gradients(model)
+        require(check_pair(base_model(model), self._inner_teacher, self.processing_class, self.args))
+        if self.args.disable_dropout:
+            disable_dropout(model)
+        stop_at(base_model(model), self.eos_token_ids)
+        return model
+
+    def _hp_search_setup(self, trial) -> None:
+        super()._hp_search_setup(trial)
+        if self.hp_search_backend is not None and trial is not None:
+            self.args.check_numbers()  # they were set one by one, unseen
+            self._set_attributes()
+            self._draft_length = self.args.draft_length()
+
+    def _set_attributes(self) -> None:
+        """The numbers that GKDTrainer keeps on the trainer too, where callbacks change them."""
+        self._given_attributes = {name: getattr(self.args, name) for name in FOLLOWED_ATTRIBUTES}
+        for name, value in self._given_attributes.items():
+            setattr(self, name, value)
+        self.seq_kd = self.args.seq_kd
 
     def add_callback(self, callback):
         # LogCompletionsCallback, WeaveCallback: they write to the prompts of the evaluation set, which are tokens by now.
@@ -308,18 +352,23 @@ class SKDTrainer(GKDTrainer):
             if Key.SKIPPED_ROWS in batch:  # of a stream
                 self._ratios["train"].add("skipped_rows", batch.pop(Key.SKIPPED_ROWS).sum())
         rollout = self._rollout_of_step(self.state.global_step)
+        if rollout in ("dataset", "mixed") and not self._rules.needs_response:
+            self._check_references(batches)
         if batches and rollout != "dataset":
             batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _enter_step(self, step: int, num_steps: int) -> None:
-        """Sets what the configuration's schedules say of an optimizer step (0 is the first)."""
-        self._args_of_step = self.args.at(step, num_steps)
+        """Sets what the configuration's schedules, and callbacks, say of an optimizer step (0 is the first)."""
+        self._attributes = {name: getattr(self, name) for name in FOLLOWED_ATTRIBUTES}
+        self._args_of_step = follow_attributes(
+            self.args, self.args.at(step, num_steps), self._attributes, self._given_attributes
+        )
         self.divergence = self._args_of_step.make_divergence()
 
     def _rollout_of_step(self, step: int) -> str:
         """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
-        lmbda = self._lmbda_at(step)
+        lmbda = self._args_of_step.lmbda
         if self.args.rollout != "dataset" and lmbda > 0:
             if self.args.lmbda_unit == "prompt" and lmbda < 1:
                 return "mixed"
@@ -327,17 +376,20 @@ class SKDTrainer(GKDTrainer):
                 return self.args.rollout
         return "teacher" if self.seq_kd else "dataset"
 
-    def _lmbda_at(self, step: int) -> float:
-        """The share of sampled responses: as scheduled, or what a callback may have set."""
-        is_scheduled = "lmbda" in (self.args.schedules or {})
-        return self.args.at(step, self.state.max_steps).lmbda if is_scheduled else self.lmbda
+    def _check_references(self, batches: list[dict]) -> None:
+        """A callback that lowers `lmbda` asks for references of rows that were not looked at for them."""
+        if any((batch[Key.LABELS] == IGNORE_INDEX).all(dim=1).any() for batch in batches):
+            raise ValueError(
+                f"Step {self.state.global_step + 1} trains on references, as trainer.lmbda was set to {self.lmbda}, and some of its rows "
+                "have none. Give every row a reference, or leave lmbda at 1."
+            )
 
     def _sample_some(self, batches: list[dict]) -> list[dict]:
         """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
         row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
         key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
         prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        is_sampled = torch.rand(len(prompts), generator=keyed_generator(*key)) < self._lmbda_at(self.state.global_step)
+        is_sampled = torch.rand(len(prompts), generator=keyed_generator(*key)) < self._args_of_step.lmbda
         chosen = is_sampled.to(prompts.device)
         some = {Key.PROMPTS: prompts[chosen], Key.PROMPT_ATTENTION_MASK: mask[chosen]}
         sampled = self._sample([some], self.args.rollout)
@@ -391,6 +443,10 @@ class SKDTrainer(GKDTrainer):
             )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if any(
+            getattr(self, name) != value for name, value in self._attributes.items()
+        ):  # by a callback, in on_step_begin
+            self._enter_step(self.state.global_step, self.state.max_steps)
         start = time.perf_counter()
         num_tokens = int((inputs[Key.LABELS] != IGNORE_INDEX).sum())
         # GKDTrainer's own would sample once more.

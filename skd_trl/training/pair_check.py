@@ -29,7 +29,7 @@ from .distributed import check_connected, check_engine, check_head, is_sharded
 from .limits import room_for_prompts
 from .models import pad_token_id
 from .padding_check import check_padding
-from .router_logits import without_router_logits
+from .router_logits import describe_left_out_loss, without_router_logits
 from .trained_parameters import check_trained_parameters, describe_lost_updates
 
 
@@ -250,6 +250,11 @@ def _check_heads(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, "The logits that the loss makes from hidden states are the models' own."
 
 
+def _check_experts(pair: Pair) -> tuple[Verdict, str]:
+    left_out = describe_left_out_loss(pair.student, pair.args.router_aux_loss_coef)
+    return (Verdict.GOOD, "The divergence is the whole loss.") if left_out is None else (Verdict.WARNING, left_out)
+
+
 PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
     "placement": _check_placement,
     "adapters": _check_adapters,
@@ -260,6 +265,7 @@ PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
     "room for prompts": _check_room,
     "padding": _check_padding,
     "heads": _check_heads,
+    "experts": _check_experts,
 }
 
 
