@@ -9,7 +9,6 @@ Shapes: B rows of the cache, N rows of one forward, Q new tokens of each of thes
 """
 
 import inspect
-import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 
@@ -17,6 +16,8 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+
+from .packed_attention import packed_query_groups
 
 
 # Attention that can be expressed as a 4D mask over slots.
@@ -45,6 +46,7 @@ class RaggedDecoder:
         self.layers = [RaggedLayer(num_rows, num_slots, self.window) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
         self.spans = _attention_spans(config)
+        self.slots = torch.arange(num_slots, device=next(model.parameters()).device)
         self.attn_implementation = sampling_attention(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # Its name before transformers 5.24 or so, and of models that have it from elsewhere.
@@ -72,7 +74,7 @@ class RaggedDecoder:
         self.window.set(rows or range(len(tokens)), positions, num_slots_in_use)
         with (
             attention_implementation(self.model, self.attn_implementation),
-            _grouped_queries(is_wanted=tokens.device.type == "cpu" and tokens.shape[1] > 1),
+            packed_query_groups(),
             HeadInput(self.model) as head_input,
         ):
             logits = self.model(
@@ -87,10 +89,10 @@ class RaggedDecoder:
 
     def masks(self, positions: torch.Tensor, num_slots: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several."""
-        distance = positions[:, None, :, None] - torch.arange(num_slots, device=positions.device)
+        slots, positions = self.slots[:num_slots], positions[:, None, :, None]
+        seen = slots <= positions
         masks = {
-            kind: (distance >= 0) if span is None else (distance >= 0) & (distance < span)
-            for kind, span in self.spans.items()
+            kind: seen if span is None else seen & (slots > positions - span) for kind, span in self.spans.items()
         }
         if self.attn_implementation == "eager":
             # It adds its mask to the scores: a boolean one would be added as 0 and 1, silently wrong.
@@ -233,21 +235,6 @@ def eval_mode(model: nn.Module):
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _grouped_queries(is_wanted: bool):
-    """Lets SDPA read keys and values as they are, instead of a copy for each query head (on CPU 2.8 times a block's whole
-    forward at 576 slots). transformers packs single queries itself, and on GPUs SDPA's fast kernels take no mask with it."""
-    name = "TRANSFORMERS_SDPA_FORCE_GQA"
-    if not is_wanted or name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
 
 
 def _attention_spans(config) -> dict[str, int | None]:
