@@ -28,11 +28,11 @@ def left_padded(prompts):
 
 def sample(
     student, teacher, prompts=PROMPTS, rule=None, *, student_sampling=FREE, teacher_sampling=FREE,
-    vocab_size=None, compiled=None, noise=None, max_new_tokens=12, eos_token_ids=(EOS,), **execution,
+    vocab_size=None, noise=None, max_new_tokens=12, eos_token_ids=(EOS,), **execution,
 ):  # fmt: skip
     """`interleaved_sample` on lists of prompts, drafts of three tokens unless told otherwise."""
     return interleaved_sample(
-        LocalParticipant(student, student_sampling, vocab_size=vocab_size, compiled=compiled),
+        LocalParticipant(student, student_sampling, vocab_size=vocab_size),
         LocalParticipant(teacher, teacher_sampling, vocab_size=vocab_size),
         *left_padded(prompts),
         accept=rule or ACCEPTANCE_RULES["top_k"](k=3),

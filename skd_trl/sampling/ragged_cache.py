@@ -11,6 +11,7 @@ Shapes: B rows of the cache, N rows of one forward, Q new tokens of each of thes
 import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from .packed_attention import packed_query_groups
 
 # Attention that can be expressed as a 4D mask over slots.
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Shapes of rounds that are compiled for one model; rounds of others run as they are.
+MOST_SHAPES = 64
 
 
 class RaggedDecoder:
@@ -34,19 +37,22 @@ class RaggedDecoder:
             B, how many rows the cache holds.
         num_slots (`int`):
             L, the longest sequence of positions a row can have.
+        compile (`bool`, *optional*, defaults to `False`):
+            Whether forwards with logits go through `torch.compile`. Give them few different shapes.
 
     Whether a model can be run so is for `admission.prove` to say.
     """
 
-    def __init__(self, model: nn.Module, num_rows: int, num_slots: int):
-        self.model = model
+    def __init__(self, model: nn.Module, num_rows: int, num_slots: int, compile: bool = False):
+        self.model, self.compile = model, compile
         self.num_rows, self.num_slots = num_rows, num_slots
-        self.window = _Window()
+        device = next(model.parameters()).device
+        self.slots = torch.arange(num_slots, device=device)
+        self.window = _Window(torch.arange(num_rows, device=device))
         config = model.config.get_text_config()
         self.layers = [RaggedLayer(num_rows, num_slots, self.window) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
         self.spans = _attention_spans(config)
-        self.slots = torch.arange(num_slots, device=next(model.parameters()).device)
         self.attn_implementation = sampling_attention(model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # Its name before transformers 5.24 or so, and of models that have it from elsewhere.
@@ -72,20 +78,22 @@ class RaggedDecoder:
         """
         num_slots_in_use = min(num_slots_in_use or self.num_slots, self.num_slots)
         self.window.set(rows or range(len(tokens)), positions, num_slots_in_use)
-        with (
-            attention_implementation(self.model, self.attn_implementation),
-            packed_query_groups(),
-            HeadInput(self.model) as head_input,
-        ):
-            logits = self.model(
-                input_ids=tokens,
-                attention_mask=self.masks(positions, num_slots_in_use),
-                position_ids=positions,
-                use_cache=True,
-                **self.cache_argument,
-                **({"logits_to_keep": tokens.new_empty(0)} if without_logits else {}),
-            ).logits
-        return head_input.value, logits
+        masks = self.masks(positions, num_slots_in_use)
+        with attention_implementation(self.model, self.attn_implementation), packed_query_groups():
+            if without_logits:
+                return _forward(self.model, self.cache_argument, tokens, masks, positions, tokens.new_empty(0))
+            if (
+                self.compile and self.layers[0].is_initialized
+            ):  # the buffers have to be there before anything is traced
+                with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, fail_on_recompile_limit_hit=False):
+                    return _compiled()(self.model, self.cache_argument, tokens, masks, positions, None)
+            return _forward(self.model, self.cache_argument, tokens, masks, positions, None)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the cache holds."""
+        layers = (layer for layer in self.layers if layer.is_initialized)
+        return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
 
     def masks(self, positions: torch.Tensor, num_slots: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several."""
@@ -112,6 +120,21 @@ class RaggedDecoder:
         """Copies the first `num_slots` slots of the first row to all rows: a beginning that all of them share."""
         for layer in self.layers:
             layer.spread_first_row(num_slots)
+
+
+def _forward(model: nn.Module, cache: dict[str, Cache], tokens, masks, positions, logits_to_keep):
+    """The last hidden states and the logits."""
+    keep = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
+    with HeadInput(model) as head_input:
+        logits = model(
+            input_ids=tokens, attention_mask=masks, position_ids=positions, use_cache=True, **cache, **keep
+        ).logits
+    return head_input.value, logits
+
+
+@cache
+def _compiled():
+    return torch.compile(_forward, dynamic=False)
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -168,12 +191,15 @@ class RaggedLayer(CacheLayerMixin):
 class _Window:
     """Where the current forward reads and writes; shared by all layers of one cache."""
 
+    def __init__(self, every_row: torch.Tensor):
+        self.every_row = every_row
+
     def set(self, rows: Sequence[int], positions: torch.Tensor, num_slots_in_use: int) -> None:
         self.positions, self.num_slots_in_use = positions, num_slots_in_use
         if isinstance(rows, range) or list(rows) == list(range(rows[0], rows[-1] + 1)):
             # Neighbours are read where they are.
             self.rows: slice | torch.Tensor = slice(rows[0], rows[-1] + 1)
-            index = torch.arange(rows[0], rows[-1] + 1, device=positions.device)
+            index = self.every_row[self.rows]
         else:
             self.rows = index = torch.tensor(rows, device=positions.device)
         self.index = index[:, None]
