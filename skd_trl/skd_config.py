@@ -106,10 +106,13 @@ class SKDConfig(ScheduledNumbers, GKDConfig):
             Positions whose logits are in memory at once. By default chosen so that they take about 64 MiB (on CPU 16 to 30).
         rollout_batch_size (`int`, *optional*):
             Responses written at once on each device; freed places are refilled. By default all of an optimizer step.
+        capture_sampling (`bool`, *optional*):
+            Whether rounds of sampling are captured as CUDA graphs. By default on CUDA where it is possible; the log says what was
+            captured, or why not.
         compile_student (`bool`, *optional*, defaults to `False`):
-            Whether the student drafts in static shapes through `torch.compile`, on CUDA with CUDA graphs: for small
-            students on GPUs. The first steps compile, and the student's cache stays in memory. Not for a student that
-            ZeRO-3 or FSDP2 shards. (The inherited `torch_compile` is for the training step; sampling runs without it.)
+            Whether both models' forwards in a round of sampling go through `torch.compile`, inside the CUDA graphs where these are
+            captured: for long runs, the first steps take minutes. Not for a student that ZeRO-3 or FSDP2 shards. (The inherited
+            `torch_compile` is for the training step; sampling runs without it.)
         max_prompt_length (`int`, *optional*):
             Rows with a longer prompt are left out. By default `max_length - max_new_tokens`.
         max_response_length (`int`, *optional*):
@@ -242,11 +245,18 @@ class SKDConfig(ScheduledNumbers, GKDConfig):
             "step."
         },
     )
+    capture_sampling: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Capture rounds of sampling as CUDA graphs. Default: on CUDA where it is possible; the log says what was "
+            "captured, or why not."
+        },
+    )
     compile_student: bool = field(
         default=False,
         metadata={
-            "help": "Draft in static shapes through torch.compile, on CUDA with CUDA graphs: for small students on GPUs. "
-            "The first steps compile."
+            "help": "Run both models' forwards in a round of sampling through torch.compile, inside the CUDA graphs where these "
+            "are captured: for long runs, the first steps take minutes."
         },
     )
     max_prompt_length: int | None = field(

@@ -39,11 +39,11 @@ from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
 from .loss.response_facts import ResponseFacts
 from .loss.teacher_signal import HiddenStates
-from .sampling.compiled_step import CompiledStudent
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant
 from .sampling.ragged_cache import eval_mode
 from .sampling.rollout import Rollout
+from .sampling.rounds import Rounds
 from .skd_config import SKDConfig
 from .training.checkpoints import load_draft_length, save_draft_length
 from .training.completions import completion_records, print_completions, save_completions, with_prompt_texts
@@ -236,7 +236,7 @@ class SKDTrainer(GKDTrainer):
         self._has_adapter = base_model(self.model) is not self.model
         self._finite_check = FiniteCheck()
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
-        self._compiled_student = args.compile_student and CompiledStudent()
+        self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         require(check_launch(self._inner_student(), teacher, args, self.accelerator))
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
@@ -418,7 +418,7 @@ class SKDTrainer(GKDTrainer):
             self.compute_loss_context_manager(),
             without_router_logits(self._inner_student(), self._inner_teacher),
             # `torch_compile` is for the training step: every round has another shape, and would be compiled anew.
-            nullcontext() if self._compiled_student else torch.compiler.set_stance("force_eager"),
+            nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
         ):
             collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
             return interleaved_sample(
@@ -426,7 +426,6 @@ class SKDTrainer(GKDTrainer):
                     student,
                     self._args_of_step.student_sampling(),
                     vocab_size=self.vocab_size,
-                    compiled=self._compiled_student or None,
                 ),
                 LocalParticipant(teacher, self._args_of_step.teacher_sampling(), vocab_size=self.vocab_size),
                 prompts,
@@ -439,6 +438,7 @@ class SKDTrainer(GKDTrainer):
                     self._draft_length,
                     self.args.rollout_batch_size,
                     agree_on_maximum(self.accelerator) if collective else None,
+                    self._rounds,
                 ),
             )
 
