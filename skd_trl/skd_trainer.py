@@ -57,6 +57,8 @@ from .training.distributed import (
     whole_head,
 )
 from .training.ends_of_sequence import stop_at
+from .training.engine_lifetime import check_first_training, engine_for_evaluation
+from .training.engine_settings import check_parallel_models
 from .training.finite_check import FiniteCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.last_hidden_states import last_hidden_states
@@ -69,6 +71,7 @@ from .training.quantised import keep_gradients
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
 from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
+from .training.saved_weights import check_saved, describe_shards, whole_parameters, whole_weights, writes_shards
 
 
 if TYPE_CHECKING:
@@ -180,6 +183,7 @@ class SKDTrainer(GKDTrainer):
         check_overrides(self, SKDTrainer)
         model, teacher_model = given_model("model", model), given_model("teacher_model", teacher_model)
         args = own_arguments(args, self._config_class, f"-{self._name}", model)
+        check_parallel_models(args, {"model": model, "teacher_model": teacher_model})
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
         require(check_pair(student, teacher, tokenizer, args, peft_config))
         self.vocab_size = shared_vocab_size(student, teacher)
@@ -270,7 +274,8 @@ class SKDTrainer(GKDTrainer):
         over the tokens of the set, divided once: no batch size changes them."""
         self._ratios["eval"].reset()
         self._num_evaluated = 0  # rows so far, on all processes
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with engine_for_evaluation(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._ratios["eval"].compute(self.accelerator)
         if metrics.get("sampled_share") == 0:
             del metrics["sampled_share"]
@@ -301,6 +306,9 @@ class SKDTrainer(GKDTrainer):
     def train(self, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
         check_overrides(self, SKDTrainer)
+        check_first_training(self)
+        if (note := describe_shards(self.accelerator)) is not None:
+            logger.warning(note)
         if self.model_init is None:
             stop_at(self._inner_student(), self.eos_token_ids)
         return super().train(*args, **kwargs)
@@ -456,6 +464,19 @@ class SKDTrainer(GKDTrainer):
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
         metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
+        What was written is read back and counted."""
+        output_dir = output_dir or self.args.output_dir
+        if self.is_deepspeed_enabled and self.deepspeed is None:  # before training there is no engine to ask
+            with whole_parameters(self.model):
+                return self._save(output_dir)
+        is_checkpoint_of_shards = _internal_call and writes_shards(self.accelerator)
+        with nullcontext() if is_checkpoint_of_shards else whole_weights(self.accelerator, self.model_wrapped):
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not is_checkpoint_of_shards:
+            check_saved(self.model, output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         # The Trainer pickles its arguments beside the weights, and not every idea given as an object can be pickled.

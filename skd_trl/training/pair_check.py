@@ -26,6 +26,7 @@ from ..sampling.admission import check_adapter, check_kind, check_one_device, pr
 from ..sampling.ragged_cache import attention_implementation, sampling_attention
 from ..skd_config import SKDConfig
 from .distributed import check_connected, check_engine, check_head, is_sharded
+from .engine_settings import check_settings
 from .limits import room_for_prompts
 from .models import pad_token_id
 from .padding_check import check_padding
@@ -274,6 +275,7 @@ def _check_engine(
 ) -> tuple[Verdict, str]:
     check_connected(accelerator)
     check_engine(accelerator, args.shard_teacher, args.compile_student)
+    check_settings(args, accelerator, student, teacher)
     for name, model in (("student", student), ("teacher", teacher)):
         check_head(LMHead.of(model), name, accelerator)
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
