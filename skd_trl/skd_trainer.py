@@ -63,7 +63,7 @@ from .training.finite_check import FiniteCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.last_hidden_states import last_hidden_states
 from .training.limits import response_limit, room_for_prompts, room_for_texts
-from .training.loss_forward import LossFunction, loss_in_forward
+from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
 from .training.metrics import RatioMetrics, add_rollout, num_own_rows, with_prefix, without_filled_rows
 from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
 from .training.pair_check import check_launch, check_pair, require
@@ -241,6 +241,7 @@ class SKDTrainer(GKDTrainer):
         self._finite_check = FiniteCheck()
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
+        self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
         require(check_launch(self._inner_student(), teacher, args, self.accelerator))
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
@@ -533,7 +534,7 @@ class SKDTrainer(GKDTrainer):
 
     def _forward_with(self, model, inputs, loss_fn: LossFunction) -> dict[str, torch.Tensor]:
         """`loss_fn` of the student's last hidden states, inside the forward of `model`: the student, wrapped or not."""
-        with self.accelerator.autocast(), loss_in_forward(self._inner_student()):
+        with self.accelerator.autocast(), loss_in_forward(self._inner_student(), self._compiled_backbone):
             return model(**model_inputs(inputs), loss_fn=loss_fn)
 
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
