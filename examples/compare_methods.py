@@ -103,11 +103,11 @@ def run_all(runs: list[tuple[str, int]], options: argparse.Namespace) -> None:
 def run_arm(options: argparse.Namespace, arm: str, seed: str) -> None:
     """Trains one arm with one seed and writes its scores on the held-out prompts; `before` only scores the student."""
     from datasets import disable_progress_bars
-    from evaluation import decoding_for, evaluate, generate, held_out
     from summarization_data import load_summarization
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     from skd_trl import SpecKDConfig, SpecKDTrainer
+    from skd_trl.evaluation.scores import decoding_for, evaluate, generate, held_out
 
     class StopAtBudget(TrainerCallback):
         """Ends training at the first step that reaches the budget of response tokens."""

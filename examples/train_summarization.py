@@ -34,9 +34,7 @@ import transformers
 import trl
 import yaml
 from accelerate import PartialState
-from comparison import HeldOutComparison, comparison_table
 from datasets import Dataset
-from report import write_report
 from rich.console import Console
 from summarization_data import load_summarization
 from transformers import AutoTokenizer, ProgressCallback
@@ -51,6 +49,8 @@ from trl import (
 )
 
 import skd_trl
+from skd_trl.evaluation.comparison import HeldOutComparison, comparison_table
+from skd_trl.evaluation.report import write_report
 
 
 STAGES = {"student": "model_init_kwargs", "teacher": "teacher_model_init_kwargs"}

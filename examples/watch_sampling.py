@@ -15,13 +15,13 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from evaluation import decoding_for
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from skd_trl import Execution, LocalParticipant, SamplingParams, interleaved_sample
+from skd_trl.evaluation.scores import decoding_for
 from skd_trl.sampling.acceptance import Draft, TopK
 
 

@@ -24,14 +24,14 @@ CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
 sys.path.insert(0, str(EXAMPLES))
 
 import compare_methods  # noqa: E402
-import comparison  # noqa: E402
 import debian_summaries  # noqa: E402
-import evaluation  # noqa: E402
 import offline_assets  # noqa: E402
-import report  # noqa: E402
 import summarization_data  # noqa: E402
 import train_summarization  # noqa: E402
 import watch_sampling  # noqa: E402
+
+from skd_trl.evaluation import comparison, report  # noqa: E402
+from skd_trl.evaluation import scores as evaluation  # noqa: E402
 
 
 PROSE = " ".join(f"word{i}" for i in range(30))

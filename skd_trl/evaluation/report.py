@@ -7,10 +7,8 @@ an underline, not in colour alone.
     python examples/report.py out
 """
 
-import argparse
 import base64
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +20,12 @@ matplotlib.use("Agg")  # noqa: E402 (before pyplot, which would ask for a displa
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-from comparison import EXPLANATION, comparison_row  # noqa: E402
 from jinja2 import Environment, FileSystemLoader  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
+
+from .comparison import EXPLANATION, comparison_row  # noqa: E402
 
 
 # Curves of the lower plot, where the log has them: label, colour (of a set that colour-blind people tell apart), style.
@@ -223,13 +222,3 @@ def flattened(settings: dict) -> dict[str, object]:
     pairs = ((key, value) for key, value in settings.items() if not isinstance(value, dict))
     nested = (pair for value in settings.values() if isinstance(value, dict) for pair in value.items())
     return {key.replace("_", " "): value for key, value in (*pairs, *nested)}
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write metrics.json, training.png and samples.html of a run.")
-    parser.add_argument("run_dir", type=Path, help="output directory of a training run")
-    try:
-        for path in write_report(parser.parse_args().run_dir):
-            print(path)
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")

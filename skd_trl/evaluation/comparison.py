@@ -6,25 +6,21 @@ after, so that what makes a prompt hard drops out.
     python examples/comparison.py --teacher examples/assets/teacher --before examples/assets/student-20 --after runs/demo
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from evaluation import HeldOut, Scores, decode, decoding_for, evaluate, generate, held_out, rouge
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from summarization_data import load_summarization
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
-from skd_trl import SKDTrainer
+from ..skd_trainer import SKDTrainer
+from .scores import HeldOut, Scores, decode, decoding_for, evaluate, generate, held_out, rouge
 
 
 logger = get_logger(__name__)
@@ -209,36 +205,3 @@ def comparison_row(name: str, metric: dict) -> dict[str, str]:
         "change": f"{value:+{digits}} [{low:+{digits}}, {high:+{digits}}]",
         "verdict": verdict(metric),
     }
-
-
-def main(arguments: argparse.Namespace) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(arguments.before)
-    teacher, before, after = (
-        AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(PartialState().device)
-        for name in (arguments.teacher, arguments.before, arguments.after)
-    )
-    data = held_out(
-        load_summarization(arguments.dataset_name, arguments.split, num_rows=arguments.num_rows), tokenizer
-    )
-    decoding = decoding_for(tokenizer, before, teacher, arguments.max_new_tokens, arguments.batch_size)
-    answers = generate(teacher, data.prompt_ids, decoding=decoding, description="teacher: greedy text")
-    scores = [
-        evaluate(model, teacher, tokenizer, data, answers, decoding=decoding, name=name)
-        for name, model in (("before", before), ("after", after))
-    ]
-    own = rouge(decode(tokenizer, answers), data.references, suffix="reference")
-    if PartialState().is_main_process:
-        Console().print(comparison_table(compare(*scores, own)))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Compare two students of one teacher on held-out prompts.")
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--before", required=True, help="the student before")
-    parser.add_argument("--after", required=True, help="the student after")
-    parser.add_argument("--dataset_name", default="examples/assets/text", help="a data set of the hub, or a directory")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--num_rows", type=int, default=64)
-    parser.add_argument("--max_new_tokens", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=16)
-    main(parser.parse_args())

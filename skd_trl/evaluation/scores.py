@@ -18,7 +18,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
-from summarization_data import text_of
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -208,6 +207,11 @@ def rouge(predictions: list[str], targets: list[str], *, suffix: str) -> dict[st
     scorer = RougeScorer(ROUGE, use_stemmer=True)
     scores = [scorer.score(target, prediction) for prediction, target in zip(predictions, targets, strict=True)]
     return {f"{kind}_{suffix}": np.array([[100 * score[kind].fmeasure, 1.0] for score in scores]) for kind in ROUGE}
+
+
+def text_of(value: str | list[dict[str, str]]) -> str:
+    """The plain text of a `completion`, whether it is a string or a conversation."""
+    return value if isinstance(value, str) else value[-1]["content"]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]) -> list[str]:
