@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import math
 import os
 import re
 import subprocess
@@ -31,7 +30,6 @@ import train_summarization  # noqa: E402
 import watch_sampling  # noqa: E402
 
 from skd_trl.evaluation import comparison, report  # noqa: E402
-from skd_trl.evaluation import scores as evaluation  # noqa: E402
 
 
 PROSE = " ".join(f"word{i}" for i in range(30))
@@ -233,159 +231,6 @@ def test_unknown_columns_and_missing_files_are_named(tmp_path):
         summarization_data.load_summarization(str(tmp_path), "test")
     with pytest.raises(ValueError, match="does not exist.*offline_assets"):
         summarization_data.load_summarization("./nowhere", "test")
-
-
-# Evaluation
-
-
-PROMPTS = [[40, 41, 42], list(range(50, 70)), [60] * 7, [80, 81]]
-RESPONSES = [[100, 101], [102, 103, 104, 105], [106], [107, 108, 109]]
-
-
-def decoding(batch_size: int = 2, max_new_tokens: int = 8, eos_token_ids: tuple[int, ...] = (257,)):
-    return evaluation.Decoding(max_new_tokens, batch_size, list(eos_token_ids), pad_token_id=256)
-
-
-@torch.no_grad()
-def expected_divergence(student, teacher, vocab_size: int) -> list[float]:
-    """KL(teacher || student) summed over each response: one row at a time, float64."""
-    sums = []
-    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-        ids = torch.tensor([prompt + response])
-        q, p = (
-            model(ids).logits[0, len(prompt) - 1 : -1, :vocab_size].double().softmax(-1)
-            for model in (student, teacher)
-        )
-        sums.append((p * (p.log() - q.log())).sum().item())
-    return sums
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
-@pytest.mark.parametrize("batch_size, max_logits, chunk_size", [(1, 2**26, 128), (3, 2**26, 2), (4, 1, 3)])
-def test_token_divergence_is_the_textbook_sum_however_it_is_cut(architecture, batch_size, max_logits, chunk_size):
-    student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
-    found = evaluation.token_divergence(
-        student, teacher, PROMPTS, RESPONSES, decoding=decoding(batch_size), description="", max_logits=max_logits,
-        chunk_size=chunk_size,
-    )  # fmt: skip
-    np.testing.assert_allclose(found[:, 0], expected_divergence(student, teacher, 259), rtol=1e-4)
-    assert found[:, 1].tolist() == [len(response) for response in RESPONSES]
-
-
-def test_token_divergence_compares_the_shared_range_of_padded_vocabularies():
-    student, teacher = tiny_model(seed=1, vocab_size=264), tiny_model(seed=2, vocab_size=272)
-    found = evaluation.token_divergence(student, teacher, PROMPTS, RESPONSES, decoding=decoding(), description="")
-    np.testing.assert_allclose(found[:, 0], expected_divergence(student, teacher, 264), rtol=1e-4)
-
-
-def test_a_student_that_is_its_teacher_has_no_divergence():
-    model = tiny_model()
-    found = evaluation.token_divergence(model, model, PROMPTS, RESPONSES, decoding=decoding(), description="")
-    assert np.abs(found[:, 0]).max() < 1e-6
-
-
-@torch.no_grad()
-def test_greedy_texts_are_those_of_one_row_without_cache_and_end_with_their_end():
-    model = tiny_model()
-    expected = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 8:
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        expected.append(ids[len(prompt) :])
-    end = expected[1][2]  # make a token that the second row writes an end of sequence
-    cut = [ids[: ids.index(end) + 1] if end in ids else ids for ids in expected]
-    model.train()
-    model.generation_config.repetition_penalty = 5.0  # a model's own settings must not change what is compared
-    found = evaluation.generate(model, PROMPTS, decoding=decoding(eos_token_ids=(end,)), description="")
-    assert found == cut
-    assert model.training
-
-
-def test_samples_depend_on_the_seed_alone_and_leave_the_global_generator_as_it_was():
-    model = tiny_model()
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    first, second = (
-        evaluation.generate(model, PROMPTS, decoding=decoding(), do_sample=True, description="") for _ in range(2)
-    )
-    assert first == second
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first != evaluation.generate(model, PROMPTS, decoding=decoding(), description="")
-
-
-def test_rouge_is_full_for_the_same_text_and_nothing_for_another():
-    scores = evaluation.rouge(["a small tool", "x y"], ["a small tool", "p q"], suffix="reference")
-    assert {name: values[:, 0].tolist() for name, values in scores.items()} == {
-        f"rouge{kind}_reference": [100.0, 0.0] for kind in "12L"
-    }
-
-
-# Comparison
-
-
-def scores(values, weights=None) -> "evaluation.Scores":
-    array = np.stack(
-        [np.asarray(values, float), np.ones(len(values)) if weights is None else np.asarray(weights, float)], 1
-    )
-    return evaluation.Scores([""] * len(values), dict.fromkeys(comparison.METRICS, array))
-
-
-def test_divergences_are_averaged_over_tokens_not_over_prompts():
-    metric = comparison.compare(scores([1.0, 9.0], [1, 3]), scores([1.0, 9.0], [1, 3]), {})["metrics"][
-        "kl_teacher_text"
-    ]
-    assert metric["before"]["value"] == 10 / 4
-
-
-def test_the_paired_interval_of_a_constant_change_has_no_width():
-    values = np.random.default_rng(0).normal(50, 20, size=40)
-    metric = comparison.compare(scores(values), scores(values + 2), {})["metrics"]["rougeL_teacher"]
-    assert metric["change"] == pytest.approx({"value": 2, "low": 2, "high": 2})
-    assert metric["before"]["high"] - metric["before"]["low"] > 5
-    assert comparison.verdict(metric) == "better"
-
-
-def test_verdicts_know_which_way_is_better_and_when_it_is_unclear():
-    values = np.linspace(1, 2, 20)
-    lower = comparison.compare(scores(values), scores(values - 0.5), {})["metrics"]
-    assert comparison.verdict(lower["kl_teacher_text"]) == "better"
-    assert comparison.verdict(lower["rouge1_teacher"]) == "worse"
-    noise = np.where(np.arange(20) % 2, 0.5, -0.5)
-    assert (
-        comparison.verdict(comparison.compare(scores(values), scores(values + noise), {})["metrics"]["rouge1_teacher"])
-        == "unclear"
-    )
-
-
-def test_the_bootstrap_interval_of_a_mean_is_as_wide_as_theory_says():
-    values = np.random.default_rng(1).normal(size=400)
-    metric = comparison.compare(scores(values), scores(values), {})["metrics"]["kl_teacher_text"]["before"]
-    # 2 x 1.96 standard errors; 2,000 resamples put the ends within a few percent
-    assert metric["high"] - metric["low"] == pytest.approx(3.92 * values.std() / math.sqrt(400), rel=0.1)
-
-
-def test_the_table_fits_eighty_columns():
-    table = comparison.comparison_table(
-        comparison.compare(
-            scores([10.0, 20.0, 31.0]), scores([30.0, 50.0, 55.0]), {"rougeL_reference": np.ones((3, 2))}
-        )
-    )
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table)
-    text = console.export_text()
-    assert "…" not in text
-    assert all(label in text for label, _ in comparison.METRICS.values())
-
-
-def test_scores_of_before_are_read_back_for_the_same_prompts_only(tmp_path):
-    data = evaluation.HeldOut([[1]], ["prompt"], ["reference"])
-    comparison.write_scores(tmp_path / "before.json", data, scores([1.0]), [[5, 6]])
-    found, answers = comparison.read_scores(tmp_path / "before.json", data)
-    assert answers == [[5, 6]]
-    assert found.values["kl_teacher_text"].tolist() == [[1.0, 1.0]]
-    assert comparison.read_scores(tmp_path / "before.json", evaluation.HeldOut([[1]], ["other"], ["r"])) is None
-    assert comparison.read_scores(tmp_path / "missing.json", data) is None
 
 
 # Report
