@@ -1,21 +1,17 @@
-"""The examples: what the offline assets are made of, what evaluation measures, what the report shows, and the script."""
+"""The examples: what the offline assets are made of, the summaries, the scripts."""
 
 import argparse
-import io
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
+from assets import arguments_for, save_assets
 from datasets import Dataset
-from rich.console import Console
-from tiny import EOS, byte_tokenizer, save_models, tiny_model
+from tiny import byte_tokenizer, tiny_model
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -27,9 +23,9 @@ import debian_summaries  # noqa: E402
 import offline_assets  # noqa: E402
 import summarization_data  # noqa: E402
 import train_summarization  # noqa: E402
-import watch_sampling  # noqa: E402
 
-from skd_trl.evaluation import comparison, report  # noqa: E402
+from skd_trl.commands import supervised, train  # noqa: E402
+from skd_trl.evaluation.scores import METRICS  # noqa: E402
 
 
 PROSE = " ".join(f"word{i}" for i in range(30))
@@ -233,172 +229,27 @@ def test_unknown_columns_and_missing_files_are_named(tmp_path):
         summarization_data.load_summarization("./nowhere", "test")
 
 
-# Report
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    history = [
-        {"step": step, "loss": 2.0 / step, "acceptance_rate": 0.5, "replaced_share": 0.5, "epoch": 0.1}
-        for step in range(1, 31)
-    ]
-    (tmp_path / "trainer_state.json").write_text(
-        json.dumps({"log_history": [*history, {"step": 30, "train_loss": 1.0}]})
-    )
-    (tmp_path / "completions").mkdir()
-    for step in range(1, 31):
-        row = {
-            "step": step,
-            "prompt": "<script>alert('prompt')</script>",
-            "response": "unused",
-            "tokens": ["<b>bold</b>", " plain", "\n", "&amp;", "<|im_end|>"],
-            "replaced": [True, False, False, True, False],
-            "proposals": ["<i>", " plain", "\n", " other", "<|im_end|>"],
-        }
-        pd.DataFrame([row] * 2).to_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
-    return tmp_path
-
-
-def test_the_page_marks_replaced_tokens_and_escapes_every_text(run_dir):
-    report.write_report(run_dir)
-    page = (run_dir / "samples.html").read_text()
-    assert "<script" not in page and "<b>bold" not in page
-    assert "&lt;script&gt;" in page
-    num_samples = report.MAX_STEPS * 2
-    marked = re.findall(r'<span class="token replaced( special)?" title="[^"]*">([^<]*)</span>', page)
-    assert [text for _, text in marked] == ["&lt;b&gt;bold&lt;/b&gt;", "&amp;amp;"] * num_samples
-    assert page.count('<del class="proposal">') == 2 * num_samples
-    assert "in place of the student&#39;s “&lt;i&gt;”" in page
-
-
-@pytest.mark.parametrize("rollout, said", [("student", "the student alone"), ("interleaved", "together"), (None, "")])
-def test_the_page_says_who_wrote_the_responses(run_dir, rollout, said):
-    (run_dir / "evaluation.json").write_text(json.dumps({"settings": {"rollout": rollout}}))
-    report.write_report(run_dir)
-    page = (run_dir / "samples.html").read_text()
-    assert said in page
-    assert ("together" in page) == (rollout == "interleaved")
-
-
-def test_the_page_knows_no_proposal_where_the_teacher_wrote_alone(run_dir):
-    for file in (run_dir / "completions").iterdir():
-        rows = pd.read_parquet(file)
-        rows.assign(proposals=None, replaced=[[True] * 5] * len(rows)).to_parquet(file)
-    report.write_report(run_dir)
-    page = (run_dir / "samples.html").read_text()
-    assert '<del class="proposal">' not in page
-    assert page.count(': the teacher&#39;s"') == 5 * 2 * report.MAX_STEPS
-
-
-def test_the_page_needs_no_network(run_dir):
-    report.write_report(run_dir)
-    page = (run_dir / "samples.html").read_text()
-    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
-    assert "@import" not in page and "url(" not in page
-
-
-def test_the_page_shows_the_first_and_the_last_of_many_steps(run_dir):
-    report.write_report(run_dir)
-    steps = re.findall(r'id="step-(\d+)"', (run_dir / "samples.html").read_text())
-    assert len(steps) == report.MAX_STEPS
-    assert steps[0] == "1" and steps[-1] == "30"
-
-
-def test_metrics_hold_first_last_and_mean_of_what_was_logged(run_dir):
-    report.write_report(run_dir)
-    training = json.loads((run_dir / "metrics.json").read_text())["training"]
-    assert training["loss"] == pytest.approx({"first": 2.0, "last": 2 / 30, "mean": np.mean(2 / np.arange(1, 31))})
-    assert training["train_loss"]["last"] == 1.0
-    assert "epoch" not in training
-
-
-def test_a_run_without_samples_or_evaluation_is_reported_from_its_newest_checkpoint(tmp_path):
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        state = {"log_history": [{"step": step, "loss": float(step)}]}
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
-    assert [path.name for path in report.write_report(tmp_path)] == ["metrics.json", "training.png", "samples.html"]
-    assert json.loads((tmp_path / "metrics.json").read_text())["training"]["loss"]["last"] == 10
-    assert (tmp_path / "training.png").stat().st_size > 1000
-
-
-def test_a_directory_without_a_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no trainer_state.json.*save_state"):
-        report.write_report(tmp_path)
-
-
 # The scripts
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_is_understood(config):
     arguments = ["--config", str(config), "--use_cpu", "true"]  # bf16 on a machine without a GPU is refused otherwise
-    trainer = train_summarization.chosen_trainer(arguments)
-    script_args, training_args, model_args = train_summarization.make_parser(trainer).parse_args_and_config(arguments)
+    trainer = train.chosen_trainer(arguments)
+    script_args, training_args, model_args = train.train_command(trainer).parse(arguments)
     assert script_args.trainer == trainer
     assert training_args.teacher_model_name_or_path and model_args.model_name_or_path
     for settings in (script_args.teacher_sft, script_args.student_sft):
-        train_summarization.SFTConfig(output_dir="unused", use_cpu=True, **(settings or {}))
-
-
-def test_the_trainer_is_that_of_the_command_line_then_of_the_file_then_skd(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text("trainer: speckd\n")
-    assert train_summarization.chosen_trainer(["--config", str(config), "--trainer", "skd"]) == "skd"
-    assert train_summarization.chosen_trainer(["--config", str(config)]) == "speckd"
-    assert train_summarization.chosen_trainer(["--learning_rate", "1.0"]) == "skd"
-
-
-def test_wrong_script_arguments_name_the_field():
-    arguments = train_summarization.SummarizationArguments
-    assert arguments(dataset_name="x", teacher_sft='{"max_steps": 3}').teacher_sft == {"max_steps": 3}
-    with pytest.raises(ValueError, match="dataset_name is not set"):
-        arguments()
-    with pytest.raises(ValueError, match="num_eval_rows=-1"):
-        arguments(dataset_name="x", num_eval_rows=-1)
+        supervised.SFTConfig(output_dir="unused", use_cpu=True, **(settings or {}))
 
 
 @pytest.fixture
 def tiny_assets(tmp_path):
-    """A pair of tiny models and a data set in files, as offline_assets.py lays them out."""
-    save_models(tmp_path, {"teacher": 1, "student": 2})
-    (tmp_path / "text").mkdir()
-    for split, num_rows in (("train", 8), ("test", 5)):
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": f"{split} {'x' * i}"}],
-                "completion": [{"role": "assistant", "content": f"short {i}"}],
-            }
-            for i in range(num_rows)
-        ]
-        (tmp_path / "text" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
-
-
-def arguments_for(assets: Path, **more) -> list[str]:
-    values = {
-        "model_name_or_path": assets / "student",
-        "teacher_model_name_or_path": assets / "teacher",
-        "dataset_name": assets / "text",
-        "output_dir": assets / "run",
-        "max_new_tokens": 4,
-        "max_steps": 2,
-        "save_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "log_completions": True,
-        "log_completions_steps": 1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        **more,
-    }
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    return save_assets(tmp_path)
 
 
 def run_script(arguments: list[str]) -> None:
-    train_summarization.main(*train_summarization.make_parser("skd").parse_args_and_config(arguments))
+    train_summarization.main(arguments)
 
 
 @pytest.mark.slow
@@ -408,7 +259,7 @@ def test_the_script_trains_compares_and_reports(tiny_assets, capsys):
     run = tiny_assets / "run"
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["comparison"]["num_prompts"] == 5
-    assert set(metrics["comparison"]["metrics"]) == set(comparison.METRICS)
+    assert set(metrics["comparison"]["metrics"]) == set(METRICS)
     assert metrics["settings"]["student"].endswith("student_sft")
     assert {"evaluation_before", "training", "evaluation_after"} <= set(metrics["seconds"])
     assert {"loss", "acceptance_rate", "replaced_share"} <= set(metrics["training"])
@@ -450,40 +301,6 @@ def test_two_processes_compare_the_same_prompts_as_one(tiny_assets):
     for name in ("kl_teacher_text", "rougeL_teacher", "rouge1_reference"):
         found, expected = (outcome["comparison"]["metrics"][name]["before"] for outcome in (two, one))
         assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_watching_shows_every_token_of_the_response_and_who_wrote_it(tiny_assets, capsys):
-    arguments = watch_sampling.argparse.Namespace(
-        student=str(tiny_assets / "student"),
-        teacher=str(tiny_assets / "teacher"),
-        prompt="hello",
-        accept_top_k=60,
-        num_draft_tokens=3,
-        max_new_tokens=10,
-        temperature=1.0,
-        top_p=1.0,
-        teacher_temperature=1.0,
-        teacher_top_p=1.0,
-        seed=0,
-    )
-    watch_sampling.main(arguments)
-    output = capsys.readouterr().out
-    tokens, accepted, replaced = (
-        int(re.search(pattern, output).group(1))
-        for pattern in (r"(\d+) tokens in", r"(\d+) accepted", r"(\d+) replaced")
-    )
-    assert accepted + replaced == tokens
-    assert replaced > 0 and output.count(">") >= replaced
-
-
-def test_the_rounds_of_a_draft_show_what_stands_what_was_replaced_and_what_was_dropped():
-    tokenizer = byte_tokenizer()
-    a, b, c, d, e, f = tokenizer("abcdef").input_ids[:6]
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(watch_sampling.rounds_table([([a, b, c], 1), ([e, f, a], 3)], [a, d, e, f], tokenizer))
-    text = console.export_text()
-    assert "a b>d c" in text and "1 of 3" in text
-    assert "e f" in text and EOS not in text
 
 
 # The comparison of methods

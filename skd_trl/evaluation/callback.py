@@ -94,7 +94,7 @@ class HeldOutEvaluation(TrainerCallback):
         )
         if not self.at_evaluation or metrics is None or is_later:
             return
-        found = {f"eval_{name}": value for name, value in self.score("evaluation").means().items()}
+        found = {f"eval_{name}": value for name, value in self.score("held-out").means().items()}
         metrics.update(found)
         self.trainer.log(found)
 
@@ -116,7 +116,8 @@ class HeldOutEvaluation(TrainerCallback):
             evaluation=Evaluation(**{**vars(self.evaluation), "decoding": decoding}),
             name=name,
         )
-        self.seconds[f"evaluation_{name}"] = round(time.perf_counter() - start, 1)
+        seconds = self.seconds.get(f"evaluation_{name}", 0.0) + time.perf_counter() - start
+        self.seconds[f"evaluation_{name}"] = round(seconds, 1)
         return scores
 
     @property

@@ -40,12 +40,16 @@ class Execution:
         keeps_shape (`bool`, *optional*, defaults to `False`):
             Whether every round has the shape of the first one: rows that end leave their place to nobody, and attention reads
             all slots. For what is compiled or captured.
+        observe (`Callable`, *optional*):
+            Called after each round with two lists of whole numbers: the tokens written of each row, and the rows being written.
+            For progress bars.
     """
 
     num_draft_tokens: int | str | DraftLength = 5
     max_rows: int | None = None
     agree: Callable[..., tuple[int, ...]] | None = None
     keeps_shape: bool = False
+    observe: Callable[[list[int], list[int]], None] | None = None
 
 
 @torch.no_grad()
@@ -137,6 +141,8 @@ def interleaved_sample(
             stopwatch, num_live = Stopwatch(prompt_ids.device), len(rows.live)
             interleave_round(student, teacher, rows, accept, num_draft, stopwatch)
             rows.read(num_draft if accept.drafts else 0)  # the one wait for the device
+            if execution.observe is not None:
+                execution.observe(list(rows.host_written), [prompt for prompt, _ in rows.live])
             student_seconds, teacher_seconds = stopwatch.seconds()
             draft_length.observe(
                 Round(num_live, num_draft, student_seconds, teacher_seconds, rows.num_judged, rows.num_accepted)
