@@ -129,6 +129,8 @@ class SKDConfig(ScheduledNumbers, GKDConfig):
             `output_dir/completions/completions_{step}.parquet`, with what the teacher replaced.
         log_completions_steps (`int`, *optional*):
             Every how many steps. By default `logging_steps`.
+        log_fixed_prompts (`int`, *optional*, defaults to `0`):
+            How many prompts are sampled again, with the same noise, each time that completions are kept.
         num_completions_to_print (`int`, *optional*, defaults to `3`):
             Rows of the table in the terminal.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
@@ -290,6 +292,13 @@ class SKDConfig(ScheduledNumbers, GKDConfig):
     log_completions_steps: int | None = field(
         default=None, metadata={"help": "Every how many steps sampled responses are kept. Default: logging_steps."}
     )
+    log_fixed_prompts: int = field(
+        default=0,
+        metadata={
+            "help": "How many prompts, the first of the evaluation set or else of the training set, are sampled again with the same "
+            "noise each time that completions are kept: what differs between two times is the student."
+        },
+    )
     num_completions_to_print: int = field(
         default=3, metadata={"help": "How many sampled responses the table in the terminal shows."}
     )
@@ -320,6 +329,8 @@ class SKDConfig(ScheduledNumbers, GKDConfig):
                 "num_draft_tokens='auto' follows measured times, which differ from run to run; with full_determinism=True "
                 "give a number (the paper's is 5)."
             )
+        if not isinstance(self.log_fixed_prompts, int) or self.log_fixed_prompts < 0:
+            raise ValueError(f"log_fixed_prompts={self.log_fixed_prompts!r} must be a whole number, 0 (none) or more.")
         self._check_ideas()
         check_inherited_options(self)
         self.draft_length()

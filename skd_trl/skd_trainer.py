@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +47,14 @@ from .sampling.rollout import Rollout
 from .sampling.rounds import Rounds
 from .skd_config import SKDConfig
 from .training.checkpoints import load_draft_length, save_draft_length
-from .training.completions import completion_records, print_completions, save_completions, with_prompt_texts
+from .training.completions import (
+    completion_records,
+    print_completions,
+    save_completions,
+    send_completions,
+    with_prompt_texts,
+)
+from .training.console import SamplingBar
 from .training.distributed import (
     agree_on_maximum,
     bound_waits,
@@ -65,10 +73,12 @@ from .training.last_hidden_states import last_hidden_states
 from .training.limits import response_limit, room_for_prompts, room_for_texts
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
 from .training.metrics import RatioMetrics, add_rollout, num_own_rows, with_prefix, without_filled_rows
+from .training.model_card import add_distillation, describe_distillation
 from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
 from .training.pair_check import check_launch, check_pair, require
 from .training.quantised import keep_gradients
 from .training.router_logits import router_settings_kept, without_router_logits
+from .training.run_files import LogFile
 from .training.sampled_batches import sampled_batches
 from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
 from .training.saved_weights import check_saved, describe_shards, whole_parameters, whole_weights, writes_shards
@@ -232,6 +242,8 @@ class SKDTrainer(GKDTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 peft_config=peft_config,
             )
+        if args.log_completions:
+            self.add_callback(LogFile())
         if args.disable_dropout:
             disable_dropout(self.model)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
@@ -407,22 +419,26 @@ class SKDTrainer(GKDTrainer):
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
         prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        noise = torch.rand(
-            (len(prompts), self.args.max_new_tokens, 3),
-            generator=keyed_generator(
-                "sampling", self.args.seed, self.state.global_step, self.accelerator.process_index
-            ),
-        )
+        noise = self._noise(len(prompts), "sampling", self.state.global_step, self.accelerator.process_index)
         sampled = self._write(prompts, mask, rollout, noise)
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
-        self._keep_completions(sampled)
+        self._keep_completions(sampled, rollout)
         return sampled_batches(sampled, batches)
+
+    def _noise(self, num_rows: int, *key) -> torch.Tensor:
+        """Uniform numbers (B, T, 3) that depend on the seed and the key alone."""
+        generator = keyed_generator(key[0], self.args.seed, *key[1:])
+        return torch.rand((num_rows, self.args.max_new_tokens, 3), generator=generator)
 
     def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str, noise: torch.Tensor) -> Rollout:
         """Sampled responses to left-padded prompts (B, P), of which a rank may have none, on noise (B, T, 3); collective where
         the models are."""
+        is_shown = self.accelerator.is_main_process and not self.args.disable_tqdm
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with (
+            SamplingBar(
+                self.args.max_new_tokens, f"step {self.state.global_step + 1}: sampling ", disable=not is_shown
+            ) as observe,
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
             self.compute_loss_context_manager(),
             without_router_logits(self._inner_student(), self._inner_teacher),
@@ -448,6 +464,7 @@ class SKDTrainer(GKDTrainer):
                     self.args.rollout_batch_size,
                     agree_on_maximum(self.accelerator) if collective else None,
                     self._rounds,
+                    observe=observe,
                 ),
             )
 
@@ -594,18 +611,45 @@ class SKDTrainer(GKDTrainer):
         for name in SKDTrainer._statistics:
             metrics.add_mean(name, outcome.statistics[name])
 
-    def _keep_completions(self, rollout: Rollout) -> None:
+    def _keep_completions(self, sampled: Rollout, rollout: str) -> None:
         step = self.state.global_step + 1  # the step that these responses train
         every = self.args.log_completions_steps or max(int(self.state.logging_steps or self.args.logging_steps), 1)
         if not self.args.log_completions or (step % every != 0 and step != 1):
             return
-        records = gather_object(completion_records(rollout, self.processing_class, step))
+        records = completion_records(sampled, self.processing_class, step)
+        if self.args.log_fixed_prompts:
+            again = self._sample_fixed_prompts(rollout)
+            records = completion_records(again, self.processing_class, step, is_fixed=True) + records
+        records = sorted(gather_object(records), key=lambda record: not record["is_fixed"])
         if self.accelerator.is_main_process:
+            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
             try:
                 save_completions(records, self.args.output_dir, step)
                 print_completions(records, self.args.num_completions_to_print, step)
-            except (OSError, ValueError) as error:  # a full disk, a closed console, a text that has no encoding
+                send_completions(records, step, self.args.report_to, next(filter(None, writers), None))
+            except (
+                Exception
+            ) as error:  # a full disk, a closed console, a tracker out of reach: no reason to lose a run
                 logger.warning(f"Step {step}: its completions could not be kept or shown ({error}). Training goes on.")
+
+    def _sample_fixed_prompts(self, rollout: str) -> Rollout:
+        """The same few prompts with the same noise whenever completions are kept, on the first process: what differs is the student."""
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        num_rows = self.args.log_fixed_prompts if self.accelerator.is_main_process else 0
+        rows = [torch.tensor([row["prompt_ids"]], device=self.args.device) for row in dataset.take(num_rows)]
+        if rows:
+            prompts, mask = merge_prompts([(ids, torch.ones_like(ids)) for ids in rows])
+        else:
+            prompts = mask = torch.zeros((0, 1), dtype=torch.long, device=self.args.device)
+        return self._write(prompts, mask, rollout, self._noise(len(prompts), "fixed prompts"))
+
+    def create_model_card(self, *args, **kwargs):
+        """As [`~transformers.Trainer.create_model_card`], with what this distillation was."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            section = describe_distillation(self, self._inner_teacher)
+            add_distillation(Path(self.args.output_dir) / "README.md", section)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

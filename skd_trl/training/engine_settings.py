@@ -37,7 +37,9 @@ def check_parallel_models(args: TrainingArguments, models: dict[str, Any]) -> No
     loading = {"model_init_kwargs": "model", "teacher_model_init_kwargs": "teacher_model"}
     for field, name in loading.items():
         kwargs: Any = getattr(args, field, None) or {}
-        found = next((key for key in PARALLEL_LOADING if isinstance(kwargs, dict) and kwargs.get(key) is not None), None)
+        found = next(
+            (key for key in PARALLEL_LOADING if isinstance(kwargs, dict) and kwargs.get(key) is not None), None
+        )
         if found is not None:
             raise ValueError(
                 f"{field}[{found!r}]={kwargs[found]!r} would split the layers of {name} over ranks (tensor parallelism), which is not "
