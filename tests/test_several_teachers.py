@@ -46,6 +46,7 @@ def make(tmp_path, rows=ROWS, **settings):
 
 PROMPTS = [[5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [30, 31, 32, 33, 34], [9, 9], [4, 8, 15]]
 WHICH = [1, 0, 1, 1, 0, 1]
+ENDS = [EOS, *range(20, 60)]
 
 
 def sample_several(which=WHICH, *, own_prompts=PROMPTS, noise, rule=None, **execution):
@@ -61,7 +62,7 @@ def sample_several(which=WHICH, *, own_prompts=PROMPTS, noise, rule=None, **exec
         *left_padded(PROMPTS),
         accept=rule or ACCEPTANCE_RULES["top_k"](k=80),
         max_new_tokens=12,
-        eos_token_ids=[EOS, 3, 77],
+        eos_token_ids=ENDS,
         noise=noise,
         execution=Execution(**{"num_draft_tokens": 3, **execution}),
     )
@@ -77,7 +78,7 @@ def test_each_row_is_that_of_the_specification_with_its_own_teacher(max_rows, ow
     for row, prompt in enumerate(PROMPTS):
         tokens, replaced = reference.interleave(
             student, judges[WHICH[row]], prompt, accepts=reference.top_k_accepts(80), max_new_tokens=12,
-            eos_token_ids=[EOS, 3, 77], uniforms=noise[row], student_sampling={}, teacher_sampling={},
+            eos_token_ids=ENDS, uniforms=noise[row], student_sampling={}, teacher_sampling={},
             teacher_prompt=own_prompts[row],
         )  # fmt: skip
         labels = rollout.labels[row]
@@ -94,7 +95,7 @@ def test_a_rows_hidden_states_are_those_of_its_own_teacher():
         rows = [row for row, which in enumerate(WHICH) if which == i]
         alone = sample(
             tiny_model(seed=1), model, [PROMPTS[row] for row in rows], ACCEPTANCE_RULES["top_k"](k=80),
-            noise=noise[rows], eos_token_ids=[EOS, 3, 77],
+            noise=noise[rows], eos_token_ids=ENDS,
         )  # fmt: skip
         states = alone.teacher_hidden_states
         kept = rollout.teacher_hidden_states[rows][:, : states.shape[1]]

@@ -13,6 +13,7 @@ from skd_trl import SKDConfig
 from skd_trl.data.batches import DataCollatorForDistillation, ResponseTokens, as_teacher_reads
 from skd_trl.data.dataset import prepare_dataset
 from skd_trl.data.teacher_prompts import DEFAULT_TEMPLATE, with_context
+from skd_trl.data.tokenization import RowRules
 from skd_trl.training.distributed import keyed_generator
 
 
@@ -38,10 +39,10 @@ def user_ids(text):
 
 def prepare(dataset, every_answer=False, **rules_of_teacher):
     dataset = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
-    return prepare_dataset(
-        dataset, TOKENIZER, max_prompt_length=60, max_response_length=20, needs_response=False,
-        eos_token_ids=[TOKENIZER.eos_token_id], every_answer=every_answer, teacher_prompts=rules_of_teacher,
+    rules = RowRules(
+        60, 20, needs_response=False, eos_token_ids=(TOKENIZER.eos_token_id,), every_answer=every_answer, **rules_of_teacher
     )  # fmt: skip
+    return prepare_dataset(dataset, TOKENIZER, rules)
 
 
 def test_the_context_goes_into_the_teachers_prompt_alone_and_the_response_is_one():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .acceptance import Judgement
-from .participants import LocalParticipant, Participant, Shapes
+from .participants import LocalParticipant, Participant, Setting
 from .prompts import Prompts
 
 
@@ -70,15 +70,16 @@ class SeveralTeachers(Participant):
             teacher.check(f"{name} {i}", teacher.own_prompts, max_new_tokens)
 
     @contextmanager
-    def session(self, prompts: Prompts, shapes: Shapes):
+    def session(self, prompts: Prompts, setting: Setting):
         self.device = prompts.ids.device
         self.places: dict[int, Place] = {}
-        num_own = [min(shapes.num_places, len(teacher.own_prompts)) for teacher in self.teachers]
+        num_own = [min(setting.num_places, len(teacher.own_prompts)) for teacher in self.teachers]
         self.free = [set(range(number)) for number in num_own]
         with ExitStack() as stack:
-            for teacher, number in zip(self.teachers, num_own, strict=True):
+            for i, (teacher, number) in enumerate(zip(self.teachers, num_own, strict=True)):
                 if number > 0:
-                    stack.enter_context(teacher.session(teacher.own_prompts, replace(shapes, num_places=number)))
+                    own = replace(setting, name=f"{setting.name} {i}", num_places=number)
+                    stack.enter_context(teacher.session(teacher.own_prompts, own))
             yield
 
     def admit(self, places: list[int], prompts: list[int]) -> list[Callable[[], None]]:

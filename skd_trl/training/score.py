@@ -214,7 +214,7 @@ def _scored(rows: list[dict[str, Any]], model, tokenizer, vocab_size: int, top_k
 def main(arguments: list[str] | None = None) -> int:
     """The command `score`; its options are those of [`ScoreOptions`]."""
     parser = argparse.ArgumentParser(
-        "python -m skd_trl score",
+        "skd score",
         description="Writes a teacher's top-k log-probabilities of given responses beside the rows. Training with --rollout dataset "
         "reads them, and needs no teacher. Killed, it goes on where it was; launch it with torchrun for several processes.",
         allow_abbrev=False,
