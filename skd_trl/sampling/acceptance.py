@@ -19,7 +19,7 @@ from .sampling_params import SamplingParams, draw_from_probs, shaped_probs
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a teacher says of a draft.
+    """What a teacher says of a draft: here its logits, so everything. [`TopJudgement`] knows only its top k.
 
     Attributes:
         logits (`torch.Tensor` of shape `(N, G, V)`):
@@ -37,6 +37,38 @@ class Judgement:
             return torch.full_like(tokens, -1)
         own = self.logits.gather(-1, tokens.clamp(min=0)[..., None])
         return torch.where(tokens >= 0, (self.logits > own).sum(-1), -1)
+
+    def mass_above(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The probability (N, G) of all ids that the teacher ranks higher than `tokens` (N, G)."""
+        probs = self.logits.float().softmax(-1)
+        own = probs.gather(-1, tokens[..., None])
+        return torch.where(probs > own, probs, 0.0).sum(-1)
+
+    def probability(self, tokens: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+        """The probability (N, G) of `tokens` (N, G) in the teacher's distribution as `sampling` shapes it."""
+        return shaped_probs(self.logits, sampling).gather(-1, tokens[..., None]).squeeze(-1)
+
+    def shaped(self, sampling: SamplingParams) -> torch.Tensor:
+        """The teacher's distribution as `sampling` shapes it, over the outcomes that `at_outcomes` and `tokens_of` know."""
+        return shaped_probs(self.logits, sampling)
+
+    def at_outcomes(self, values: torch.Tensor) -> torch.Tensor:
+        """Of `values` (N, G, V) those at the outcomes of `shaped`: here all."""
+        return values
+
+    def tokens_of(self, outcomes: torch.Tensor) -> torch.Tensor:
+        """The ids (N, G) of outcomes (N, G): here they are ids."""
+        return outcomes
+
+    def column(self, index: torch.Tensor) -> "Judgement":
+        """The judgement of one column per row, `index` (N, 1), without the loss's signal."""
+        return Judgement(take_column(self.logits, index), {})
+
+
+def take_column(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns `index` (N, 1) of `values` (N, G, ...): (N, 1, ...)."""
+    index = index.reshape(*index.shape, *(1,) * (values.ndim - 2))
+    return values.gather(1, index.expand(-1, 1, *values.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -72,24 +104,20 @@ class Draft:
     def column(self, index: torch.Tensor) -> "Draft":
         """The draft of one column per row, `index` (N, 1): what a replacement is drawn from."""
 
-        def take(logits):
-            return logits.gather(1, index[..., None].expand(-1, 1, logits.shape[-1]))
-
         return replace(
             self,
             tokens=self.tokens.gather(1, index),
-            student_logits=take(self.student_logits),
-            judgement=Judgement(take(self.judgement.logits), {}),
+            student_logits=take_column(self.student_logits, index),
+            judgement=self.judgement.column(index),
             coins=self.coins.gather(1, index),
         )
 
     def probability(self, of: str, shaped: bool = True) -> torch.Tensor:
         """Probability of the proposals under `"student"` or `"teacher"`, (N, G), as drawn from or (`shaped=False`)
         at temperature 1 over the whole vocabulary."""
-        logits = self.student_logits if of == "student" else self.teacher_logits
+        judgement = Judgement(self.student_logits, {}) if of == "student" else self.judgement
         sampling = self.student_sampling if of == "student" else self.teacher_sampling
-        probs = shaped_probs(logits, sampling if shaped else SamplingParams())
-        return probs.gather(-1, self.tokens[..., None]).squeeze(-1)
+        return judgement.probability(self.tokens, sampling if shaped else SamplingParams())
 
 
 @dataclass(frozen=True)
@@ -109,12 +137,14 @@ class AcceptanceRule:
         raise NotImplementedError
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
-        """What a rejected token is replaced from, (N, 1, V) for a draft of one column: the teacher's distribution."""
-        return shaped_probs(draft.teacher_logits, draft.teacher_sampling)
+        """What a rejected token is replaced from, for a draft of one column: the teacher's distribution over the outcomes of its
+        judgement, (N, 1, V) or (N, 1, k)."""
+        return draft.judgement.shaped(draft.teacher_sampling)
 
     def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
         """The tokens (N,) that replace rejected ones, for a draft of one column, drawn with `uniforms` (N,) in [0, 1)."""
-        return draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
+        outcomes = draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
+        return draft.judgement.tokens_of(outcomes[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -147,9 +177,7 @@ class TopP(AcceptanceRule):
     def __call__(self, draft: Draft) -> torch.Tensor:
         if self.p == 1.0:  # the sum may round to 1
             return torch.ones_like(draft.tokens, dtype=torch.bool)
-        probs = draft.teacher_logits.float().softmax(-1)
-        own = probs.gather(-1, draft.tokens[..., None])
-        return torch.where(probs > own, probs, 0.0).sum(-1) < self.p
+        return draft.judgement.mass_above(draft.tokens) < self.p
 
 
 @dataclass(frozen=True)
@@ -184,8 +212,9 @@ class Mixture(AcceptanceRule):
         return draft.coins * student < (1 - self.gamma) * student + self.gamma * teacher
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
-        teacher = shaped_probs(draft.teacher_logits, draft.teacher_sampling)
-        residual = (teacher - shaped_probs(draft.student_logits, draft.student_sampling)).clamp(min=0)
+        teacher = draft.judgement.shaped(draft.teacher_sampling)
+        student = shaped_probs(draft.student_logits, draft.student_sampling)
+        residual = (teacher - draft.judgement.at_outcomes(student)).clamp(min=0)
         # Equal distributions leave no residual, and are rejected by rounding only.
         return torch.where(residual.sum(-1, keepdim=True) > 0, residual, teacher)
 

@@ -68,8 +68,12 @@ def shaped_probs(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor
     logits = logits.float()
     if sampling.temperature == 0.0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    probs = (logits / sampling.temperature).softmax(-1)
-    if 0 < sampling.top_k < logits.shape[-1]:
+    return kept_outcomes((logits / sampling.temperature).softmax(-1), sampling)
+
+
+def kept_outcomes(probs: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    """Probabilities (..., V) after top-k and nucleus: zero outside, and then summing to 1."""
+    if 0 < sampling.top_k < probs.shape[-1]:
         probs = _at_least(probs, probs.topk(sampling.top_k, dim=-1).values[..., -1:])
     if sampling.top_p < 1.0:
         probs = _at_least(probs, _least_of_nucleus(probs, sampling.top_p))
