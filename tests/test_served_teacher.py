@@ -8,6 +8,7 @@ from tiny import tiny_model
 
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft, Judgement
 from skd_trl.sampling.interleaved import Execution, interleaved_sample
+from skd_trl.sampling.nucleus import Nucleus
 from skd_trl.sampling.participants import LocalParticipant
 from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
 from skd_trl.sampling.served_teacher import ServedTeacher
@@ -15,6 +16,7 @@ from skd_trl.sampling.top_judgement import Scores, TopJudgement
 
 
 GREEDY, FREE = SamplingParams(temperature=0.0), SamplingParams()
+NUCLEI = Nucleus()  # finds them by sorting
 SHARP, NUCLEUS = SamplingParams(0.2, 0.5), SamplingParams(1.0, 0.7)
 MIXED = [PROMPTS[i % len(PROMPTS)] + [i] for i in range(7)]
 
@@ -40,7 +42,7 @@ def model():
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 4])
-@pytest.mark.parametrize("execution", [{}, {"max_rows": 3}, {"keeps_shape": True}], ids=["all", "refilled", "fixed"])
+@pytest.mark.parametrize("execution", [{}, {"max_rows": 3}], ids=["all", "refilled"])
 @pytest.mark.parametrize(
     ("rule", "sampling"),
     [
@@ -81,8 +83,9 @@ def test_with_all_tokens_known_the_shaped_distribution_is_that_of_logits(samplin
     logits = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0)) * 3
     tokens = torch.randint(40, (3, 2), generator=torch.Generator().manual_seed(1))
     top, dense = top_judgement(logits, tokens, 40), Judgement(logits, {})
-    torch.testing.assert_close(top.shaped(sampling), shaped_probs(logits, sampling))
-    torch.testing.assert_close(top.probability(tokens, sampling), dense.probability(tokens, sampling))
+    torch.testing.assert_close(top.shaped_probs(sampling, NUCLEI), shaped_probs(logits, sampling))
+    shaped = [judgement.shaped_probability(tokens, sampling, NUCLEI) for judgement in (top, dense)]
+    torch.testing.assert_close(*shaped)
 
 
 def test_with_some_tokens_known_the_shaped_distribution_is_close_to_that_of_logits():
@@ -90,11 +93,11 @@ def test_with_some_tokens_known_the_shaped_distribution_is_close_to_that_of_logi
     tokens = torch.randint(400, (50, 1), generator=torch.Generator().manual_seed(1))
     top, dense = top_judgement(logits, tokens, 64), Judgement(logits, {})
     exact = shaped_probs(logits, FREE).gather(-1, top.scores.ids)
-    torch.testing.assert_close(top.shaped(FREE), exact)  # at temperature 1 what is outside is known
+    torch.testing.assert_close(top.shaped_probs(FREE, NUCLEI), exact)  # at temperature 1 what is outside is known
     at_half = shaped_probs(logits, SamplingParams(0.5)).gather(-1, top.scores.ids)
-    torch.testing.assert_close(top.shaped(SamplingParams(0.5)), at_half, rtol=0.05, atol=1e-3)
-    assert (top.shaped(SamplingParams(0.5)) <= at_half + 1e-6).all()  # the bound is on one side
-    torch.testing.assert_close(top.probability(tokens, FREE), dense.probability(tokens, FREE))
+    torch.testing.assert_close(top.shaped_probs(SamplingParams(0.5), NUCLEI), at_half, rtol=0.05, atol=1e-3)
+    assert (top.shaped_probs(SamplingParams(0.5), NUCLEI) <= at_half + 1e-6).all()  # the bound is on one side
+    torch.testing.assert_close(top.probability(tokens), dense.probability(tokens))
     assert (top.mass_above(tokens) <= dense.mass_above(tokens) + 1e-5).all()
     inside = (top.scores.ids == tokens[..., None]).any(-1)
     torch.testing.assert_close(top.mass_above(tokens)[inside], dense.mass_above(tokens)[inside])

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from .sampling_params import SamplingParams, draw_from_probs, shaped_probs
+from .nucleus import Nucleus
+from .sampling_params import SamplingParams, draw_from_probs
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,30 @@ class Judgement:
         own = self.logits.gather(-1, tokens.clamp(min=0)[..., None])
         return torch.where(tokens >= 0, (self.logits > own).sum(-1), -1)
 
+    def probability(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The probability (N, G) of `tokens` (N, G) at temperature 1 over the whole vocabulary."""
+        return self.logits.float().softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
     def mass_above(self, tokens: torch.Tensor) -> torch.Tensor:
         """The probability (N, G) of all ids that the teacher ranks higher than `tokens` (N, G)."""
         probs = self.logits.float().softmax(-1)
         own = probs.gather(-1, tokens[..., None])
         return torch.where(probs > own, probs, 0.0).sum(-1)
 
-    def probability(self, tokens: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-        """The probability (N, G) of `tokens` (N, G) in the teacher's distribution as `sampling` shapes it."""
-        return shaped_probs(self.logits, sampling).gather(-1, tokens[..., None]).squeeze(-1)
+    def shaped_probs(self, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
+        """The distribution that is drawn from, over the outcomes that `at_outcomes` and `tokens_of` know: (N, G, V)."""
+        return nucleus.probs(self.logits, sampling)
 
-    def shaped(self, sampling: SamplingParams) -> torch.Tensor:
-        """The teacher's distribution as `sampling` shapes it, over the outcomes that `at_outcomes` and `tokens_of` know."""
-        return shaped_probs(self.logits, sampling)
+    def shaped_probability(self, tokens: torch.Tensor, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
+        """The probability (N, G) of `tokens` (N, G) in that distribution."""
+        return self.shaped_probs(sampling, nucleus).gather(-1, tokens[..., None]).squeeze(-1)
+
+    def draw(self, sampling: SamplingParams, nucleus: Nucleus, uniforms: torch.Tensor) -> torch.Tensor:
+        """Draws from it with `uniforms` (N,), of a judgement of one column: the tokens (N,)."""
+        return nucleus.draw(self.logits.squeeze(1), sampling, uniforms)
 
     def at_outcomes(self, values: torch.Tensor) -> torch.Tensor:
-        """Of `values` (N, G, V) those at the outcomes of `shaped`: here all."""
+        """Of `values` (N, G, V) those at the outcomes: here all."""
         return values
 
     def tokens_of(self, outcomes: torch.Tensor) -> torch.Tensor:
@@ -81,6 +90,7 @@ class Draft:
         judgement ([`Judgement`]): the teacher's.
         student_sampling, teacher_sampling ([`SamplingParams`]): how either model's draws are shaped.
         coins (`torch.Tensor` of shape `(N, G)`): uniform numbers in [0, 1) for rules that accept by chance.
+        nucleus ([`~skd_trl.sampling.nucleus.Nucleus`], *optional*): how this round finds nuclei; by default by sorting.
     """
 
     tokens: torch.Tensor
@@ -89,6 +99,7 @@ class Draft:
     student_sampling: SamplingParams
     teacher_sampling: SamplingParams
     coins: torch.Tensor
+    nucleus: Nucleus = field(default_factory=Nucleus)
 
     @property
     def teacher_logits(self) -> torch.Tensor:
@@ -103,7 +114,6 @@ class Draft:
 
     def column(self, index: torch.Tensor) -> "Draft":
         """The draft of one column per row, `index` (N, 1): what a replacement is drawn from."""
-
         return replace(
             self,
             tokens=self.tokens.gather(1, index),
@@ -117,7 +127,17 @@ class Draft:
         at temperature 1 over the whole vocabulary."""
         judgement = Judgement(self.student_logits, {}) if of == "student" else self.judgement
         sampling = self.student_sampling if of == "student" else self.teacher_sampling
-        return judgement.probability(self.tokens, sampling if shaped else SamplingParams())
+        if not shaped:
+            return judgement.probability(self.tokens)
+        return judgement.shaped_probability(self.tokens, sampling, self.nucleus)
+
+    def shaped_probs(self, of: str) -> torch.Tensor:
+        """The distributions that `"student"` or `"teacher"` draws from, over the judgement's outcomes: (N, G, V), or (N, G, k) where the
+        teacher sends its top k. A rule that takes them from here never waits for the device, and no vocabulary is sorted where
+        the nuclei are small."""
+        if of == "student":
+            return self.judgement.at_outcomes(self.nucleus.probs(self.student_logits, self.student_sampling))
+        return self.judgement.shaped_probs(self.teacher_sampling, self.nucleus)
 
 
 @dataclass(frozen=True)
@@ -137,12 +157,14 @@ class AcceptanceRule:
         raise NotImplementedError
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
-        """What a rejected token is replaced from, for a draft of one column: the teacher's distribution over the outcomes of its
-        judgement, (N, 1, V) or (N, 1, k)."""
-        return draft.judgement.shaped(draft.teacher_sampling)
+        """What a rejected token is replaced from, for a draft of one column: the teacher's distribution over the judgement's
+        outcomes, (N, 1, V) or (N, 1, k)."""
+        return draft.shaped_probs("teacher")
 
     def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
         """The tokens (N,) that replace rejected ones, for a draft of one column, drawn with `uniforms` (N,) in [0, 1)."""
+        if type(self).replacement_probs is AcceptanceRule.replacement_probs:  # then without building them
+            return draft.judgement.draw(draft.teacher_sampling, draft.nucleus, uniforms)
         outcomes = draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
         return draft.judgement.tokens_of(outcomes[:, None]).squeeze(1)
 
@@ -212,9 +234,8 @@ class Mixture(AcceptanceRule):
         return draft.coins * student < (1 - self.gamma) * student + self.gamma * teacher
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
-        teacher = draft.judgement.shaped(draft.teacher_sampling)
-        student = shaped_probs(draft.student_logits, draft.student_sampling)
-        residual = (teacher - draft.judgement.at_outcomes(student)).clamp(min=0)
+        teacher = draft.shaped_probs("teacher")
+        residual = (teacher - draft.shaped_probs("student")).clamp(min=0)
         # Equal distributions leave no residual, and are rejected by rounding only.
         return torch.where(residual.sum(-1, keepdim=True) > 0, residual, teacher)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from .acceptance import Judgement
-from .participants import Participant, Shapes
+from .participants import Participant, Setting
 from .prompts import Prompts
 from .sampling_params import SamplingParams
 from .top_judgement import Scores, TopJudgement
@@ -78,14 +78,14 @@ class ServedTeacher(Participant):
             )
 
     @contextmanager
-    def session(self, prompts: Prompts, shapes: Shapes):
+    def session(self, prompts: Prompts, setting: Setting):
         own = prompts if self.own_prompts is None else self.own_prompts
         self.device = own.ids.device
         ids, width = own.ids.tolist(), own.ids.shape[1]
         self.prompts = [row[width - length :] for row, length in zip(ids, own.host_lengths, strict=True)]
-        # By place: the text, and the prompt that it began with. An empty text belongs to nobody.
-        self.texts: list[list[int]] = [[] for _ in range(shapes.num_places)]
-        self.keys = [0] * shapes.num_places
+        # By place: the text, and the prompt that it began with.
+        self.texts: list[list[int]] = [[] for _ in range(setting.num_places)]
+        self.keys = [-1] * setting.num_places
         yield
 
     def admit(self, places: list[int], prompts: list[int]) -> list:
@@ -95,14 +95,21 @@ class ServedTeacher(Participant):
 
     def move_row(self, source: int, target: int) -> None:
         self.texts[target], self.keys[target] = self.texts[source], self.keys[source]
-        self.texts[source] = []
+
+    @property
+    def can_be_captured(self) -> bool:
+        return False  # a server is asked
+
+    def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
+        super().begin_round(rows, num_rows, num_draft)
+        live = {prompt for prompt, _ in rows}
+        self.in_use = [place for place in range(num_rows) if self.keys[place] in live]
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
         host_proposals = proposals.tolist()
         is_drafted = bool(host_proposals) and host_proposals[0][0] >= 0
-        in_use = [place for place in range(len(host_proposals)) if self.texts[place]]
-        texts = [self.texts[place] + (host_proposals[place] if is_drafted else []) for place in in_use]
-        keys = [self.keys[place] for place in in_use]
+        texts = [self.texts[place] + (host_proposals[place] if is_drafted else []) for place in self.in_use]
+        keys = [self.keys[place] for place in self.in_use]
         scores = self.scorer.score(texts, proposals.shape[1] if is_drafted else 0, keys)
         if scores.ids.numel() and int(scores.ids.max()) >= self.vocab_size:
             raise ValueError(
@@ -110,7 +117,7 @@ class ServedTeacher(Participant):
                 f"share {self.vocab_size} tokens. Ask for fewer tokens, or serve a teacher with the student's vocabulary."
             )
         # A place without a row repeats the first answer; nobody reads it.
-        where = {place: index for index, place in enumerate(in_use)}
+        where = {place: index for index, place in enumerate(self.in_use)}
         index = torch.tensor([where.get(place, 0) for place in range(len(host_proposals))])
         placed = [values[index].to(self.device) for values in vars(scores).values()]
         return TopJudgement(Scores(*placed), self.vocab_size)

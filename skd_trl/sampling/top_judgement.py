@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from .acceptance import Judgement, take_column
-from .sampling_params import SamplingParams, kept_outcomes
+from .nucleus import Nucleus
+from .sampling_params import SamplingParams, at_least, draw_from_probs, least_of
 
 
 # The names under which a response keeps what the teacher said of it.
@@ -76,23 +77,33 @@ class TopJudgement(Judgement):
         between = (ranks - self.scores.ids.shape[-1]).clamp(min=0)
         return known + between * self.scores.token_log_probs.exp()
 
-    def probability(self, tokens: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-        if sampling == SamplingParams():
-            return self.scores.token_log_probs.exp()
+    def probability(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.scores.token_log_probs.exp()
+
+    def shaped_probability(self, tokens: torch.Tensor, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
         is_token = self.scores.ids == tokens[..., None]
-        inside = torch.where(is_token, self.shaped(sampling), 0.0).sum(-1)
+        inside = torch.where(is_token, self.shaped_probs(sampling, nucleus), 0.0).sum(-1)
         if sampling.temperature == 0.0 or sampling.top_p < 1.0 or sampling.top_k > 0:
             return inside
         outside = self.scores.token_log_probs / sampling.temperature - self._log_total(sampling.temperature)
         return torch.where(is_token.any(-1), inside, outside.exp())
 
-    def shaped(self, sampling: SamplingParams) -> torch.Tensor:
+    def shaped_probs(self, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
         """(N, G, k); without nucleus and top-k they sum to less than 1 by what lies outside."""
         if sampling.temperature == 0.0:
             best = self.scores.log_probs.argmax(-1, keepdim=True)
             return torch.zeros_like(self.scores.log_probs).scatter_(-1, best, 1.0)
         total = self._log_total(sampling.temperature)[..., None]
-        return kept_outcomes((self.scores.log_probs / sampling.temperature - total).exp(), sampling)
+        probs = (self.scores.log_probs / sampling.temperature - total).exp()
+        if 0 < sampling.top_k < probs.shape[-1]:
+            probs = at_least(probs, probs.topk(sampling.top_k, dim=-1).values[..., -1:])
+        if sampling.top_p < 1.0:
+            probs = at_least(probs, least_of(probs.sort(dim=-1, descending=True).values, sampling.top_p))
+        return probs
+
+    def draw(self, sampling: SamplingParams, nucleus: Nucleus, uniforms: torch.Tensor) -> torch.Tensor:
+        outcomes = draw_from_probs(self.shaped_probs(sampling, nucleus).squeeze(1), uniforms)
+        return self.tokens_of(outcomes[:, None]).squeeze(1)
 
     def _log_total(self, temperature: float) -> torch.Tensor:
         """Logarithm of the sum of p^(1/T) over all tokens, (N, G), those outside the k by their bound."""
