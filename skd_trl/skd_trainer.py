@@ -57,7 +57,7 @@ from .training.distributed import (
     whole_head,
 )
 from .training.ends_of_sequence import stop_at
-from .training.finite_check import FiniteCheck
+from .training.finite_check import FiniteCheck, GradientCheck, require_finite_weights
 from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.last_hidden_states import last_hidden_states
 from .training.limits import response_limit, room_for_prompts, room_for_texts
@@ -235,6 +235,7 @@ class SKDTrainer(GKDTrainer):
         self._enter_step(0, 1)
         self._has_adapter = base_model(self.model) is not self.model
         self._finite_check = FiniteCheck()
+        self.add_callback(GradientCheck(self))
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._compiled_student = args.compile_student and CompiledStudent()
         require(check_launch(self._inner_student(), teacher, args, self.accelerator))
@@ -456,6 +457,12 @@ class SKDTrainer(GKDTrainer):
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
         metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`]; weights that are not finite are not written over good ones."""
+        directory = output_dir or self.args.output_dir
+        require_finite_weights(self._inner_student(), self.state.global_step, directory, self.accelerator)
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         # The Trainer pickles its arguments beside the weights, and not every idea given as an object can be pickled.
