@@ -11,7 +11,7 @@ TRANSFORMERS ?= transformers
 
 BIN := $(VENV)/bin
 
-.PHONY: help install assets demo test lint bench decoders clean
+.PHONY: help install assets demo test lint bench decoders refusals clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ bench: assets  ## the tables of benchmarks/, in about an hour and a half
 
 decoders: install  ## docs/decoders.md: which models of the installed transformers the sampler can run, in about ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoders.py
+
+refusals:  ## docs/refusals.md: what is refused and in which words, from the source
+	$(PYTHON) docs/refusals.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
