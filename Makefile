@@ -11,7 +11,7 @@ TRANSFORMERS ?= transformers
 
 BIN := $(VENV)/bin
 
-.PHONY: help install assets demo test test-oldest docs package bench decoders clean
+.PHONY: help install assets demo test test-oldest docs package bench decoders refusals clean
 
 help:  ## the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,10 +37,11 @@ test: install  ## lint, types and the whole test suite
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# What was deprecated then has been dropped or kept since: warnings are shown there, not errors as with the newest releases.
 test-oldest:  ## the tests of trainers, loss and sampler with the oldest TRL and transformers that setup.cfg admits
 	$(MAKE) VENV=.venv-oldest TRL="trl==1.9.0" TRANSFORMERS="transformers==5.0.0" install
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q tests/test_skd_trainer.py tests/test_speckd_trainer.py \
-	    tests/test_losses.py tests/test_lm_head.py tests/test_sampler.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -W default::FutureWarning -W default::DeprecationWarning \
+	    tests/test_skd_trainer.py tests/test_speckd_trainer.py tests/test_losses.py tests/test_lm_head.py tests/test_sampler.py
 
 docs: install  ## build/docs, without warnings
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
@@ -66,6 +67,9 @@ bench: assets  ## the tables of benchmarks/, in about an hour and a half
 
 decoders: install  ## docs/decoders.md: which models of the installed transformers the sampler can run, in about ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoders.py
+
+refusals:  ## docs/refusals.md: what is refused and in which words, from the source
+	$(PYTHON) docs/refusals.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -67,7 +67,7 @@ from .training.distributed import (
 from .training.ends_of_sequence import stop_at
 from .training.engine_lifetime import check_first_training, engine_for_evaluation
 from .training.engine_settings import check_parallel_models
-from .training.finite_check import FiniteCheck
+from .training.finite_check import FiniteCheck, GradientCheck, require_finite_weights
 from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.last_hidden_states import last_hidden_states
 from .training.limits import response_limit, room_for_prompts, room_for_texts
@@ -251,6 +251,7 @@ class SKDTrainer(GKDTrainer):
         self._enter_step(0, 1)
         self._has_adapter = base_model(self.model) is not self.model
         self._finite_check = FiniteCheck()
+        self.add_callback(GradientCheck(self))
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
@@ -485,8 +486,9 @@ class SKDTrainer(GKDTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
-        What was written is read back and counted."""
+        Weights that are not finite are not written over good ones, and what was written is read back and counted."""
         output_dir = output_dir or self.args.output_dir
+        require_finite_weights(self._inner_student(), self.state.global_step, output_dir, self.accelerator)
         if self.is_deepspeed_enabled and self.deepspeed is None:  # before training there is no engine to ask
             with whole_parameters(self.model):
                 return self._save(output_dir)
