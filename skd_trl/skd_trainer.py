@@ -528,23 +528,24 @@ class SKDTrainer(GKDTrainer):
         tokens = ResponseTokens.of(inputs)
         teacher_hidden = self._teacher_hidden(inputs, tokens)
         outcome: list[DistillationLoss] = []
+        divisor = torch.as_tensor(len(tokens.labels) if num_items_in_batch is None else num_items_in_batch)
+        factor = 1 / torch.where(divisor > 0, divisor, 1).to(tokens.labels.device, torch.float32)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # DDP and its kin average gradients over processes; the divisor counts the tokens of all of them.
+            factor = factor * (self.accelerator.num_processes // self.get_tp_size())
 
         def loss_fn(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
             outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher_hidden, inputs, tokens))
-            return {"loss": outcome[0].loss}
+            return {"loss": outcome[0].loss * factor}
 
-        total = self._forward_with(model, inputs, loss_fn)["loss"]
+        # FSDP2 in bf16 rounds what a forward returns: the gradient goes that way, as a 1, and the value does not.
+        returned = self._forward_with(model, inputs, loss_fn)["loss"]
+        loss = outcome[0].loss.detach() * factor + (returned - returned.detach())
         if mode == "train":
             self._finite_check.add(outcome[0])
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
                 step = self.state.global_step + 1
                 self._finite_check.require(step, self._inner_student(), self._inner_teacher, self.accelerator)
-        divisor = len(tokens.labels) if num_items_in_batch is None else num_items_in_batch
-        divisor = torch.as_tensor(divisor, device=total.device)
-        loss = total / torch.where(divisor > 0, divisor, 1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # DDP and its kin average gradients over processes; the divisor counts the tokens of all of them.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._add_loss_metrics(mode, outcome[0], inputs, tokens)
         if not return_outputs:
             return loss
