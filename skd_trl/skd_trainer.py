@@ -319,23 +319,23 @@ class SKDTrainer(GKDTrainer):
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
         prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        sampled = self._write(prompts, mask, rollout)
+        noise = torch.rand(
+            (len(prompts), self.args.max_new_tokens, 3),
+            generator=keyed_generator(
+                "sampling", self.args.seed, self.state.global_step, self.accelerator.process_index
+            ),
+        )
+        sampled = self._write(prompts, mask, rollout, noise)
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled, rollout)
         return sampled_batches(sampled, batches)
 
-    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str, key: tuple | None = None) -> Rollout:
-        """Sampled responses to left-padded prompts (B, P), of which a rank may have none; collective where the models are. `key`
-        is that of the noise, by default of this step and rank."""
-        step, rank = self.state.global_step, self.accelerator.process_index
-        noise = torch.rand(
-            (len(prompts), self.args.max_new_tokens, 3),
-            generator=keyed_generator(*(key or ("sampling", self.args.seed, step, rank))),
-        )
-        is_shown = self.accelerator.is_main_process and not self.args.disable_tqdm
+    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str, noise: torch.Tensor) -> Rollout:
+        """Sampled responses to left-padded prompts (B, P), of which a rank may have none, on noise (B, T, 3); collective where
+        the models are."""
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with (
-            SamplingBar(self.args.max_new_tokens, f"step {step + 1}: sampling ", disable=not is_shown) as observe,
+            self._sampling_bar() as observe,
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
             self.compute_loss_context_manager(),
             without_router_logits(self._inner_student(), self._inner_teacher),
@@ -522,7 +522,15 @@ class SKDTrainer(GKDTrainer):
             prompts, mask = merge_prompts([(ids, torch.ones_like(ids)) for ids in rows])
         else:
             prompts = mask = torch.zeros((0, 1), dtype=torch.long, device=self.args.device)
-        return self._write(prompts, mask, rollout, key=("fixed prompts", self.args.seed))
+        generator = keyed_generator("fixed prompts", self.args.seed)
+        noise = torch.rand((len(prompts), self.args.max_new_tokens, 3), generator=generator)
+        return self._write(prompts, mask, rollout, noise)
+
+    def _sampling_bar(self) -> SamplingBar:
+        is_shown = self.accelerator.is_main_process and not self.args.disable_tqdm
+        return SamplingBar(
+            self.args.max_new_tokens, f"step {self.state.global_step + 1}: sampling ", disable=not is_shown
+        )
 
     def create_model_card(self, *args, **kwargs):
         """As [`~transformers.Trainer.create_model_card`], with what this distillation was."""
