@@ -67,7 +67,7 @@ def split_names(name: str, config: str | None = None) -> list[str]:
     if path.is_dir():
         if _is_saved(path):
             saved = load_from_disk(name)
-            return list(saved) if isinstance(saved, DatasetDict) else ["train"]
+            return [str(split) for split in saved] if isinstance(saved, DatasetDict) else ["train"]
         if _files(path):
             return list(_files(path))
     elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in READERS:

@@ -94,7 +94,7 @@ def shown_sample(row: dict) -> dict:
     proposals = [None] * len(tokens) if proposals is None else list(proposals)
     pieces = []
     for text, by_teacher, start, stop in whole_pieces(tokens, replaced, marker="∅"):
-        proposed = [proposals[i] for i in range(start, stop) if replaced[i] and proposals[i] is not None]
+        proposed = [str(proposals[i]) for i in range(start, stop) if replaced[i] and proposals[i] is not None]
         shown = visible("".join(proposed)) if proposed else ""
         who = "the student's"
         if by_teacher:
