@@ -80,6 +80,7 @@ def held_out(
         needs_response=False,
         eos_token_ids=tuple(eos_token_ids),
         chat_template_kwargs=chat_template_kwargs or {},
+        reads_response=False,  # nothing is trained on references; only their texts are compared
     )
     tokenized = prepare_dataset(rows, tokenizer, rules, name="held-out")
     prompt_ids = tokenized["prompt_ids"][:]
