@@ -53,7 +53,7 @@ class TrainArguments(ScriptArguments):
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "For rows with columns of their own: what the user says, such as 'Summarize this dialogue.\\n\\n{dialogue}'."
+            "help": "For rows with other columns: what the user says, such as 'Summarize this dialogue.\\n\\n{dialogue}'."
         },
     )
     completion_template: str | None = field(
