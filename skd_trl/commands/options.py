@@ -141,7 +141,8 @@ USUAL = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit",
 )  # fmt: skip
 OF_COMMANDS = {
-    "data": ("dataset_name", "dataset_config", "dataset_split", "num_rows", "num_train_rows", "num_eval_rows"),
+    "data": ("dataset_name", "dataset_config", "dataset_split", "num_rows", "num_train_rows", "num_eval_rows",
+             "prompt_template", "completion_template"),
     "evaluation": (
         "compare", "compare_at_evaluation", "metrics", "draft_rows",
     ),
