@@ -14,7 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from .sampling_params import SamplingParams, draw_from_probs, shaped_probs
+from .nucleus import Nucleus
+from .sampling_params import SamplingParams, draw_from_probs
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Draft:
         judgement ([`Judgement`]): the teacher's.
         student_sampling, teacher_sampling ([`SamplingParams`]): how either model's draws are shaped.
         coins (`torch.Tensor` of shape `(N, G)`): uniform numbers in [0, 1) for rules that accept by chance.
+        nucleus ([`~skd_trl.sampling.nucleus.Nucleus`], *optional*): how this round finds nuclei; by default by sorting.
     """
 
     tokens: torch.Tensor
@@ -57,6 +59,7 @@ class Draft:
     student_sampling: SamplingParams
     teacher_sampling: SamplingParams
     coins: torch.Tensor
+    nucleus: Nucleus = field(default_factory=Nucleus)
 
     @property
     def teacher_logits(self) -> torch.Tensor:
@@ -86,10 +89,18 @@ class Draft:
     def probability(self, of: str, shaped: bool = True) -> torch.Tensor:
         """Probability of the proposals under `"student"` or `"teacher"`, (N, G), as drawn from or (`shaped=False`)
         at temperature 1 over the whole vocabulary."""
-        logits = self.student_logits if of == "student" else self.teacher_logits
-        sampling = self.student_sampling if of == "student" else self.teacher_sampling
-        probs = shaped_probs(logits, sampling if shaped else SamplingParams())
+        if shaped:
+            probs = self.shaped_probs(of)
+        else:
+            probs = (self.student_logits if of == "student" else self.teacher_logits).float().softmax(-1)
         return probs.gather(-1, self.tokens[..., None]).squeeze(-1)
+
+    def shaped_probs(self, of: str) -> torch.Tensor:
+        """The distributions (N, G, V) that `"student"` or `"teacher"` draws from. A rule that takes them from here never waits for
+        the device, and no vocabulary is sorted where the nuclei are small."""
+        if of == "student":
+            return self.nucleus.probs(self.student_logits, self.student_sampling)
+        return self.nucleus.probs(self.teacher_logits, self.teacher_sampling)
 
 
 @dataclass(frozen=True)
@@ -110,10 +121,12 @@ class AcceptanceRule:
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
         """What a rejected token is replaced from, (N, 1, V) for a draft of one column: the teacher's distribution."""
-        return shaped_probs(draft.teacher_logits, draft.teacher_sampling)
+        return draft.shaped_probs("teacher")
 
     def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
         """The tokens (N,) that replace rejected ones, for a draft of one column, drawn with `uniforms` (N,) in [0, 1)."""
+        if type(self).replacement_probs is AcceptanceRule.replacement_probs:  # then without building them
+            return draft.nucleus.draw(draft.teacher_logits.squeeze(1), draft.teacher_sampling, uniforms)
         return draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
 
 
@@ -184,8 +197,8 @@ class Mixture(AcceptanceRule):
         return draft.coins * student < (1 - self.gamma) * student + self.gamma * teacher
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
-        teacher = shaped_probs(draft.teacher_logits, draft.teacher_sampling)
-        residual = (teacher - shaped_probs(draft.student_logits, draft.student_sampling)).clamp(min=0)
+        teacher = draft.shaped_probs("teacher")
+        residual = (teacher - draft.shaped_probs("student")).clamp(min=0)
         # Equal distributions leave no residual, and are rejected by rounding only.
         return torch.where(residual.sum(-1, keepdim=True) > 0, residual, teacher)
 

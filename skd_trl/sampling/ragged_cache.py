@@ -9,18 +9,22 @@ Shapes: B rows of the cache, N rows of one forward, Q new tokens of each of thes
 """
 
 import inspect
-import os
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from .packed_attention import packed_query_groups
+
 
 # Attention that can be expressed as a 4D mask over slots.
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Shapes of rounds that are compiled for one model; rounds of others run as they are.
+MOST_SHAPES = 64
 
 
 class RaggedDecoder:
@@ -33,14 +37,18 @@ class RaggedDecoder:
             B, how many rows the cache holds.
         num_slots (`int`):
             L, the longest sequence of positions a row can have.
+        compile (`bool`, *optional*, defaults to `False`):
+            Whether forwards with logits go through `torch.compile`. Give them few different shapes.
 
     Whether a model can be run so is for `admission.prove` to say.
     """
 
-    def __init__(self, model: nn.Module, num_rows: int, num_slots: int):
-        self.model = model
+    def __init__(self, model: nn.Module, num_rows: int, num_slots: int, compile: bool = False):
+        self.model, self.compile = model, compile
         self.num_rows, self.num_slots = num_rows, num_slots
-        self.window = _Window()
+        device = next(model.parameters()).device
+        self.slots = torch.arange(num_slots, device=device)
+        self.window = _Window(torch.arange(num_rows, device=device))
         config = model.config.get_text_config()
         self.layers = [RaggedLayer(num_rows, num_slots, self.window) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
@@ -70,27 +78,29 @@ class RaggedDecoder:
         """
         num_slots_in_use = min(num_slots_in_use or self.num_slots, self.num_slots)
         self.window.set(rows or range(len(tokens)), positions, num_slots_in_use)
-        with (
-            attention_implementation(self.model, self.attn_implementation),
-            _grouped_queries(is_wanted=tokens.device.type == "cpu" and tokens.shape[1] > 1),
-            HeadInput(self.model) as head_input,
-        ):
-            logits = self.model(
-                input_ids=tokens,
-                attention_mask=self.masks(positions, num_slots_in_use),
-                position_ids=positions,
-                use_cache=True,
-                **self.cache_argument,
-                **({"logits_to_keep": tokens.new_empty(0)} if without_logits else {}),
-            ).logits
-        return head_input.value, logits
+        masks = self.masks(positions, num_slots_in_use)
+        with attention_implementation(self.model, self.attn_implementation), packed_query_groups():
+            if without_logits:
+                return _forward(self.model, self.cache_argument, tokens, masks, positions, tokens.new_empty(0))
+            if (
+                self.compile and self.layers[0].is_initialized
+            ):  # the buffers have to be there before anything is traced
+                with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, fail_on_recompile_limit_hit=False):
+                    return _compiled()(self.model, self.cache_argument, tokens, masks, positions, None)
+            return _forward(self.model, self.cache_argument, tokens, masks, positions, None)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the cache holds."""
+        layers = (layer for layer in self.layers if layer.is_initialized)
+        return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
 
     def masks(self, positions: torch.Tensor, num_slots: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several."""
-        distance = positions[:, None, :, None] - torch.arange(num_slots, device=positions.device)
+        slots, positions = self.slots[:num_slots], positions[:, None, :, None]
+        seen = slots <= positions
         masks = {
-            kind: (distance >= 0) if span is None else (distance >= 0) & (distance < span)
-            for kind, span in self.spans.items()
+            kind: seen if span is None else seen & (slots > positions - span) for kind, span in self.spans.items()
         }
         if self.attn_implementation == "eager":
             # It adds its mask to the scores: a boolean one would be added as 0 and 1, silently wrong.
@@ -110,6 +120,21 @@ class RaggedDecoder:
         """Copies the first `num_slots` slots of the first row to all rows: a beginning that all of them share."""
         for layer in self.layers:
             layer.spread_first_row(num_slots)
+
+
+def _forward(model: nn.Module, cache: dict[str, Cache], tokens, masks, positions, logits_to_keep):
+    """The last hidden states and the logits."""
+    keep = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
+    with HeadInput(model) as head_input:
+        logits = model(
+            input_ids=tokens, attention_mask=masks, position_ids=positions, use_cache=True, **cache, **keep
+        ).logits
+    return head_input.value, logits
+
+
+@cache
+def _compiled():
+    return torch.compile(_forward, dynamic=False)
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -166,12 +191,15 @@ class RaggedLayer(CacheLayerMixin):
 class _Window:
     """Where the current forward reads and writes; shared by all layers of one cache."""
 
+    def __init__(self, every_row: torch.Tensor):
+        self.every_row = every_row
+
     def set(self, rows: Sequence[int], positions: torch.Tensor, num_slots_in_use: int) -> None:
         self.positions, self.num_slots_in_use = positions, num_slots_in_use
         if isinstance(rows, range) or list(rows) == list(range(rows[0], rows[-1] + 1)):
             # Neighbours are read where they are.
             self.rows: slice | torch.Tensor = slice(rows[0], rows[-1] + 1)
-            index = torch.arange(rows[0], rows[-1] + 1, device=positions.device)
+            index = self.every_row[self.rows]
         else:
             self.rows = index = torch.tensor(rows, device=positions.device)
         self.index = index[:, None]
@@ -233,21 +261,6 @@ def eval_mode(model: nn.Module):
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _grouped_queries(is_wanted: bool):
-    """Lets SDPA read keys and values as they are, instead of a copy for each query head (on CPU 2.8 times a block's whole
-    forward at 576 slots). transformers packs single queries itself, and on GPUs SDPA's fast kernels take no mask with it."""
-    name = "TRANSFORMERS_SDPA_FORCE_GQA"
-    if not is_wanted or name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
 
 
 def _attention_spans(config) -> dict[str, int | None]:
