@@ -1,5 +1,6 @@
 """The client and its routes against servers that answer, and servers that do not."""
 
+import sys
 import threading
 import time
 
@@ -10,6 +11,7 @@ from teacher_server import TeacherServer, serving
 from test_sampler import EOS, PROMPTS, V, left_padded, responses
 from tiny import tiny_model
 
+from skd_trl.__main__ import main
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
 from skd_trl.sampling.interleaved import Execution, interleaved_sample
 from skd_trl.sampling.participants import LocalParticipant
@@ -167,3 +169,9 @@ def test_a_question_that_is_none_is_refused():
         unpack_request(b"something else")
     with pytest.raises(ValueError, match="needs a token before"):
         unpack_request(pack_request(Request([[1, 2]], 2, 5)))
+
+
+def test_serving_without_vllm_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert main(["serve", "--model", "anything"]) == 2
+    assert "pip install vllm" in capsys.readouterr().out

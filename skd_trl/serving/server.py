@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m skd_trl serve",
+        prog="skd serve",
         description="Serves a teacher for SKDTrainer(teacher_model_server_url=...). All other options are vLLM's own: --dtype, "
         "--tensor-parallel-size, --max-model-len, --quantization, --enforce-eager, ...",
     )
