@@ -37,7 +37,9 @@ def check_parallel_models(args: TrainingArguments, models: dict[str, Any]) -> No
     loading = {"model_init_kwargs": "model", "teacher_model_init_kwargs": "teacher_model"}
     for field, name in loading.items():
         kwargs: Any = getattr(args, field, None) or {}
-        found = next((key for key in PARALLEL_LOADING if isinstance(kwargs, dict) and kwargs.get(key) is not None), None)
+        found = next(
+            (key for key in PARALLEL_LOADING if isinstance(kwargs, dict) and kwargs.get(key) is not None), None
+        )
         if found is not None:
             raise ValueError(
                 f"{field}[{found!r}]={kwargs[found]!r} would split the layers of {name} over ranks (tensor parallelism), which is not "
@@ -85,6 +87,22 @@ def teacher_settings(config: dict, hidden_size: int, shard: bool) -> dict:
             zero[name] = value
     zero = {key: value for key, value in zero.items() if value != "auto"}
     return {**settings, "zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}  # a number that it asks for
+
+
+def describe_offloading(args: TrainingArguments, accelerator: Accelerator) -> str | None:
+    """What to say at the start about an optimizer that accelerate puts DeepSpeedCPUAdam in place of; `None` if it is the one asked for."""
+    if accelerator.distributed_type != "DEEPSPEED":
+        return None
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    device = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    is_kept = "optimizer" in config or not config.get("zero_force_ds_cpu_optimizer", True)
+    optim = str(getattr(args.optim, "value", args.optim))
+    if device in (None, "none") or is_kept or optim.startswith("adamw_torch") or "adagrad" in optim or "lion" in optim:
+        return None
+    return (
+        f"optim={optim!r} is not what trains: with the optimizer offloaded to {device} accelerate puts DeepSpeedCPUAdam in its place. "
+        "Set zero_force_ds_cpu_optimizer: false in the DeepSpeed file to keep it, or do not offload."
+    )
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -92,7 +92,9 @@ def check_saved(student: nn.Module, directory: str) -> None:
             f"{sum(saved):,} numbers: what was trained is not all there. The student is still in memory: look at the engine's "
             "configuration (accelerator.state), and save accelerator.get_state_dict(trainer.model_wrapped)."
         )
-    logger.info(f"{directory}: {len(saved)} tensors of {sum(saved):,} numbers, with all {num_trained:,} that were trained.")
+    logger.info(
+        f"{directory}: {len(saved)} tensors of {sum(saved):,} numbers, with all {num_trained:,} that were trained."
+    )
 
 
 def _sizes_in(directory: str) -> list[int]:
