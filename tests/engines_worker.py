@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import yaml
-from cpu_processes.sitecustomize import without_compiler
+from cpu_processes.sitecustomize import fsdp_on_cpu, without_compiler
 from distributed_worker import CONFIGS, DATASET, ROWS, enter, make_trainer
 
 
@@ -100,6 +100,15 @@ CASES = {
     "zero2-offloaded": Case(
         "zero2", zero=zero_file(2, {"offload_optimizer": {"device": "cpu"}}, zero_force_ds_cpu_optimizer=False)
     ),
+    # Engines in the training arguments, in place of a configuration file.
+    "ddp-deepspeed_argument": Case("ddp", {"deepspeed": zero_file(3)}),
+    "ddp-fsdp_argument": Case(
+        "ddp",
+        {
+            "fsdp": "full_shard",
+            "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False},
+        },
+    ),
     # Ranks that share a row.
     "zero2-autotp": Case("zero2", zero=zero_file(2, tensor_parallel={"autotp_size": 2}), refused="autotp_size=2"),
     "fsdp2-context_parallel": Case("fsdp2", config=parallel(cp=2), refused="cp_size=2"),
@@ -171,6 +180,8 @@ def write_config(directory: Path, name: str, case: Case) -> Path:
 def run(directory: Path, name: str, case: Case, result: dict) -> None:
     """Fills `result`; what the case raises comes out."""
     enter(case.mode, write_config(directory, name, case))
+    if "fsdp" in case.settings:
+        fsdp_on_cpu()
     trainer = make_trainer(directory, name, **{**DATASET, **case.settings})
     saved = directory / "saved"
     try:
@@ -181,6 +192,7 @@ def run(directory: Path, name: str, case: Case, result: dict) -> None:
         trainer.train()
         result["losses"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         trainer.save_model(str(saved / name))
+        result["engine"] = type(trainer.model_wrapped).__name__
         result["best"] = trainer.state.best_model_checkpoint
         result["teacher_sharded"] = any(
             hasattr(p, "ds_id") or hasattr(p, "_local_tensor") for p in trainer._inner_teacher.parameters()

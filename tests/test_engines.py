@@ -155,6 +155,12 @@ def test_a_quantised_teacher_is_split_by_zero_3_and_whole_under_fsdp2(directory)
     assert results(directory, "fsdp2-hybrid")[0]["teacher_sharded"]
 
 
+@on_several
+def test_an_engine_in_the_training_arguments_is_the_one_that_trains(directory):
+    assert results(directory, "ddp-deepspeed_argument")[0]["engine"] == "DeepSpeedEngine"
+    assert results(directory, "ddp-fsdp_argument")[0]["engine"].startswith("FSDP")
+
+
 # Without processes
 
 

@@ -123,8 +123,9 @@ def _parallel_sizes(accelerator: Accelerator) -> dict[str, int]:
 
 
 def _check_numbers(accelerator: Accelerator) -> None:
-    # transformers notices it as well, at the start of training, where the teacher's engine is up.
-    found = [_both(line) for line in accelerator.state.deepspeed_plugin.hf_ds_config.mismatches]
+    # Noted by transformers when the trainer is made, and raised by it at the start of training, where the teacher's engine is up.
+    config = accelerator.state.deepspeed_plugin.hf_ds_config
+    found = [_both(line) for line in getattr(config, "mismatches", [])]
     if found:
         raise ValueError(
             f"DeepSpeed's configuration and the training arguments disagree: {'; '.join(found)}. Set these values of DeepSpeed's to "
