@@ -106,6 +106,11 @@ def test_a_command_without_what_it_needs_says_what_is_missing(name, capsys):
     assert f"skd {name}: error: " in output and re.search("missing|is not set", output)
 
 
+def test_an_option_of_another_trainer_is_told_before_what_is_missing(capsys):
+    code, output = run(["train", "--gate", "spec_k"], capsys)
+    assert code == 2 and "add --trainer speckd" in output
+
+
 def test_a_file_of_options_is_read_and_the_command_line_overrides_it(assets, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(

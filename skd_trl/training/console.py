@@ -104,7 +104,7 @@ class SamplingBar:
         self.max_new_tokens = max_new_tokens
         self.bar = tqdm(
             total=max_new_tokens,
-            desc=description,
+            desc=description.rstrip(),
             unit="tok",
             leave=False,
             delay=delay,
