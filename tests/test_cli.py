@@ -234,6 +234,7 @@ def test_a_file_of_any_form_is_trained_on_compared_and_reported(form, assets, tm
     assert "draft_tokens_per_forward_greedy" in found["comparison"]["metrics"]
     assert found["progress"] == {"step": 1, "num_steps": 1, "is_over": True}
     assert (out / "samples.html").exists() and (out / "model.safetensors").exists()
+    assert f"| teacher | `{assets / 'teacher'}` |" in (out / "README.md").read_text()
 
 
 @pytest.mark.slow
