@@ -30,7 +30,7 @@ assets: install  ## a real teacher, students and texts that need no model hub
 	$(BIN)/python examples/offline_assets.py --output_dir examples/assets
 
 demo: assets  ## distil a 135M teacher into a 99M student on a CPU: 10 minutes on two idle cores, up to 21 on busy ones
-	@echo "Scores before (2 to 4 minutes), 32 steps (6 to 12, with the time left on each line), scores after (1 to 3)."
+	@echo "Scores before (3 to 5 minutes), 32 steps (6 to 12, with the time left on each line), scores after (2 to 4)."
 	$(BIN)/python examples/train_summarization.py --config examples/configs/demo.yaml
 
 test: install  ## lint, types and the whole test suite

@@ -106,6 +106,11 @@ def test_a_command_without_what_it_needs_says_what_is_missing(name, capsys):
     assert f"skd {name}: error: " in output and re.search("missing|is not set", output)
 
 
+def test_an_option_of_another_trainer_is_told_before_what_is_missing(capsys):
+    code, output = run(["train", "--gate", "spec_k"], capsys)
+    assert code == 2 and "add --trainer speckd" in output
+
+
 def test_a_file_of_options_is_read_and_the_command_line_overrides_it(assets, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -229,6 +234,7 @@ def test_a_file_of_any_form_is_trained_on_compared_and_reported(form, assets, tm
     assert "draft_tokens_per_forward_greedy" in found["comparison"]["metrics"]
     assert found["progress"] == {"step": 1, "num_steps": 1, "is_over": True}
     assert (out / "samples.html").exists() and (out / "model.safetensors").exists()
+    assert f"| teacher | `{assets / 'teacher'}` |" in (out / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -117,6 +117,8 @@ def test_the_bar_of_a_sampling_counts_rows_and_tokens_and_expects_the_rest_to_be
         assert (bar.n, bar.total) == (7, 7 + 6 + 7 + 10)
         observe([6, 3, 0], [1])
         assert (bar.n, bar.total) == (9, 9 + 3 + 6)
+        observe([6, 8, 0], [1])  # longer than any finished one: the limit is what is known
+        assert (bar.n, bar.total) == (14, 14 + 2 + 6)
         bar.refresh()
     assert "1/3 rows" in capsys.readouterr().err
 

@@ -207,6 +207,8 @@ def train(
     # Save it, then compare: an error in what follows costs no training
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
+    is_local = Path(script_args.dataset_name).exists()
+    trainer.create_model_card(output_dir.resolve().name, None if is_local else script_args.dataset_name)
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     outcome = held_out.compare_with(held_out.score("after")) if held_out else {}
     if trainer.is_world_process_zero():
