@@ -347,7 +347,7 @@ class SKDTrainer(GKDTrainer):
         self._inner_teacher = teacher
         if kind is None:
             self.teacher_model = prepare_teacher(teacher, self.accelerator, self.args.shard_teacher)
-        else:  # in no engine of its own, which would move the student's tensors
+        else:  # without its own engine, which would move the student's tensors
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return OneTeacher(teacher, self.teacher_model)
 

@@ -67,7 +67,7 @@ class TeacherOptions:
     max_teacher_prompt_length: int | None = field(
         default=None,
         metadata={
-            "help": "Rows whose prompt of the teacher's own is longer are left out. Default: what its positions leave beside the "
+            "help": "Rows with a longer prompt for the teacher are left out. Default: what its positions leave beside the "
             "response."
         },
     )

@@ -217,7 +217,7 @@ def test_a_live_teacher_that_reads_what_the_student_reads_is_refused_and_others_
     with pytest.raises(ValueError, match="every loss is 0"):
         make(tmp_path, PLAIN_ROWS, teacher_model_kind="live")
     make(tmp_path, PLAIN_ROWS, teacher_model_kind="base")
-    assert "nothing is learnt" in caplog.text
+    assert "nothing is learned" in caplog.text
 
 
 def test_settings_that_contradict_each_other_are_refused(tmp_path):

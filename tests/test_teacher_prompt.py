@@ -116,7 +116,7 @@ def test_rows_with_a_long_prompt_of_the_teachers_own_are_left_out_and_counted(ca
     limits = {"max_teacher_prompt_length": len(user_ids("qqqq\n\nb"))}
     dataset = prepare(ROWS[:4], **limits)
     assert len(dataset) == 1
-    assert "3 of 4 rows of the train data set have a prompt of the teacher's own over its limit" in caplog.text
+    assert "3 of 4 rows of the train data set have a prompt for the teacher over its limit" in caplog.text
 
 
 def test_references_end_at_the_positions_that_the_teacher_has_left_beside_its_own_prompt(caplog):

@@ -28,7 +28,7 @@ class Key(StrEnum):
     # The data collator: left-padded prompts to sample responses for, `torch.long`, (B, P)
     PROMPTS = "prompts"
     PROMPT_ATTENTION_MASK = "prompt_attention_mask"
-    # The same of the teacher, where rows have a prompt for it, (B, P of its own); the student's prompt in rows that have none
+    # The same of the teacher, where rows have a prompt for it, (B, its own P); the student's prompt in rows that have none
     TEACHER_PROMPTS = "teacher_prompts"
     TEACHER_PROMPT_ATTENTION_MASK = "teacher_prompt_attention_mask"
     # The data collator: which of several teachers a row belongs to, (B,)

@@ -56,7 +56,7 @@ PROBLEMS = {
     ),
     "bad_scores": "have scores of a teacher that cannot be right. Score them again, or remove these rows",
     "unlike_scores": (
-        "have scores of other texts than they would be trained on, so each score would be held against another token. Score them "
+        "have scores of other texts than they would be trained on, so each score would be compared with another token. Score them "
         "again with this tokenizer and chat template, or train with the settings that they were scored with"
     ),
     "unreadable": "cannot be turned into tokens. Change or remove these rows",
@@ -72,7 +72,7 @@ PROBLEMS = {
     "long_prompt": "have a prompt over max_prompt_length={limits.max_prompt_length} and are left out (a cut prompt is "
     "no longer what its template means). Raise max_prompt_length to keep them, or max_length, from which it is taken by default; "
     "the models' positions are a limit too",
-    "long_teacher_prompt": "have a prompt of the teacher's own over its limit and are left out. Raise max_teacher_prompt_length, which "
+    "long_teacher_prompt": "have a prompt for the teacher over its limit and are left out. Raise max_teacher_prompt_length, which "
     "is by default what the teacher's positions leave beside the response, or shorten these rows",
 }
 # A row with one of these is left out; each other problem is an error.

@@ -3,7 +3,7 @@
 `training/score.py` writes them; the scores of somebody else, such as an API's top 20, have the same columns:
 
 - `teacher_top_ids`, `teacher_top_log_probs`: for each response token k ids and their log-probabilities (nats, no temperature);
-- `teacher_label_log_probs`: those of the response's own tokens; not needed where these are always among the k;
+- `teacher_label_log_probs`: those of the response's tokens; not needed where these are always among the k;
 - `scored_prompt_ids`, `scored_response_ids`: what the teacher read, to be compared with what is trained on; optional;
 - `teacher_tokenizer`: the digest of its vocabulary; optional.
 

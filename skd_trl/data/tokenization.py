@@ -44,7 +44,7 @@ class RowRules:
             without an answer is a row more where no references are needed.
         reads_response (`bool`): whether anything is computed on reference responses. Where it is not, nothing is noted about them.
         teacher_prompt_template (`str`): how the teacher's prompt is made of a `privileged_context`; see `teacher_prompts.py`.
-        max_teacher_prompt_length (`int` or `None`): rows in which the teacher reads a longer prompt of its own are left out.
+        max_teacher_prompt_length (`int` or `None`): rows with a longer prompt for the teacher are left out.
         max_teacher_text_length (`int` or `None`): reference responses are cut where that prompt and they have so many together.
         teacher_names (`tuple[str, ...]`): several teachers, one of which each row names in `teacher_id`.
         needs_scores (`bool`): whether a row without a teacher's scores is an error; see `recorded_scores.py`.

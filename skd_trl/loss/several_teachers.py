@@ -1,4 +1,4 @@
-"""The signal of several teachers at the positions of one batch: each position has the full vocabulary of its own teacher.
+"""The signal of several teachers at the positions of one batch: each position has the full vocabulary of one teacher.
 
 Heads and hidden sizes differ, the vocabulary does not, so the loss sees one distribution at each position and asks no further.
 

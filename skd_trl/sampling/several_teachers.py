@@ -1,6 +1,6 @@
 """Several teachers in one sampling: each row has its own, and each teacher judges its rows in one forward a round.
 
-Every teacher is a participant with a cache of its own, in which its rows lie side by side; this module knows which place of the
+Every teacher is a participant with its own cache, in which its rows lie side by side; this module knows which place of the
 sampling is which place of which teacher. The student's rows stay one batch.
 
 Shapes: B prompts, R places, N places in use, M of them a teacher's, G draft, V vocabulary, H hidden (each teacher its own).
@@ -31,7 +31,7 @@ class SeveralTeachers(Participant):
     """
     Args:
         teachers (`list` of [`~skd_trl.sampling.participants.LocalParticipant`]):
-            Each with `prompts` of its own: those of its rows, in their order.
+            Each with its own `prompts`: those of its rows, in their order.
         which (`list[int]`):
             For each of the B prompts, which of the teachers judges it.
         agree (`Callable`, *optional*):

@@ -44,7 +44,7 @@ def room_for_texts(args: SKDConfig, student: PreTrainedModel, teacher: PreTraine
 
 
 def limits_of_teacher_prompts(args: SKDConfig, teachers: list[PreTrainedModel]) -> dict[str, int | None]:
-    """What `RowRules` says of the lengths of prompts of the teacher's own."""
+    """What `RowRules` says of the lengths of prompts that the teacher alone reads."""
     positions = smallest(_positions(args, teacher, teacher).get("teacher") for teacher in teachers)
     room = None if positions is None else positions - (args.max_new_tokens if args.samples else 1)
     return {

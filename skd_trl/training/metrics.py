@@ -103,7 +103,7 @@ OF_EACH_TEACHER = ("acceptance_rate", "replaced_share", "teacher_entropy", "dive
 
 
 def names_by_teacher(teachers: Sequence[str]) -> dict[str, list[str]]:
-    """The metrics of each of several teachers: `acceptance_rate_NAME` and others, of its own rows."""
+    """The metrics of each of several teachers: `acceptance_rate_NAME` and others, over its rows."""
     return {metric: [f"{metric}_{name}" for name in teachers] for metric in OF_EACH_TEACHER}
 
 

@@ -3,7 +3,7 @@
 Names and meaning are those of TRL's SDFT. A self-teacher is a second module around the student's own tensors: what is not trained
 is shared and takes no memory, so nothing is switched between the two models' turns. `base` of a student with an adapter is the model
 without it; `live` shares everything and moves with the optimizer; `ema` has its own copy of what is trained. Within an optimizer step
-none of them moves: responses are sampled and learnt from before the optimizer does.
+none of them moves: responses are sampled and learned from before the optimizer does.
 """
 
 import copy
@@ -154,8 +154,8 @@ class SharedTensors:
     def check(self, student: nn.Module) -> None:
         """
         Raises:
-            `RuntimeError`: if the student got other tensors since (something replaced them instead of writing into them), so
-                that the teacher no longer moves with it.
+            `RuntimeError`: if the student got other tensors since (something replaced them instead of writing into them);
+                the teacher no longer moves with it.
         """
         now = dict(student.named_parameters())
         if lost := [name for name, parameter in self.tensors.items() if now.get(name) is not parameter]:
