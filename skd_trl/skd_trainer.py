@@ -54,6 +54,7 @@ from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant
 from .sampling.rollout import Rollout
 from .sampling.rounds import Rounds
+from .serving.client import TeacherClient, TeacherServerError
 from .skd_config import SKDConfig
 from .training.checkpoints import load_draft_length, save_draft_length
 from .training.completions import (
@@ -108,6 +109,7 @@ from .training.sampled_batches import sampled_batches
 from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
 from .training.saved_weights import check_saved, describe_shards, whole_parameters, whole_weights, writes_shards
 from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
+from .training.served import RemoteTeacher, check_rule, check_server, connect
 from .training.teachers import OneTeacher, RecordedTeacher, Teacher, TeachersByRow, whole_signal
 
 
@@ -134,6 +136,7 @@ METRICS = (
     "truncated_share",
     "student_entropy",
     "teacher_entropy",
+    "teacher_mass_outside",
     "sampling_seconds",
     "training_seconds",
     "tokens_per_second",
@@ -237,7 +240,8 @@ class SKDTrainer(GKDTrainer):
         check_parallel_models(args, {"model": model, "teacher_model": teacher_model})
         scored = train_dataset is not None and has_scores(train_dataset.column_names)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args, scored)
-        self._is_recorded = teacher is student and args.teacher_model_kind is None
+        self._is_served = args.teacher_model_server_url is not None
+        self._is_recorded = teacher is student and args.teacher_model_kind is None and not self._is_served
         if self._is_recorded and args.rollouts != {"dataset"}:
             raise ValueError(
                 "There is no teacher but the scores beside the rows, which are of given responses and judge no others: set "
@@ -247,6 +251,11 @@ class SKDTrainer(GKDTrainer):
         for one in teachers:
             require(check_pair(student, one, tokenizer, args, peft_config))
         self.vocab_size = min(shared_vocab_size(student, one) for one in teachers)
+        client = None
+        if self._is_served:
+            client = connect(args.teacher_model_server_url, args.teacher_top_k, args.teacher_server_patience)
+            check_server(client, tokenizer, self.vocab_size)
+            self.vocab_size = min(self.vocab_size, client.vocab_size or self.vocab_size)
         self.eos_token_ids = sorted({i for one in teachers for i in end_of_sequence_ids(student, one, tokenizer)})
         self._rules = RowRules(
             smallest(room_for_prompts(args, student, one) for one in teachers),
@@ -311,7 +320,7 @@ class SKDTrainer(GKDTrainer):
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
         for one in teachers:
             require(check_launch(self._inner_student(), one, args, self.accelerator))
-        self._teacher = self._make_teacher(teachers)
+        self._teacher = self._make_teacher(teachers, client)
         bound_waits(args.ddp_timeout)
         by_teacher = names_by_teacher(self._teacher_names)
         own_names = (*self._metric_names, *itertools.chain(*by_teacher.values()))
@@ -319,14 +328,19 @@ class SKDTrainer(GKDTrainer):
         totals = ("skipped_rows", *by_teacher["num_tokens"])
         self._ratios = {mode: RatioMetrics(names[mode], totals=totals) for mode in names}
 
-    def _make_teacher(self, teachers: list[PreTrainedModel]) -> Teacher:
+    def _make_teacher(self, teachers: list[PreTrainedModel], client: TeacherClient | None) -> Teacher:
         teacher, kind = teachers[0], self.args.teacher_model_kind
         self._average = self._shared = None
-        if self._is_recorded:
+        if self._is_recorded or client is not None:
             self.teacher_model = self._inner_teacher = None
             self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
-            self._check_scores(num_scored_tokens(self.train_dataset, "train"))
-            return RecordedTeacher()
+            if client is None:
+                self._check_scores(num_scored_tokens(self.train_dataset, "train"))
+                return RecordedTeacher()
+            self._check_scores(client.top_k)
+            for rollout in self.args.rollouts - {"dataset", "student"}:
+                check_rule(self.args.acceptance_rule(rollout), client.top_k, self.vocab_size)
+            return RemoteTeacher(client)
         if self._teacher_names:
             prepared = [prepare_teacher(one, self.accelerator, self.args.shard_teacher) for one in teachers]
             self.teacher_model = dict(zip(self._teacher_names, prepared, strict=True))
@@ -475,9 +489,26 @@ class SKDTrainer(GKDTrainer):
         rollout = self._rollout_of_step(self.state.global_step)
         if rollout in ("dataset", "mixed") and not self._rules.needs_response:
             self._check_references(batches)
-        if batches and rollout != "dataset":
-            batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
+        with self._server_awaited():
+            if batches and rollout != "dataset":
+                batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
+            for batch in batches if self._is_served else []:
+                tokens = ResponseTokens.of(batch)
+                self._teacher.keep(batch, tokens, self._teacher.signal(batch, tokens))
         return batches, self._get_num_items_in_batch(batches, device)
+
+    @contextmanager
+    def _server_awaited(self):
+        """The time in which a teacher's server is asked. If one process gives it up, all of them write a checkpoint and end."""
+        failure = None
+        try:
+            yield
+        except TeacherServerError as error:
+            failure = error
+        if self._is_served and agree_on_maximum(self.accelerator)(int(failure is not None))[0]:
+            if self.state.global_step > 0:
+                self._save_checkpoint(self.model, trial=None)
+            raise failure or TeacherServerError("Another process has given up the teacher's server.")
 
     def _enter_step(self, step: int, num_steps: int) -> None:
         """Sets what the configuration's schedules, and callbacks, say of an optimizer step (0 is the first)."""
@@ -722,6 +753,9 @@ class SKDTrainer(GKDTrainer):
         if self._teacher_names:
             which = inputs[Key.TEACHER_INDEX][tokens.rows]
             add_loss_by_teacher(metrics, outcome, which, self._teacher_names)
+        if Key.TEACHER_TOP_LOG_PROBS in inputs:
+            known = tokens.pick(inputs[Key.TEACHER_TOP_LOG_PROBS]).exp().sum(-1)
+            metrics.add_mean("teacher_mass_outside", (1 - known).clamp(min=0))
         for name in set(self._statistics) & set(SKDTrainer._statistics):
             metrics.add_mean(name, outcome.statistics[name])
 
@@ -766,6 +800,8 @@ class SKDTrainer(GKDTrainer):
         """Who the teacher was, for people."""
         if self._is_recorded:
             return "recorded scores"
+        if self._is_served:
+            return f"{self._teacher.scorer.model} behind a server, its {self.args.teacher_top_k} most probable tokens"
         if self.args.teacher_model_kind is not None:
             return f"the student itself ({self.args.teacher_model_kind})"
         sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]

@@ -120,9 +120,11 @@ class ServedTeacher(Participant):
         where = {place: index for index, place in enumerate(self.in_use)}
         index = torch.tensor([where.get(place, 0) for place in range(len(host_proposals))])
         placed = [values[index].to(self.device) for values in vars(scores).values()]
-        return TopJudgement(Scores(*placed), self.vocab_size)
+        self.judgement = TopJudgement(Scores(*placed), self.vocab_size)
+        return self.judgement
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
+        self.judgement.decide(block)
         for place, (tokens, num_kept) in enumerate(zip(block.tolist(), count.tolist(), strict=True)):
             self.texts[place] = (
                 self.texts[place] + tokens[:num_kept] if num_kept > 0 else []
