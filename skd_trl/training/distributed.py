@@ -129,7 +129,7 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, shard: bool = False) -> nn.Module:
     """Puts the teacher on the device, in eval mode and without an optimizer: sharded where the student is (ZeRO-3, FSDP2),
-    whole elsewhere, or with `shard` in a ZeRO-3 engine of its own beside a student under ZeRO-1 or 2. FSDP2 cannot split a
+    whole elsewhere, or with `shard` in a separate ZeRO-3 engine beside a student under ZeRO-1 or 2. FSDP2 cannot split a
     quantised teacher, which is whole there.
     See [`check_engine`] for what cannot be."""
     if accelerator.distributed_type == "DEEPSPEED":
