@@ -149,10 +149,9 @@ def interleaved_sample(
             rows.keep_signal(signal)
             rows.read(num_draft if accept.drafts else 0)  # the one wait for the device
             nucleus.observe(rows.num_missed)
-            seconds = stopwatch.seconds()
-            draft_length.observe(
-                Round(len(shape[0]), num_draft, *seconds, rows.num_judged, rows.num_accepted, is_warm_up)
-            )
+            of_student, of_teacher = stopwatch.seconds()
+            counts = rows.num_judged, rows.num_accepted
+            draft_length.observe(Round(len(shape[0]), num_draft, of_student, of_teacher, *counts, is_warm_up))
 
 
 def run_round(

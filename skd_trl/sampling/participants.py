@@ -23,7 +23,7 @@ from .admission import positions_of, prove
 from .nucleus import Nucleus
 from .prefill import cost_of_forward, prefill_groups
 from .prompts import Prompts
-from .ragged_cache import eval_mode
+from .ragged_cache import eval_mode, is_sharded
 from .rounds import Rounds
 from .sampling_params import SamplingParams
 
@@ -226,7 +226,9 @@ class LocalParticipant(Participant):
         for values in (self.last, self.length):
             values[target] = values[source]
 
-    can_be_captured = True
+    @property
+    def can_be_captured(self) -> bool:
+        return not is_sharded(self.model)
 
     def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
         super().begin_round(rows, num_rows, num_draft)

@@ -2,7 +2,7 @@
 
 A round is a function over fixed buffers, so a CUDA graph of it does what it does. A graph belongs to the shapes and addresses it was
 captured with: rows, slots and draft lengths come in few numbers, buffers and caches are kept for as long as they are large enough, and
-weights change in place. The first round of a shape runs as it is and is the warm-up; the second is captured, and replayed from then on.
+weights change in place (where they were moved, graphs are captured again). The first round of a shape runs as it is and is the warm-up; the second is captured, and replayed from then on.
 What cannot be captured (a rule that waits for the device, experts in a loop) is found by trying, and runs as it is.
 
 Shapes: R places, L slots.
@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .draft_length import Stopwatch
-from .ragged_cache import RaggedDecoder
+from .ragged_cache import RaggedDecoder, is_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -169,13 +169,17 @@ class Rounds:
         if last is not None:
             if last.model is model:
                 if last.num_rows >= num_rows and last.num_slots >= num_slots:
+                    if last.have_weights_moved():
+                        self.forget_graphs()
                     return last
                 num_rows, num_slots = max(num_rows, last.num_rows), max(num_slots, last.num_slots)
             del last  # before the next one is allocated
             self._drop(name)
         if self.has_fixed_shapes:
             num_slots = -(-num_slots // SLOTS) * SLOTS
-        self.decoders[name] = decoder = RaggedDecoder(model, num_rows, num_slots, self.compile)
+        compile = self.compile and not is_sharded(model)
+        self.decoders[name] = decoder = RaggedDecoder(model, num_rows, num_slots, compile)
+        decoder.have_weights_moved()
         return decoder
 
     def _bytes_kept(self) -> int:
