@@ -57,6 +57,7 @@ from .training.models import base_model, disable_dropout, given_model, load_pair
 from .training.pair_check import check_launch, check_pair, require, room_for_prompts, room_for_texts
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.sampled_batches import sampled_batches
+from .training.sampling_copy import PRECISIONS, SamplingCopy, can_be_copied, is_worth_copying
 
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ class SKDTrainer(GKDTrainer):
         self._enter_step(0, 1)
         self._finite_check = FiniteCheck()
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
+        self._sampling_copy = SamplingCopy()
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         require(check_launch(self._inner_student(), teacher, args, self.accelerator))
         self._inner_teacher = teacher
@@ -328,6 +330,8 @@ class SKDTrainer(GKDTrainer):
             nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
         ):
             collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
+            if self._samples_with_a_copy(student):
+                student = self._sampling_copy.of(student, PRECISIONS[self.accelerator.mixed_precision])
             return interleaved_sample(
                 LocalParticipant(
                     student,
@@ -348,6 +352,11 @@ class SKDTrainer(GKDTrainer):
                     self._rounds,
                 ),
             )
+
+    def _samples_with_a_copy(self, student: nn.Module) -> bool:
+        if self.args.sampling_copy is None:
+            return is_worth_copying(student, self.accelerator)
+        return self.args.sampling_copy and can_be_copied(student, self.accelerator)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
