@@ -11,15 +11,17 @@ from torch import Tensor
 from ._compat import GKDConfig
 from .ideas import IdeaField, Number, check_used, default_of, describe, is_default, make_idea, numbers_of
 from .inherited_options import check_inherited_options
+from .loss.distillation_loss import REPLACED_LOSSES
 from .loss.divergences import DIVERGENCES, Divergence
 from .sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .sampling.draft_length import AUTO, DraftLength
 from .sampling.sampling_params import SamplingParams
+from .scheduled_numbers import ScheduledNumbers
 from .schedules import Schedule
+from .teacher_options import TeacherOptions
 
 
 ROLLOUTS = ("interleaved", "student", "teacher", "dataset")
-REPLACED_LOSSES = ("divergence", "nll")
 LMBDA_UNITS = ("step", "prompt")
 
 
@@ -53,11 +55,12 @@ DIVERGENCE = IdeaField(
 
 
 @dataclass
-class SKDConfig(GKDConfig):
+class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     """
     Configuration class for [`SKDTrainer`].
 
-    This class includes only the parameters that are specific to SKD training, and those of
+    This class includes only the parameters that are specific to SKD training (those about the teacher are in
+    [`~skd_trl.teacher_options.TeacherOptions`]), and those of
     [`~trl.experimental.gkd.GKDConfig`] whose default differs. Defaults are those of the paper (Xu et al., ICLR 2025,
     arXiv 2410.11325) and of its authors' settings, where they give any and the responses depend on them.
 
@@ -132,6 +135,8 @@ class SKDConfig(GKDConfig):
             `output_dir/completions/completions_{step}.parquet`, with what the teacher replaced.
         log_completions_steps (`int`, *optional*):
             Every how many steps. By default `logging_steps`.
+        log_fixed_prompts (`int`, *optional*, defaults to `0`):
+            How many prompts are sampled again, with the same noise, each time that completions are kept.
         num_completions_to_print (`int`, *optional*, defaults to `3`):
             Rows of the table in the terminal.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
@@ -147,6 +152,7 @@ class SKDConfig(GKDConfig):
         "divergence_kwargs",
         "chat_template_kwargs",
         "schedules",
+        "teacher_models",
     ]
     _IDEA_FIELDS = ("accept", "divergence")
 
@@ -300,6 +306,13 @@ class SKDConfig(GKDConfig):
     log_completions_steps: int | None = field(
         default=None, metadata={"help": "Every how many steps sampled responses are kept. Default: logging_steps."}
     )
+    log_fixed_prompts: int = field(
+        default=0,
+        metadata={
+            "help": "How many prompts, the first of the evaluation set or else of the training set, are sampled again with the same "
+            "noise each time that completions are kept: what differs between two times is the student."
+        },
+    )
     num_completions_to_print: int = field(
         default=3, metadata={"help": "How many sampled responses the table in the terminal shows."}
     )
@@ -330,7 +343,10 @@ class SKDConfig(GKDConfig):
                 "num_draft_tokens='auto' follows measured times, which differ from run to run; with full_determinism=True "
                 "give a number (the paper's is 5)."
             )
+        if not isinstance(self.log_fixed_prompts, int) or self.log_fixed_prompts < 0:
+            raise ValueError(f"log_fixed_prompts={self.log_fixed_prompts!r} must be a whole number, 0 (none) or more.")
         self._check_ideas()
+        self.check_teacher()
         check_inherited_options(self)
         self.draft_length()
         for name in ("max_new_tokens", "log_completions_steps", "num_completions_to_print"):
@@ -359,11 +375,7 @@ class SKDConfig(GKDConfig):
         for end in ("start", "end"):
             config = self._with({path: getattr(schedule, end) for path, schedule in schedules.items()})
             try:
-                if not 0.0 <= config.lmbda <= 1.0:
-                    raise ValueError(f"lmbda={config.lmbda} must be a share, from 0 to 1.")
-                for idea_field in self._ideas:
-                    make_idea(idea_field, config)
-                config._check_sampling()
+                config.check_numbers()
             except ValueError as error:
                 raise ValueError(f"{f'schedules, at their {end}: ' if schedules else ''}{error}") from error
         check_used(self, self._ideas)
@@ -387,7 +399,12 @@ class SKDConfig(GKDConfig):
                 f"rollout={self.rollout!r} and seq_kd={self.seq_kd} there are not both. Leave it at 'step'."
             )
 
-    def _check_sampling(self) -> None:
+    def check_numbers(self) -> None:
+        """Makes all that numbers go into; see [`ScheduledNumbers`]."""
+        if not 0.0 <= self.lmbda <= 1.0:
+            raise ValueError(f"lmbda={self.lmbda} must be a share, from 0 to 1.")
+        for idea_field in self._ideas:
+            make_idea(idea_field, self)
         for fields, make in (
             ("temperature, student_top_p", self.student_sampling),
             ("teacher_temperature, teacher_top_p", self.teacher_sampling),
@@ -427,50 +444,6 @@ class SKDConfig(GKDConfig):
     def make_divergence(self) -> Callable[..., Tensor]:
         return make_idea(DIVERGENCE, self)
 
-    # What moves over the training
-
-    def at(self, step: int, num_steps: int):
-        """This configuration at an optimizer step (0 is the first) of `num_steps`: a copy with each scheduled number at its
-        value of that step, and without schedules."""
-        schedules = self.resolved_schedules()
-        return self._with({path: schedule.at(step, num_steps) for path, schedule in schedules.items()})
-
-    def range_of(self, name: str) -> tuple[float, float]:
-        """The lowest and the highest value that a number has in the training."""
-        settings, value = self._schedule_settings(), getattr(self, name)
-        if name not in settings:
-            return value, value
-        schedule = Schedule.of(settings[name], value)
-        return min(schedule.start, schedule.end), max(schedule.start, schedule.end)
-
-    def resolved_schedules(self) -> dict[str, Schedule]:
-        """The schedules by the number that each moves.
-
-        Raises:
-            `ValueError`: for a name that is no number, or none that this run uses; for a start beside another value of the field.
-        """
-        numbers, schedules = self._numbers(), {}
-        for path, setting in self._schedule_settings().items():
-            if path not in numbers:
-                raise ValueError(f"schedules: {path!r} is no number that this run uses; it uses {', '.join(numbers)}.")
-            try:
-                schedules[path] = Schedule.of(setting, numbers[path].value)
-            except ValueError as error:
-                raise ValueError(f"schedules, {path!r}: {error}") from error
-            name, _, parameter = path.partition(".")
-            is_given = parameter in (getattr(self, name) or {}) if parameter else not is_default(self, name)
-            if path in (self.schedules or {}) and is_given and schedules[path].start != numbers[path].value:
-                raise ValueError(
-                    f"schedules: {path!r} starts at {schedules[path].start}, and {path} is {numbers[path].value}. Leave one of "
-                    "them out."
-                )
-        return schedules
-
-    def _schedule_settings(self) -> dict[str, Any]:
-        if not isinstance(self.schedules or {}, dict):
-            raise ValueError(f"schedules={self.schedules!r} is not a dict; write it as {{'lmbda': {{'end': 1.0}}}}.")
-        return dict(self.schedules or {})
-
     def _numbers(self) -> dict[str, Number]:
         """The numbers that a schedule may move: those that this run uses."""
         numbers = {"lmbda": Number(self.lmbda, False)} if self.rollout != "dataset" else {}
@@ -481,16 +454,6 @@ class SKDConfig(GKDConfig):
         for idea_field in self._ideas:
             numbers |= numbers_of(idea_field, self)
         return numbers
-
-    def _with(self, values: dict[str, float]):
-        """A copy with numbers replaced, whole ones rounded, and without schedules."""
-        config, numbers = copy.copy(self), self._numbers()
-        config.schedules = None
-        for path, value in values.items():
-            name, _, parameter = path.partition(".")
-            value = round(value) if numbers[path].is_whole else float(value)
-            setattr(config, name, {**(getattr(config, name) or {}), parameter: value} if parameter else value)
-        return config
 
     # What others make of it
 
@@ -526,27 +489,6 @@ class SKDConfig(GKDConfig):
     def samples(self) -> bool:
         """Whether any step trains on sampled responses."""
         return self.rollouts != {"dataset"}
-
-    @property
-    def prompt_limit(self) -> int | None:
-        """Tokens a prompt may have; `None` is no limit but the models' positions."""
-        if self.max_prompt_length is not None or self.max_length is None:
-            return self.max_prompt_length
-        return self.max_length - (self.max_new_tokens if self.samples else 1)
-
-    @property
-    def response_limit(self) -> int | None:
-        """Tokens of a reference response that are used; `None` is all, or what `text_limit` leaves."""
-        is_open = self.max_prompt_length is None and not self.samples
-        if self.max_response_length is not None or self.max_length is None or is_open:
-            return self.max_response_length
-        return max(self.max_length - self.prompt_limit, 1)
-
-    @property
-    def text_limit(self) -> int | None:
-        """Tokens of a prompt and its reference response together; `None` is no limit but those of each."""
-        has_own_limits = self.samples or self.max_prompt_length is not None or self.max_response_length is not None
-        return None if has_own_limits else self.max_length
 
 
 def check_choice(name: str, value: str, choices) -> None:

@@ -42,12 +42,16 @@ class Execution:
         rounds ([`~skd_trl.sampling.rounds.Rounds`], *optional*):
             How rounds are run. On CUDA they are captured as graphs by default; give the same object to every call on the same pair,
             and what was captured is kept. `Rounds(capture=False)` captures nothing.
+        observe (`Callable`, *optional*):
+            Called after each round with two lists of whole numbers: the tokens written of each row, and the rows being written.
+            For progress bars.
     """
 
     num_draft_tokens: int | str | DraftLength = 5
     max_rows: int | None = None
     agree: Callable[..., tuple[int, ...]] | None = None
     rounds: Rounds | None = None
+    observe: Callable[[list[int], list[int]], None] | None = None
 
 
 @torch.no_grad()
@@ -149,6 +153,8 @@ def interleaved_sample(
             rows.keep_signal(signal)
             rows.read(num_draft if accept.drafts else 0)  # the one wait for the device
             nucleus.observe(rows.num_missed)
+            if execution.observe is not None:
+                execution.observe(list(rows.host_written), [prompt for prompt, _ in rows.live])
             of_student, of_teacher = stopwatch.seconds()
             counts = rows.num_judged, rows.num_accepted
             draft_length.observe(Round(len(shape[0]), num_draft, of_student, of_teacher, *counts, is_warm_up))

@@ -4,12 +4,13 @@ An average of averages weighs a short response's tokens more than a long one's. 
 numerator and denominator, kept on the device and divided once, when the trainer logs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 
 from ..data.batches import IGNORE_INDEX, Key
+from ..loss.distillation_loss import DistillationLoss
 from ..sampling.rollout import Rollout
 
 
@@ -61,17 +62,24 @@ def with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {f"{prefix}{name}": value for name, value in metrics.items()}
 
 
-def without_filled_rows(batch: dict, accelerator: Accelerator) -> dict:
-    """A batch of an evaluation without the labels of rows that fill the last batch up: on several processes rows of the
-    beginning are given out once more, and would be counted twice. (The rows of a stream are not known to be such.)"""
+def num_own_rows(batch: dict, accelerator: Accelerator) -> int:
+    """How many rows of an evaluation's batch are its own. On several processes rows of the beginning fill the last batch up; they
+    are given out a second time. (The rows of a stream are not known to be such.)"""
     state = accelerator.gradient_state
-    labels = batch[Key.LABELS]
+    num_rows = len(batch[Key.LABELS])
     num_left = state.remainder if state.end_of_dataloader else -1
-    first = accelerator.process_index * len(labels)
-    if num_left <= 0 or first + len(labels) <= num_left:
+    if num_left <= 0:
+        return num_rows
+    return min(max(num_left - accelerator.process_index * num_rows, 0), num_rows)
+
+
+def without_filled_rows(batch: dict, accelerator: Accelerator) -> dict:
+    """A batch of an evaluation without the labels of rows that fill it up: they would be counted twice."""
+    labels, num_own = batch[Key.LABELS], num_own_rows(batch, accelerator)
+    if num_own == len(labels):
         return batch
     labels = labels.clone()
-    labels[max(num_left - first, 0) :] = IGNORE_INDEX
+    labels[num_own:] = IGNORE_INDEX
     return {**batch, Key.LABELS: labels}
 
 
@@ -89,3 +97,35 @@ def add_rollout(metrics: RatioMetrics, rollout: Rollout, seconds: float, num_pro
     judged = rollout.teacher_rank >= 0
     metrics.add_mean("acceptance_rate", ~rollout.replaced[judged])
     metrics.add_mean("teacher_rank", rollout.teacher_rank[judged])
+
+
+OF_EACH_TEACHER = ("acceptance_rate", "replaced_share", "teacher_entropy", "divergence", "num_tokens")
+
+
+def names_by_teacher(teachers: Sequence[str]) -> dict[str, list[str]]:
+    """The metrics of each of several teachers: `acceptance_rate_NAME` and others, over its rows."""
+    return {metric: [f"{metric}_{name}" for name in teachers] for metric in OF_EACH_TEACHER}
+
+
+def add_rollout_by_teacher(
+    metrics: RatioMetrics, rollout: Rollout, which: torch.Tensor, teachers: Sequence[str]
+) -> None:
+    """What each of several teachers did in sampled responses; `which` (B,) says whose each row is."""
+    names, judged = names_by_teacher(teachers), rollout.teacher_rank >= 0
+    is_token = torch.arange(judged.shape[1], device=judged.device) < (rollout.labels != -100).sum(dim=1, keepdim=True)
+    for i in range(len(teachers)):
+        own = (which == i)[:, None]
+        metrics.add_mean(names["acceptance_rate"][i], ~rollout.replaced[judged & own])
+        metrics.add_mean(names["replaced_share"][i], rollout.replaced[is_token & own])
+
+
+def add_loss_by_teacher(
+    metrics: RatioMetrics, outcome: DistillationLoss, which: torch.Tensor, teachers: Sequence[str]
+) -> None:
+    """The loss by teacher; `which` (N,) says whose each response token is."""
+    names = names_by_teacher(teachers)
+    for i in range(len(teachers)):
+        own = which == i
+        metrics.add_mean(names["divergence"][i], outcome.divergence[own])
+        metrics.add_mean(names["teacher_entropy"][i], outcome.statistics["teacher_entropy"][own])
+        metrics.add(names["num_tokens"][i], own.sum())
