@@ -54,7 +54,7 @@ class CudaGraph:
         is_cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            # Other threads (a data loader that pins memory) may talk to the device meanwhile.
+            # Other threads (a data loader that pins memory) may talk to the device while this one captures.
             with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 play()
         finally:
@@ -85,16 +85,17 @@ class Rounds:
         self.decoders: dict[str, RaggedDecoder] = {}
         self.graphs: OrderedDict[Hashable, tuple[Graph, Stopwatch, Signal]] = OrderedDict()
         self.warm: set[Hashable] = set()
-        self.reason: str | None = None  # why nothing is captured any more
+        self.reason: str | None = None  # why something was not captured
+        self.has_failed = False  # then nothing is tried any more
         self.is_capturing, self.pool = False, None
 
     @contextmanager
     def session(self, device: torch.device, can_be_captured: bool):
         """The time of one call. What is no use to the next one is given back."""
         wanted = device.type == "cuda" if self.capture is None else self.capture
-        if self.capture and not can_be_captured:
-            self._say_once("a participant or rule here cannot be captured, or a forward is collective")
-        self.is_capturing = wanted and can_be_captured and self.reason is None
+        if wanted and not can_be_captured:
+            self._say_once("weights are sharded or forwards collective, or a participant is not made for it")
+        self.is_capturing = wanted and can_be_captured and not self.has_failed
         if self.is_capturing and self.make_graph is None:
             if device.type != "cuda":
                 raise ValueError(f"capture=True needs models on CUDA, and these are on {device.type}. Leave it None.")
@@ -216,7 +217,7 @@ class Rounds:
         try:
             graph.capture(lambda: signals.append(play(stopwatch)))
         except Exception as error:  # whatever a forward or a rule may do that no graph can
-            self.is_capturing = False
+            self.is_capturing, self.has_failed = False, True
             self._say_once(f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
             return
         self.graphs[key] = graph, stopwatch, signals[0]
