@@ -115,6 +115,10 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
             Whether both models' forwards in a round of sampling go through `torch.compile`, inside the CUDA graphs where these are
             captured: for long runs, the first steps take minutes. Not for a student that ZeRO-3 or FSDP2 shards. (The inherited
             `torch_compile` is for the training step; sampling runs without it.)
+        sampling_copy (`bool`, *optional*):
+            Whether an fp32 student samples with a copy of its weights in the type that bf16 or fp16 training computes in. By default on
+            CUDA, where casting them for every token costs more than the two bytes for each weight. Rounding differs a little
+            from autocast's, as everything between the layers is in that type too.
         max_prompt_length (`int`, *optional*):
             Rows with a longer prompt are left out. By default `max_length - max_new_tokens`.
         max_response_length (`int`, *optional*):
@@ -262,6 +266,13 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         metadata={
             "help": "Run both models' forwards in a round of sampling through torch.compile, inside the CUDA graphs where these "
             "are captured: for long runs, the first steps take minutes."
+        },
+    )
+    sampling_copy: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Sample with a copy of an fp32 student's weights in the type that bf16 or fp16 training computes in. Default: on "
+            "CUDA. Rounding differs a little from autocast's."
         },
     )
     max_prompt_length: int | None = field(

@@ -107,6 +107,7 @@ from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
 from .training.sampled_batches import sampled_batches
 from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
+from .training.sampling_copy import PRECISIONS, SamplingCopy, can_be_copied, is_worth_copying
 from .training.saved_weights import check_saved, describe_shards, whole_parameters, whole_weights, writes_shards
 from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
 from .training.served import RemoteTeacher, check_rule, check_server, connect
@@ -316,6 +317,7 @@ class SKDTrainer(GKDTrainer):
         self._finite_check = FiniteCheck()
         self.add_callback(GradientCheck(self))
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
+        self._sampling_copy = SamplingCopy()
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
         for one in teachers:
@@ -583,6 +585,8 @@ class SKDTrainer(GKDTrainer):
             nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
         ):
             collective = self.accelerator.num_processes > 1 and any(map(is_sharded, [student, *self._teacher.inner]))
+            if self._samples_with_a_copy(student):
+                student = self._sampling_copy.of(student, PRECISIONS[self.accelerator.mixed_precision])
             return interleaved_sample(
                 LocalParticipant(
                     student,
@@ -606,6 +610,11 @@ class SKDTrainer(GKDTrainer):
                     observe=observe,
                 ),
             )
+
+    def _samples_with_a_copy(self, student: nn.Module) -> bool:
+        if self.args.sampling_copy is None:
+            return is_worth_copying(student, self.accelerator)
+        return self.args.sampling_copy and can_be_copied(student, self.accelerator)
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.

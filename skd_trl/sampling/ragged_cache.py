@@ -15,6 +15,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -56,6 +57,7 @@ class RaggedDecoder:
         self.attn_implementation = sampling_attention(model)
         self.head_input = HeadInput(model, stays=compile)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.addresses: list[int] = []
         # Its name before transformers 5.24 or so, and of models that have it from elsewhere.
         renamed = "cache" in inspect.signature(base.forward).parameters
         self.cache_argument = {"cache" if renamed else "past_key_values": self.cache}
@@ -100,6 +102,12 @@ class RaggedDecoder:
         """What the cache holds."""
         layers = (layer for layer in self.layers if layer.is_initialized)
         return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+
+    def have_weights_moved(self) -> bool:
+        """Whether weights are somewhere else than when this was last asked; new values in place are no move."""
+        before, model = self.addresses, self.model
+        self.addresses = [tensor.data_ptr() for part in (model.parameters(), model.buffers()) for tensor in part]
+        return before != self.addresses
 
     def masks(self, positions: torch.Tensor, num_slots: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several."""
@@ -238,6 +246,11 @@ class HeadInput:
         """Takes the hook off the head."""
         if self.handle is not None:
             self.handle.remove()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights are spread over ranks (ZeRO-3, FSDP2), and come and go in a forward."""
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
 
 
 def sampling_attention(model: nn.Module) -> str:
