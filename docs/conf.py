@@ -52,8 +52,19 @@ GROUPS = {
         "gate_compare",
     ),
     "Lengths and rows": ("max_prompt_length", "max_response_length", "chat_template_kwargs", "every_answer"),
-    "Cost": ("rollout_batch_size", "compile_student", "ds3_gather_for_generation", "shard_teacher"),
-    "What is shown": ("log_completions", "log_completions_steps", "num_completions_to_print"),
+    "Cost": (
+        "rollout_batch_size",
+        "capture_sampling",
+        "compile_student",
+        "ds3_gather_for_generation",
+        "shard_teacher",
+    ),
+    "What is shown": (
+        "log_completions",
+        "log_completions_steps",
+        "num_completions_to_print",
+        "log_fixed_prompts",
+    ),
 }
 
 

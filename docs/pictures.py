@@ -37,7 +37,7 @@ PROMPTS = (
     "What is the difference between a list and a tuple in Python?",
 )
 SHOWN = 1  # which prompt the pictures of one response show
-MAX_NEW_TOKENS, NUM_ROUNDS = 48, 10
+NUM_ROUNDS = 10
 WIDTH, CHAR, FONT = 860, 8.4, 14  # pixels
 INK, GREY, PAPER, LINE, ORANGE, BLUE = "#1b1f24", "#6b7280", "#ffffff", "#d0d7de", "#b34700", "#0b5fa5"
 
@@ -47,7 +47,7 @@ class RecordingTopK(AcceptanceRule):
     """SKD's rule, which also keeps each round's draft and how many of its tokens were accepted. For one row."""
 
     k: int = 25
-    rounds: list[tuple[list[int], int]] = field(default_factory=list)
+    rounds: list[tuple[list[int], int]] = field(default_factory=list, compare=False)
 
     def __call__(self, draft: Draft) -> torch.Tensor:
         accepted = draft.teacher_rank < self.k
@@ -70,7 +70,12 @@ class Pair:
         return cls(student, teacher, AutoTokenizer.from_pretrained(assets / "teacher"))
 
     def sample(
-        self, prompts: Sequence[str], rule: AcceptanceRule, seed: int = 0, num_draft_tokens: int = 5
+        self,
+        prompts: Sequence[str],
+        rule: AcceptanceRule,
+        seed: int = 0,
+        num_draft_tokens: int = 5,
+        max_new_tokens: int = 48,
     ) -> Rollout:
         """A response to each prompt, at the package's default temperatures and nuclei."""
         tokens = self.tokenizer.apply_chat_template(
@@ -87,7 +92,7 @@ class Pair:
             tokens.input_ids,
             tokens.attention_mask,
             accept=rule,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             eos_token_ids=end_of_sequence_ids(self.student, self.teacher, self.tokenizer),
             noise=torch.Generator().manual_seed(seed),
             execution=Execution(num_draft_tokens),
@@ -219,7 +224,9 @@ def draw_accept_top_k(pair: Pair, ks: Iterable[int] = (1, 5, 25, 100)) -> str:
     """Share of replaced tokens by K, over all prompts."""
     shares = []
     for k in ks:
-        rollout = pair.sample(PROMPTS, RecordingTopK(k), num_draft_tokens=2)  # which changes the cost only
+        rollout = pair.sample(
+            PROMPTS, RecordingTopK(k), num_draft_tokens=2, max_new_tokens=20
+        )  # which changes the cost only
         shares.append((k, rollout.num_replaced / rollout.num_tokens))
     parts, top = [line(24, 32, "Share of the tokens that the teacher replaced, by K (accept_top_k)", INK)], 50
     for k, share in shares:

@@ -15,7 +15,7 @@ accelerate launch examples/train_summarization.py --config examples/configs/dial
 # On-policy distillation instead, everything else the same
 accelerate launch examples/train_summarization.py --config examples/configs/dialogsum_qwen2.yaml --rollout student
 
-The command line goes before the file. The run ends with a table (before, after, change) and leaves metrics.json,
+The command line overrides the file. The run ends with a table (before, after, change) and leaves metrics.json,
 training.png and samples.html in its output directory. A run that was stopped goes on with
 `--resume_from_checkpoint <output_dir>/checkpoint-<step>`.
 """
@@ -31,6 +31,8 @@ from skd_trl.commands.train import chosen_trainer, train, train_command
 def main(arguments: list[str]) -> None:
     command = train_command(chosen_trainer(arguments))
     script_args, training_args, model_args = command.parse(arguments)
+    if script_args.prompt_template or script_args.completion_template:
+        command.fail("this script knows the columns of its sets; templates are for `skd train`.")
     with command.one_line_errors(), PartialState().main_process_first():
         train_rows, test_rows = (
             load_summarization(
