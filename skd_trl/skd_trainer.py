@@ -66,7 +66,7 @@ from .training.distributed import (
 )
 from .training.ends_of_sequence import stop_at
 from .training.engine_lifetime import check_first_training, engine_for_evaluation
-from .training.engine_settings import check_parallel_models
+from .training.engine_settings import check_parallel_models, describe_offloading
 from .training.finite_check import FiniteCheck, GradientCheck, require_finite_weights
 from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.last_hidden_states import last_hidden_states
@@ -321,8 +321,9 @@ class SKDTrainer(GKDTrainer):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
         check_overrides(self, SKDTrainer)
         check_first_training(self)
-        if (note := describe_shards(self.accelerator)) is not None:
-            logger.warning(note)
+        for note in (describe_shards(self.accelerator), describe_offloading(self.args, self.accelerator)):
+            if note is not None:
+                logger.warning(note)
         if self.model_init is None:
             stop_at(self._inner_student(), self.eos_token_ids)
         return super().train(*args, **kwargs)
