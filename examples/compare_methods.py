@@ -4,12 +4,12 @@
     python examples/compare_methods.py --assets examples/assets --output_dir runs/methods --processes 2
 
 Every arm starts from the same student, sees the same prompts in the same order and stops after the same number of response
-tokens, under the same seeds, on the CPU. Each run leaves a JSON file, so that a killed comparison goes on where it was; other
+tokens, under the same seeds, on the CPU. Each run leaves a JSON file, so a killed comparison goes on where it was; other
 options need another `--output_dir`. At the end: a table (`methods.md`) and a plot of the token acceptance rate over training
 (`token_acceptance_rate.png`).
 
 All arms are `SpecKDTrainer`, the ungated ones with a gate of weight 1 everywhere (which the tests show to be the ungated loss
-to the last bit), so that the acceptance rate is known for all of them. Between arms the paired differences count: the
+to the last bit), so the acceptance rate is known for all of them. Between arms the paired differences count: the
 interval is a bootstrap of the mean over seeds, which draws both prompts and seeds.
 """
 
@@ -77,7 +77,7 @@ def keep_to_one_recipe(path: Path, options: argparse.Namespace) -> None:
 
 
 def run_all(runs: list[tuple[str, int]], options: argparse.Namespace) -> None:
-    """Each run in a process of its own, `options.processes` at once; the first failure ends the comparison."""
+    """Each run in a separate process, `options.processes` at once; the first failure ends the comparison."""
     waiting, running = list(runs), {}
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
     try:

@@ -15,7 +15,7 @@ accelerate launch examples/train_summarization.py --config examples/configs/dial
 # On-policy distillation instead, everything else the same
 accelerate launch examples/train_summarization.py --config examples/configs/dialogsum_qwen2.yaml --rollout student
 
-The command line goes before the file. The run ends with a table (before, after, change) and leaves metrics.json,
+The command line overrides the file. The run ends with a table (before, after, change) and leaves metrics.json,
 training.png and samples.html in its output directory. A run that was stopped goes on with
 `--resume_from_checkpoint <output_dir>/checkpoint-<step>`.
 """

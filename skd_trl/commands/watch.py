@@ -189,7 +189,7 @@ def rounds_table(
     legend += (marks.text("replaced by the teacher", "replaced"), "  ", marks.text("dropped", "dropped"))
     table.caption = Text.assemble(*legend)
     table.add_column("", justify="right")
-    table.add_column("the student's draft, and what became of it")
+    table.add_column("the student's draft, and what was kept of it")
     table.add_column("accepted", justify="right")
     position = 0
     for number, (draft, num_accepted) in enumerate(rounds, start=1):

@@ -42,7 +42,7 @@ def compare(
 
 
 def shown_as(name: str) -> Metric:
-    """How a metric is shown: as `METRICS` says, or one of the user's own by its name."""
+    """How a metric is shown: as `METRICS` says, or a metric from the user by its name."""
     return METRICS.get(name) or Metric(name.replace("_", " "), True, 2)
 
 

@@ -45,7 +45,7 @@ def draft_acceptance(
     description: str = "",
 ) -> dict[str, np.ndarray]:
     """
-    What became of the student's drafts of the teacher's text, as columns `(rows, 2)` of a sum and its weight.
+    How many of the student's drafts of the teacher's text were accepted, as columns `(rows, 2)` of a sum and its weight.
 
     The noise of a row is keyed by its number, so neither the batch size nor the number of processes changes a decision.
 
@@ -87,7 +87,7 @@ def draft_acceptance(
 
 
 def num_forwards(accepted: Sequence[bool], num_draft_tokens: int) -> int:
-    """The teacher's forwards for a text, given of each token whether the student's proposal was accepted there: each takes the next
+    """The teacher's forwards for a response, given of each token whether the student's proposal was accepted there: each takes the next
     accepted run, `num_draft_tokens` at most, and one token more."""
     position = forwards = 0
     while position < len(accepted):

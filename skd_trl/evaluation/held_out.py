@@ -32,7 +32,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are written: at most so many tokens, so many rows at once, the ids that end a text, the id that pads, the seed
+    """How texts are written: at most so many tokens, so many rows at once, the ids that end one, the id that pads, the seed
     of samples, and, where a forward of the models is collective, how ranks agree on numbers (see [`Execution`])."""
 
     max_new_tokens: int
@@ -51,7 +51,7 @@ class Decoding:
         max_new_tokens: int,
         batch_size: int,
     ) -> "Decoding":
-        """A text ends where the tokenizer, the student or the teacher says that it does."""
+        """A response ends where the tokenizer, the student or the teacher says that it does."""
         ends = end_of_sequence_ids(student, teacher, tokenizer)
         if not ends and tokenizer.pad_token_id is None:
             raise ValueError(

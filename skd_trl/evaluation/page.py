@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What the page says of the responses, by `rollout`.
 WHO_WROTE = {
     "interleaved": "Each response was written by the student and the teacher together: the student proposed every token, and "
-    "where the teacher did not accept the proposal, it put a token of its own in its place.",
+    "where the teacher did not accept the proposal, it put another token in its place.",
     "student": "Each response was written by the student alone.",
     "teacher": "Each response was written by the teacher alone.",
 }
@@ -114,7 +114,7 @@ def shown_sample(row: dict) -> dict:
 
 
 def visible(text: str) -> str:
-    """A text that takes up room on the page, whatever it is."""
+    """Text that takes up room on the page, also where it is empty."""
     return text.replace("\n", "↵") or "∅"
 
 

@@ -1,6 +1,6 @@
 """Metrics of texts: functions of predictions and targets, one number per row.
 
-A metric of your own is a function `(predictions: list[str], targets: list[str])` that returns a list of numbers, or a dict of
+Your own metric is a function `(predictions: list[str], targets: list[str])` that returns a list of numbers, or a dict of
 such lists; give it as an object or by name, `"module:function"`. Higher is better, unless it says `higher_is_better = False`.
 """
 

@@ -83,7 +83,7 @@ def interleaved_sample(
             Who writes and who judges. A causal language model of transformers is taken as `LocalParticipant(model)`, which
             draws at temperature 1 from its whole vocabulary.
         prompt_ids, prompt_mask (`torch.LongTensor` of shape `(B, P)`):
-            Left-padded prompts: the student's, and the teacher's unless it has prompts of its own.
+            Left-padded prompts: the student's, and the teacher's unless it has its own prompts.
         accept ([`AcceptanceRule`]):
             Such as `ACCEPTANCE_RULES["top_k"](k=25)`. Rules judge raw logits.
         max_new_tokens (`int`):

@@ -1,6 +1,6 @@
 """Who takes part in writing responses: a participant owns its model, prompts, positions and cache, and how it goes back.
 
-The student's part is `step`, the teacher's `judge`; both are told with `keep` what became of a block. Between
+The student's part is `step`, the teacher's `judge`; both are told with `keep` how much of a block is kept. Between
 `begin_round` and `keep` a participant neither asks the device for a number nor makes a tensor whose shape depends on data:
 a round can be captured. What decides shapes (`admit`, `prefill`, `move_row`, `begin_round`) is outside it.
 
@@ -132,7 +132,7 @@ class LocalParticipant(Participant):
         own = prompts if self.own_prompts is None else self.own_prompts
         if len(own) != len(prompts):
             raise ValueError(
-                f"The {name} has {len(own)} prompts of its own for {len(prompts)} rows. Give one for each row."
+                f"The {name} has {len(own)} separate prompts for {len(prompts)} rows. Give one for each row."
             )
         config = self.model.config.get_text_config()
         if not 0 < self.vocab_size <= config.vocab_size:

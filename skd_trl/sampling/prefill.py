@@ -1,11 +1,11 @@
-"""Which prompts to prefill together: every forward costs something of its own, and every prompt in it is padded to the longest."""
+"""Which prompts to prefill together: every forward has a fixed cost, and every prompt in it is padded to the longest."""
 
 import math
 
 import torch
 
 
-# Tokens in one forward, so that a window of many long prompts does not decide the peak of memory.
+# Tokens in one forward: a window of many long prompts must not decide the peak of memory.
 MOST_TOKENS = 16384
 
 
@@ -13,7 +13,7 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
     """
     Cuts prompts into groups with the lowest cost: for each group `cost_of_forward`, and its size times its longest length.
 
-    The best groups are runs of the sorted lengths, so that the cheapest cut of the first prompts follows from the cheapest
+    The best groups are runs of the sorted lengths, so the cheapest cut of the first prompts follows from the cheapest
     cuts of fewer.
 
     Args:
@@ -35,7 +35,7 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
         most = max(1, most_tokens // max(1, longest))
         starts = range(max(0, stop - most), stop)
         if stop < len(order) and lengths[order[stop]] == longest:
-            # Of two prompts of one length the later costs this group no more than the one after it: only a full group parts them.
+            # Another prompt of the same length costs this group no more than the one before: only a full group separates them.
             starts = starts[:1] if len(starts) == most else starts[:0]
         costs = ((cuts[start][0] + cost_of_forward + (stop - start) * longest, start) for start in starts)
         cuts.append(min(costs, default=(math.inf, 0)))

@@ -54,7 +54,7 @@ class CudaGraph:
         is_cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            # Other threads (a data loader that pins memory) may talk to the device meanwhile.
+            # Other threads (a data loader that pins memory) may talk to the device during the capture.
             with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 play()
         finally:

@@ -38,7 +38,7 @@ def load_pair(
     if teacher_model is None:
         raise ValueError(
             "There is no teacher: teacher_model is None and args.teacher_model_name_or_path is not set. Give one of them. "
-            "(A student cannot be its own teacher: it would change while it is learnt from.)"
+            "(A student cannot be its own teacher: it would change with every step.)"
         )
     if teacher_model is model and not isinstance(model, str):
         raise ValueError(
