@@ -77,7 +77,7 @@ def keep_to_one_recipe(path: Path, options: argparse.Namespace) -> None:
 
 
 def run_all(runs: list[tuple[str, int]], options: argparse.Namespace) -> None:
-    """Each run in a separate process, `options.processes` at once; the first failure ends the comparison."""
+    """Each run in its own process, `options.processes` at once; the first failure ends the comparison."""
     waiting, running = list(runs), {}
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
     try:

@@ -31,6 +31,8 @@ from skd_trl.commands.train import chosen_trainer, train, train_command
 def main(arguments: list[str]) -> None:
     command = train_command(chosen_trainer(arguments))
     script_args, training_args, model_args = command.parse(arguments)
+    if script_args.prompt_template or script_args.completion_template:
+        command.fail("this script knows the columns of its sets; templates are for `skd train`.")
     with command.one_line_errors(), PartialState().main_process_first():
         train_rows, test_rows = (
             load_summarization(

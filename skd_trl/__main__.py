@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": ("evaluate", "run_compare", "score two students of one teacher on the same prompts"),
     "watch": ("watch", "run", "show one response being written, round by round"),
     "report": ("report", "run", "figures, plots and a page of a run, also of one that is not over"),
+    "serve": ("serve", "run", "a teacher on vLLM, for trainers on other machines"),
     "env": ("env", "run", "versions and devices, for issues"),
 }
 

@@ -66,8 +66,8 @@ from .training.distributed import (
 )
 from .training.ends_of_sequence import stop_at
 from .training.engine_lifetime import check_first_training, engine_for_evaluation
-from .training.engine_settings import check_parallel_models
-from .training.finite_check import FiniteCheck
+from .training.engine_settings import check_parallel_models, describe_offloading
+from .training.finite_check import FiniteCheck, GradientCheck, require_finite_weights
 from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.last_hidden_states import last_hidden_states
 from .training.limits import response_limit, room_for_prompts, room_for_texts
@@ -251,6 +251,7 @@ class SKDTrainer(GKDTrainer):
         self._enter_step(0, 1)
         self._has_adapter = base_model(self.model) is not self.model
         self._finite_check = FiniteCheck()
+        self.add_callback(GradientCheck(self))
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
@@ -320,8 +321,9 @@ class SKDTrainer(GKDTrainer):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
         check_overrides(self, SKDTrainer)
         check_first_training(self)
-        if (note := describe_shards(self.accelerator)) is not None:
-            logger.warning(note)
+        for note in (describe_shards(self.accelerator), describe_offloading(self.args, self.accelerator)):
+            if note is not None:
+                logger.warning(note)
         if self.model_init is None:
             stop_at(self._inner_student(), self.eos_token_ids)
         return super().train(*args, **kwargs)
@@ -485,8 +487,9 @@ class SKDTrainer(GKDTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
-        What was written is read back and counted."""
+        Weights that are not finite are not written over good ones, and what was written is read back and counted."""
         output_dir = output_dir or self.args.output_dir
+        require_finite_weights(self._inner_student(), self.state.global_step, output_dir, self.accelerator)
         if self.is_deepspeed_enabled and self.deepspeed is None:  # before training there is no engine to ask
             with whole_parameters(self.model):
                 return self._save(output_dir)
@@ -526,23 +529,24 @@ class SKDTrainer(GKDTrainer):
         tokens = ResponseTokens.of(inputs)
         teacher_hidden = self._teacher_hidden(inputs, tokens)
         outcome: list[DistillationLoss] = []
+        divisor = torch.as_tensor(len(tokens.labels) if num_items_in_batch is None else num_items_in_batch)
+        factor = 1 / torch.where(divisor > 0, divisor, 1).to(tokens.labels.device, torch.float32)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # DDP and its kin average gradients over processes; the divisor counts the tokens of all of them.
+            factor = factor * (self.accelerator.num_processes // self.get_tp_size())
 
         def loss_fn(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
             outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher_hidden, inputs, tokens))
-            return {"loss": outcome[0].loss}
+            return {"loss": outcome[0].loss * factor}
 
-        total = self._forward_with(model, inputs, loss_fn)["loss"]
+        # FSDP2 in bf16 rounds what a forward returns: the gradient goes that way, as a 1, and the value does not.
+        returned = self._forward_with(model, inputs, loss_fn)["loss"]
+        loss = outcome[0].loss.detach() * factor + (returned - returned.detach())
         if mode == "train":
             self._finite_check.add(outcome[0])
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
                 step = self.state.global_step + 1
                 self._finite_check.require(step, self._inner_student(), self._inner_teacher, self.accelerator)
-        divisor = len(tokens.labels) if num_items_in_batch is None else num_items_in_batch
-        divisor = torch.as_tensor(divisor, device=total.device)
-        loss = total / torch.where(divisor > 0, divisor, 1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # DDP and its kin average gradients over processes; the divisor counts the tokens of all of them.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._add_loss_metrics(mode, outcome[0], inputs, tokens)
         if not return_outputs:
             return loss

@@ -156,10 +156,29 @@ class RecordingSpecKD(Recorder, SpecKDTrainer):
     pass
 
 
+class WholeNumbers(torch.nn.Module):
+    """A linear layer whose weights are stored in 8 bits, as quantisers do it."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight * self.scale)
+
+
+def quantize(model: torch.nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.mlp.up_proj = WholeNumbers(layer.mlp.up_proj)
+
+
 def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     lora_kwargs = {"target_modules": "all-linear", **settings.pop("lora_kwargs", {})}
     lora, tied, rows = settings.pop("lora", False), settings.pop("tied", False), settings.pop("rows", ROWS)
     fails_at, uneven = settings.pop("fails_at", None), settings.pop("uneven", False)
+    quantized_teacher = settings.pop("quantized_teacher", False)
     callbacks, eval_rows = settings.pop("callbacks", []), settings.pop("eval_rows", None)
     defaults = {
         "output_dir": str(directory / "runs" / name),
@@ -189,6 +208,8 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     else:  # before the arguments, from which on ZeRO-3 would shard new models before they have their weights
         student = tiny_model("qwen2" if tied else "llama", seed=1, tie_word_embeddings=tied, **STUDENT)
         teacher = tiny_model("qwen2" if tied else "llama", seed=2, tie_word_embeddings=tied, **TEACHER)
+    if quantized_teacher:
+        quantize(teacher)
     config_class, trainer_class = (SpecKDConfig, RecordingSpecKD) if "gate" in settings else (SKDConfig, RecordingSKD)
     args = config_class(**{**defaults, **settings})
     trainer = trainer_class(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from assets import arguments_for, save_assets
@@ -15,6 +16,7 @@ from tiny import EOS, byte_tokenizer
 
 from skd_trl.__main__ import COMMANDS, main
 from skd_trl.commands import options, rows, train, watch
+from skd_trl.training.run_files import read_logs
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_every_option_is_in_one_group_and_is_explained_by_it_and_by_its_name():
     names = [field.name for fields in groups.values() for field in fields]
     assert len(names) == len(set(names)) and {"gate", "lora_r", "learning_rate", "dataset_name"} <= set(names)
     assert set(groups) <= set(options.TITLES)
-    assert [field.name for field in groups["speckd"]][0] == "gate"
+    assert {"gate", "gate_floor"} <= {field.name for field in groups["speckd"]}
     everything = command.help_text("all")
     assert all(f"--{name}\n" in everything for name in names)
     assert "--gate_floor" in command.help_text("speckd") and "--lora_r" not in command.help_text("speckd")
@@ -102,6 +104,11 @@ def test_a_command_without_what_it_needs_says_what_is_missing(name, capsys):
     code, output = run([name], capsys)
     assert code == 2
     assert f"skd {name}: error: " in output and re.search("missing|is not set", output)
+
+
+def test_an_option_of_another_trainer_is_told_before_what_is_missing(capsys):
+    code, output = run(["train", "--gate", "spec_k"], capsys)
+    assert code == 2 and "add --trainer speckd" in output
 
 
 def test_a_file_of_options_is_read_and_the_command_line_overrides_it(assets, tmp_path):
@@ -176,6 +183,22 @@ def test_rows_that_are_held_out_are_not_trained_on():
     assert len(rows.hold_out(dataset, 2, seed=0)[1]) == 2
 
 
+def test_columns_become_conversations_by_templates():
+    dataset = Dataset.from_list([{"question": "1 + 1?", "answer": "{2}", "id": 7}])
+    prompt, answer = {"role": "user", "content": "Solve: 1 + 1?"}, {"role": "assistant", "content": "{2}"}
+    both = rows.from_templates(dataset, "Solve: {question}", "{answer}")
+    assert both[:] == {"prompt": [[prompt]], "completion": [[answer]]}
+    assert rows.from_templates(dataset.to_iterable_dataset(), "Solve: {question}", None).column_names == ["prompt"]
+    for prompt_template, completion_template, message in (
+        ("{what}", None, r"prompt_template names \['what'\], and the rows have the columns \['question'"),
+        ("{question}", "fixed", "completion_template='fixed' names no column"),
+        (None, "{answer}", "needs a prompt_template"),
+        ("{question", None, "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rows.from_templates(dataset, prompt_template, completion_template)
+
+
 # The commands on tiny models
 
 
@@ -183,7 +206,6 @@ MESSAGES = [{"role": "user", "content": "hello 世界"}, {"role": "assistant", "
 FORMS = {
     "messages": {"messages": MESSAGES},
     "prompts": {"prompt": MESSAGES[:1]},
-    "texts": {"prompt": "hello", "completion": " hi"},
 }
 
 
@@ -193,7 +215,15 @@ def test_a_file_of_any_form_is_trained_on_compared_and_reported(form, assets, tm
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([json.dumps(FORMS[form])] * 20))
     out = tmp_path / "out"
-    settings = {"dataset_name": file, "output_dir": out, "save_strategy": "no", "draft_rows": 1, "max_steps": 1}
+    templates = {"prompt_template": "{question}", "completion_template": "{answer}"} if form == "columns" else {}
+    settings = {
+        **templates,
+        "dataset_name": file,
+        "output_dir": out,
+        "save_strategy": "no",
+        "draft_rows": 1,
+        "max_steps": 1,
+    }
     code, output = run(["train", *arguments_for(assets, **settings)], capsys)
     assert code == 0
     assert "2 of its train rows are held out, 18 are left to train on" in output
@@ -204,6 +234,7 @@ def test_a_file_of_any_form_is_trained_on_compared_and_reported(form, assets, tm
     assert "draft_tokens_per_forward_greedy" in found["comparison"]["metrics"]
     assert found["progress"] == {"step": 1, "num_steps": 1, "is_over": True}
     assert (out / "samples.html").exists() and (out / "model.safetensors").exists()
+    assert f"| teacher | `{assets / 'teacher'}` |" in (out / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -231,6 +262,27 @@ def test_two_checkpoints_are_compared_and_one_is_evaluated_with_the_same_figures
     assert two["comparison"]["metrics"]["kl_teacher_text"]["after"]["value"] == pytest.approx(0, abs=1e-6)
     assert two["comparison"]["metrics"]["draft_accepted_greedy"]["after"]["value"] == 100
     assert [row["before"] for row in two["examples"]] == [row["student"] for row in one["examples"]]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_what_its_report_needs(assets, tmp_path, capsys):
+    out = tmp_path / "out"
+    settings = {"output_dir": out, "save_strategy": "no", "max_steps": 3000, "draft_rows": 0, "log_fixed_prompts": 1}
+    command = [sys.executable, "-m", "skd_trl", "train", *arguments_for(assets, **settings)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while len(read_logs(out / "logs.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    code, output = run(["report", out], capsys)
+    assert code == 0 and output.count(str(out)) == 3
+    logs = read_logs(out / "logs.jsonl")
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["progress"] == {"step": len(logs), "num_steps": 3000, "is_over": False}
+    assert found["training"]["loss"]["last"] == logs[-1]["loss"]
+    page = (out / "samples.html").read_text()
+    assert f"step {len(logs)} of 3000" in page and 'id="progress"' in page and 'id="texts"' in page
 
 
 # Watching

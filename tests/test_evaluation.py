@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from test_skd_trainer import ROWS, make_trainer
 from tiny import byte_tokenizer, tiny_model
 
 from skd_trl import DIVERGENCES
@@ -274,6 +275,23 @@ def test_another_divergence_takes_the_place_of_the_kl():
         student, teacher, PROMPTS, RESPONSES, decoding=decoding(), divergence=DIVERGENCES["reverse_kl"]()
     )
     np.testing.assert_allclose(reverse[:, 0], expected_divergence(teacher, student, 259), rtol=1e-4)
+
+
+def test_an_evaluation_of_the_trainer_has_the_held_out_metrics_too_once_for_several_sets(tmp_path):
+    rows = Dataset.from_list(ROWS)
+    trainer = make_trainer(tmp_path, eval_dataset={"one": rows, "two": rows})
+    prompts = rows.select_columns(["prompt"]) if "prompt" in rows.column_names else rows
+    held = callback.HeldOutEvaluation(trainer, prompts, metrics=["exact_match"])
+    trainer.add_callback(held)
+    metrics = trainer.evaluate()
+    student, teacher = held.student, held.teacher
+    answers = generate(teacher, held.data.prompt_ids, decoding=held.evaluation.decoding)
+    expected = token_divergence(student, teacher, held.data.prompt_ids, answers, decoding=held.evaluation.decoding)
+    assert metrics["eval_kl_teacher_text"] == pytest.approx(expected[:, 0].sum() / expected[:, 1].sum())
+    assert "eval_exact_match_teacher" in metrics and "eval_one_loss" in metrics
+    logged = [entry for entry in trainer.state.log_history if "eval_kl_teacher_text" in entry]
+    assert len(logged) == 1
+    assert set(held.seconds) == {"evaluation_held-out"}
 
 
 # Intervals

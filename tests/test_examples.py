@@ -3,15 +3,18 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from assets import arguments_for, save_assets
 from datasets import Dataset
 from tiny import byte_tokenizer, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -241,6 +244,57 @@ def test_every_configuration_is_understood(config):
     assert training_args.teacher_model_name_or_path and model_args.model_name_or_path
     for settings in (script_args.teacher_sft, script_args.student_sft):
         supervised.SFTConfig(output_dir="unused", use_cpu=True, **(settings or {}))
+
+
+# Sizes from the models' configurations on the hub.
+SIZES = {
+    "Qwen2-0.5B-Instruct": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
+    "Qwen2-7B-Instruct": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
+    "gemma-2b-it": ("gemma", 2048, 16384, 18, 8, 1, 256, 256000, True),
+    "gemma-7b-it": ("gemma", 3072, 24576, 28, 16, 16, 256, 256000, True),
+    "Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True),
+    "Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151936, True),
+    "Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
+    "Qwen3-8B": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
+    "Qwen3-32B": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+}
+SIZE_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+              "vocab_size", "tie_word_embeddings")  # fmt: skip
+
+
+def billions(name: str) -> float:
+    """Parameters of a model, built on the meta device."""
+    architecture, *sizes = SIZES[name]
+    config = AutoConfig.for_model(architecture, **dict(zip(SIZE_NAMES, sizes, strict=True)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e9
+
+
+RECIPES = [path for path in CONFIGS if "billion parameters" in path.read_text()]
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda path: path.name)
+def test_what_a_recipe_says_of_its_memory_is_right(config):
+    comment = " ".join(line.lstrip("# ") for line in config.read_text().splitlines() if line.startswith("#"))
+    settings = yaml.safe_load(config.read_text())
+    teacher, said_teacher, student, said_student = re.search(
+        r"(\S+) \(([\d.]+) billion parameters\) teaches (\S+) \(([\d.]+) billion\)", comment, re.IGNORECASE
+    ).groups()
+    names = {name: next(own for own in SIZES if own.lower() == name.lower()) for name in (teacher, student)}
+    assert settings["teacher_model_name_or_path"].endswith(names[teacher])
+    assert settings["model_name_or_path"].endswith(names[student])
+    of_teacher, of_student = billions(names[teacher]), billions(names[student])
+    assert of_teacher == pytest.approx(float(said_teacher), abs=0.06)
+    assert of_student == pytest.approx(float(said_student), abs=0.06)
+    # fp32 weights, gradients and Adam's two moments of the student, and bf16 weights of the teacher
+    assert int(re.search(r"take (\d+) GB", comment).group(1)) == round(16 * of_student + 2 * of_teacher)
+
+
+def test_there_is_a_recipe_for_each_task_of_the_paper_and_for_the_pairs_of_today():
+    assert {path.stem for path in RECIPES} == {
+        "gsm8k_qwen2", "flores_gemma", "ultrainteract_qwen2", "qwen3_8b_to_0.6b", "qwen3_8b_to_1.7b", "qwen3_32b_to_4b",
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -1,20 +1,22 @@
 """What scripts and subclasses written for TRL's GKDTrainer do to a trainer: it is followed, or refused by name before training."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from test_skd_trainer import ROWS, losses, make_trainer
-from tiny import tiny_model
+from tiny import save_models, tiny_model
 from torch import nn
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
+from trl import LogCompletionsCallback, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from skd_trl import SKDTrainer, SpecKDTrainer
+from skd_trl import SKDConfig, SKDTrainer, SpecKDConfig, SpecKDTrainer
 
 
 class Sets(TrainerCallback):
@@ -230,3 +232,45 @@ def test_a_4_bit_student_that_has_run_on_a_cpu_before_is_refused(tmp_path):
         student(torch.tensor([[1, 2, 3]]))
     with pytest.raises(ValueError, match="4-bit weights .*o_proj.* were packed for inference"):
         make_trainer(tmp_path, model=student)
+
+
+# A script of the form of TRL's own for GKD
+
+
+@pytest.mark.parametrize("config_class, trainer_class", [(SKDConfig, SKDTrainer), (SpecKDConfig, SpecKDTrainer)])
+def test_a_script_of_trls_form_runs_with_two_names_changed(tmp_path, config_class, trainer_class):
+    save_models(tmp_path, {"student": 1, "teacher": 2})
+    for split in ("train", "test"):
+        rows = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in ROWS]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script_args, training_args, model_args = TrlParser(
+        (ScriptArguments, config_class, ModelConfig)
+    ).parse_args_and_config(
+        f"--dataset_name {tmp_path} --model_name_or_path {tmp_path}/student --teacher_model_name_or_path {tmp_path}/teacher "
+        f"--output_dir {tmp_path}/out --max_steps 2 --eval_strategy steps --eval_steps 1 --max_new_tokens 8 --max_length 64 "
+        "--dtype float32 --use_cpu true --bf16 false --report_to none --use_peft --lora_r 2 --lora_target_modules q_proj".split()
+    )
+    loading = {"revision": model_args.model_revision, "dtype": model_args.dtype}
+    training_args.model_init_kwargs = {**loading, "use_cache": not training_args.gradient_checkpointing}
+    training_args.teacher_model_init_kwargs = {**loading, "use_cache": True}
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, padding_side="left")
+    dataset = load_dataset("json", data_files={s: str(tmp_path / f"{s}.jsonl") for s in ("train", "test")})
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        teacher_model=training_args.teacher_model_name_or_path,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split],
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    generation = GenerationConfig(
+        max_new_tokens=training_args.max_new_tokens, do_sample=True, temperature=training_args.temperature
+    )
+    callback = LogCompletionsCallback(trainer, generation, num_prompts=8)
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.save_model(training_args.output_dir)
+    assert len(callback.table) == 8 * 2  # after each of the two steps
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [1, 2]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -296,7 +296,7 @@ def test_without_arguments_a_default_configuration_is_made_as_in_sft(tmp_path, m
 def test_the_callers_objects_stay_as_they_were(tmp_path):
     args = SKDConfig(
         str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], max_steps=1, save_strategy="no", max_new_tokens=8,
-        max_length=64, dataset_kwargs={"add_special_tokens": False}, disable_tqdm=True,
+        max_length=64, dataset_kwargs={"skip_prepare_dataset": False}, disable_tqdm=True,
     )  # fmt: skip
     dataset, teacher, tokenizer = Dataset.from_list(ROWS), tiny_model(seed=2).train(), byte_tokenizer()
     tokenizer.pad_token = None

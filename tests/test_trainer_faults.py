@@ -55,18 +55,53 @@ def test_weights_that_are_not_finite_stop_the_step_before_it_is_taken(tmp_path, 
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_a_step_that_spoils_the_student_leaves_the_checkpoint_before_it(tmp_path):
-    class Spoils(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                kwargs["model"].model.norm.weight.data[3] = float("nan")
+class Spoils(TrainerCallback):
+    """Makes a weight of the student NaN after the second step."""
 
-    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, callbacks=[Spoils()])
-    with pytest.raises(FloatingPointError, match=r"Step 3: .*the student's \(weights model.norm.weight\)"):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            kwargs["model"].model.norm.weight.data[3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "save_steps, message", [(1, "After step 2 the student's weights hold NaN or infinity"), (3, "Step 3: the loss")]
+)
+def test_a_step_that_spoils_the_student_leaves_the_checkpoint_before_it(tmp_path, save_steps, message):
+    trainer = make_trainer(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=save_steps, callbacks=[Spoils()], save_total_limit=1
+    )
+    with pytest.raises(FloatingPointError, match=rf"{message}.*\((weights )?model.norm.weight\)"):
         trainer.train()
-    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))[0] == "checkpoint-1"
-    good = tiny_model(seed=1).from_pretrained(tmp_path / "out" / "checkpoint-1")
-    assert all(p.isfinite().all() for p in good.parameters())
+    kept = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert kept == (["checkpoint-1"] if save_steps == 1 else [])
+    for name in kept:
+        assert all(
+            p.isfinite().all() for p in tiny_model(seed=1).from_pretrained(tmp_path / "out" / name).parameters()
+        )
+
+
+def test_a_student_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save_model()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    trainer.model.lm_head.weight.data[5, 5] = float("inf")
+    with pytest.raises(
+        FloatingPointError, match=r"weights hold NaN or infinity \(lm_head.weight\). Nothing was saved"
+    ):
+        trainer.save_model()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_step(tmp_path, max_grad_norm):
+    def root(student_logits, teacher_logits):  # 0, with an infinite slope
+        return (student_logits - student_logits.detach()).pow(2).sum(-1).sqrt()
+
+    trainer = make_trainer(tmp_path, divergence=root, rollout="dataset", max_grad_norm=max_grad_norm)
+    before = {key: p.detach().clone() for key, p in trainer.model.named_parameters()}
+    with pytest.raises(FloatingPointError, match=r"Step 1: the loss is finite and its gradient is not \(.*keep roots"):
+        trainer.train()
+    assert all(torch.equal(p, before[key]) for key, p in trainer.model.named_parameters())
 
 
 def test_a_divergence_that_is_not_finite_is_named(tmp_path):

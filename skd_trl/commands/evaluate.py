@@ -48,7 +48,7 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Given to the chat template, such as {'enable_thinking': false}."},
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens of a response, at most."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of a response."})
     batch_size: int = field(default=8, metadata={"help": "Rows at once."})
     seed: int = field(default=0, metadata={"help": "Of the sample of rows and of drawn texts."})
     metrics: list[str] | None = field(

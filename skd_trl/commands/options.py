@@ -47,12 +47,18 @@ class Command:
             topic = arguments[help_wanted[0] + 1 :][:1]
             print(self.help_text(topic[0] if topic and not topic[0].startswith("-") else None))
             raise SystemExit(0)
+        # Before values are checked: a missing one may be due to an option that is not understood.
+        self._refuse([argument for argument in arguments if argument.startswith("--") and not self._has(argument)])
         parser = self.parser()
         parser.set_defaults(**defaults)
         with self.one_line_errors():
             *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
         self._refuse(unknown)
         return tuple(parsed)
+
+    def _has(self, argument: str) -> bool:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        return name == "config" or name in self._fields() or name.removeprefix("no_") in self._fields()
 
     def _refuse(self, unknown: list[str]) -> None:
         names = [argument.partition("=")[0].removeprefix("--") for argument in unknown if argument.startswith("--")]
@@ -141,7 +147,8 @@ USUAL = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit",
 )  # fmt: skip
 OF_COMMANDS = {
-    "data": ("dataset_name", "dataset_config", "dataset_split", "num_rows", "num_train_rows", "num_eval_rows"),
+    "data": ("dataset_name", "dataset_config", "dataset_split", "num_rows", "num_train_rows", "num_eval_rows",
+             "prompt_template", "completion_template"),
     "evaluation": (
         "compare", "compare_at_evaluation", "metrics", "draft_rows",
     ),

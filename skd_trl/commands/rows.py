@@ -1,6 +1,7 @@
 """Rows for a command: a data set of the hub, a file, a folder of files, or what `save_to_disk` wrote."""
 
 from pathlib import Path
+from string import Formatter
 
 from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
 
@@ -36,13 +37,13 @@ def load_rows(
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits) or 'none'}.")
     path = Path(name)
-    if path.is_file() or (path.is_dir() and _files(path)):
-        file = path if path.is_file() else _files(path)[split]
-        rows = load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=streaming)
-    elif path.is_dir() and _is_saved(path):
+    if path.is_dir() and _is_saved(path):
         saved = load_from_disk(name)
         rows = saved[split] if isinstance(saved, DatasetDict) else saved
         rows = rows.to_iterable_dataset() if streaming else rows
+    elif path.is_file() or (path.is_dir() and _files(path)):
+        file = path if path.is_file() else _files(path)[split]
+        rows = load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=streaming)
     else:
         rows = load_dataset(name, config, split=split, streaming=streaming)
     if isinstance(rows, IterableDataset):
@@ -66,7 +67,7 @@ def split_names(name: str, config: str | None = None) -> list[str]:
     if path.is_dir():
         if _is_saved(path):
             saved = load_from_disk(name)
-            return list(saved) if isinstance(saved, DatasetDict) else ["train"]
+            return [str(split) for split in saved] if isinstance(saved, DatasetDict) else ["train"]
         if _files(path):
             return list(_files(path))
     elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in READERS:
@@ -85,6 +86,37 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _is_saved(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def from_templates(
+    rows: Dataset | IterableDataset, prompt: str | None, completion: str | None
+) -> Dataset | IterableDataset:
+    """Rows of any columns as conversations: `prompt` and `completion` are texts in which `{column}` is replaced by the row's value.
+    Without `completion` the rows are prompts alone.
+
+    Raises:
+        `ValueError`: for a template that names no column, or one that the rows lack.
+    """
+    if prompt is None:
+        raise ValueError("completion_template needs a prompt_template beside it.")
+    columns = rows.column_names or list(next(iter(rows), {}))
+    for name, template in (("prompt_template", prompt), ("completion_template", completion)):
+        try:
+            named = [field for _, field, *_ in Formatter().parse(template or "") if field is not None]
+        except ValueError as error:
+            raise ValueError(f"{name}={template!r} cannot be read: {error}. Write {{{{ for a brace.") from error
+        if missing := [field for field in named if field not in columns]:
+            raise ValueError(f"{name} names {missing}, and the rows have the columns {columns}.")
+        if template is not None and not named:
+            raise ValueError(f"{name}={template!r} names no column; write one of {columns} in braces.")
+
+    def as_conversation(row: dict) -> dict:
+        turns = {"prompt": [{"role": "user", "content": prompt.format(**row).strip()}]}
+        if completion is not None:
+            turns["completion"] = [{"role": "assistant", "content": completion.format(**row).strip()}]
+        return turns
+
+    return rows.map(as_conversation, remove_columns=columns)
 
 
 def hold_out(rows: Dataset, num_rows: int, seed: int, share: float = 0.1) -> tuple[Dataset, Dataset]:

@@ -30,7 +30,7 @@ from ..speckd_trainer import SpecKDTrainer
 from ..training.console import LogLine
 from ..training.run_files import LogFile, run_settings, write_settings
 from .options import Command
-from .rows import hold_out, load_rows, split_names
+from .rows import from_templates, hold_out, load_rows, split_names
 from .supervised import supervised_stage
 
 
@@ -50,6 +50,16 @@ class TrainArguments(ScriptArguments):
         },
     )
     student_sft: dict[str, Any] | str | None = field(default=None, metadata={"help": "The same for the student."})
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "For rows with other columns: what the user says, such as 'Summarize this dialogue.\\n\\n{dialogue}'."
+        },
+    )
+    completion_template: str | None = field(
+        default=None,
+        metadata={"help": "The same for the reference answer, such as '{summary}'. Default: prompts alone."},
+    )
     num_train_rows: int = field(default=0, metadata={"help": "Rows to train on, a random sample; 0 is all."})
     num_eval_rows: int = field(
         default=200,
@@ -99,7 +109,7 @@ def run(arguments: list[str]) -> int:
     """The command itself."""
     command = train_command(chosen_trainer(arguments))
     script_args, training_args, model_args = command.parse(arguments)
-    with command.one_line_errors():
+    with command.one_line_errors(), PartialState().main_process_first():
         rows = load_train_and_test(script_args, training_args.seed)
     train(script_args, training_args, model_args, *rows, command=command)
     return 0
@@ -133,19 +143,20 @@ def chosen_trainer(arguments: list[str]) -> str:
 
 def load_train_and_test(args: TrainArguments, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """The rows to train on and those held out, if any are."""
-    common = {"config": args.dataset_config, "seed": seed}
-    train_rows = load_rows(
-        args.dataset_name,
-        args.dataset_train_split,
-        num_rows=args.num_train_rows,
-        streaming=args.dataset_streaming,
-        **common,
-    )
+
+    def load(split: str, num_rows: int, streaming: bool = False):
+        rows = load_rows(
+            args.dataset_name, split, config=args.dataset_config, num_rows=num_rows, seed=seed, streaming=streaming
+        )
+        if args.prompt_template is None and args.completion_template is None:
+            return rows
+        return from_templates(rows, args.prompt_template, args.completion_template)
+
+    train_rows = load(args.dataset_train_split, args.num_train_rows, args.dataset_streaming)
     if not args.compare:
         return train_rows, None
     if args.dataset_test_split in split_names(args.dataset_name, args.dataset_config):
-        test_rows = load_rows(args.dataset_name, args.dataset_test_split, num_rows=args.num_eval_rows, **common)
-        return train_rows, test_rows
+        return train_rows, load(args.dataset_test_split, args.num_eval_rows)
     if isinstance(train_rows, IterableDataset):
         raise ValueError(
             f"{args.dataset_name} has no split {args.dataset_test_split!r}, and no rows can be held out of a stream. Name one with "
@@ -196,6 +207,8 @@ def train(
     # Save it, then compare: an error in what follows costs no training
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
+    is_local = Path(script_args.dataset_name).exists()
+    trainer.create_model_card(output_dir.resolve().name, None if is_local else script_args.dataset_name)
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     outcome = held_out.compare_with(held_out.score("after")) if held_out else {}
     if trainer.is_world_process_zero():

@@ -18,6 +18,7 @@ from ..data.vocabulary import end_of_sequence_ids, shared_vocab_size
 from ..sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft
 from ..sampling.interleaved import Execution, interleaved_sample
 from ..sampling.participants import LocalParticipant
+from ..sampling.rounds import Rounds
 from ..sampling.sampling_params import SamplingParams
 from ..training.completions import token_texts, whole_pieces
 from .options import Command
@@ -83,13 +84,19 @@ class Watched(AcceptanceRule):
     """A rule that also keeps what it judged: of each round the draft, and how many of its tokens were accepted."""
 
     def __init__(self, rule: AcceptanceRule):
-        self.rule, self.rounds = rule, []
+        self.rule, self.rounds, self.num_written = rule, [], 0
         self.needs_student, self.drafts, self.judges = rule.needs_student, rule.drafts, rule.judges  # type: ignore[misc]
 
     def __call__(self, draft: Draft) -> torch.Tensor:
         accepted = self.rule(draft)
         self.rounds.append((draft.tokens[0].tolist(), int(accepted[0].long().cumprod(0).sum())))
         return accepted
+
+    def observe(self, written: list[int], live: list[int]) -> None:
+        """Called after each round; one that wrote nothing is played again (its candidates did not hold the nucleus)."""
+        if written[0] == self.num_written:
+            self.rounds.pop()
+        self.num_written = written[0]
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
         return self.rule.replacement_probs(draft)
@@ -149,7 +156,8 @@ def run(arguments: list[str]) -> int:
             max_new_tokens=options.max_new_tokens,
             eos_token_ids=end_of_sequence_ids(student, teacher, tokenizer),
             noise=torch.Generator(device).manual_seed(options.seed),
-            execution=Execution(options.num_draft_tokens),
+            # Captured rounds run no Python, and would show nothing.
+            execution=Execution(options.num_draft_tokens, rounds=Rounds(capture=False), observe=accept.observe),
         )
         seconds = time.perf_counter() - start
     response = rollout.labels[0][rollout.labels[0] != -100].tolist()
@@ -189,7 +197,7 @@ def rounds_table(
     legend += (marks.text("replaced by the teacher", "replaced"), "  ", marks.text("dropped", "dropped"))
     table.caption = Text.assemble(*legend)
     table.add_column("", justify="right")
-    table.add_column("the student's draft, and what was kept of it")
+    table.add_column("the student's draft, and what happened to it")
     table.add_column("accepted", justify="right")
     position = 0
     for number, (draft, num_accepted) in enumerate(rounds, start=1):

@@ -42,7 +42,7 @@ def compare(
 
 
 def shown_as(name: str) -> Metric:
-    """How a metric is shown: as `METRICS` says, or a metric from the user by its name."""
+    """How a metric is shown: as `METRICS` says, or by its name where it is a user's."""
     return METRICS.get(name) or Metric(name.replace("_", " "), True, 2)
 
 

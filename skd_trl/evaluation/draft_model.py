@@ -19,6 +19,7 @@ from ..data.vocabulary import shared_vocab_size
 from ..sampling.acceptance import ACCEPTANCE_RULES
 from ..sampling.interleaved import Execution, interleaved_sample
 from ..sampling.participants import LocalParticipant
+from ..sampling.rounds import Rounds
 from ..sampling.sampling_params import SamplingParams
 from .held_out import Decoding, batches, gather_rows, left_pad
 
@@ -45,7 +46,7 @@ def draft_acceptance(
     description: str = "",
 ) -> dict[str, np.ndarray]:
     """
-    How many of the student's drafts of the teacher's text were accepted, as columns `(rows, 2)` of a sum and its weight.
+    What happened to the student's drafts of the teacher's text, as columns `(rows, 2)` of a sum and its weight.
 
     The noise of a row is keyed by its number, so neither the batch size nor the number of processes changes a decision.
 
@@ -60,7 +61,7 @@ def draft_acceptance(
     student_part, teacher_part = (
         LocalParticipant(model, SamplingParams(temperature), vocab_size=vocab_size) for model in (student, teacher)
     )
-    outcomes = {}
+    outcomes, rounds = {}, Rounds()  # what is captured for a batch serves the next
     for batch in batches([len(ids) for ids in prompt_ids], decoding.batch_size, description):
         ids, mask = left_pad([prompt_ids[row] for row in batch], decoding.pad_token_id, student.device)
         noise = [
@@ -76,7 +77,7 @@ def draft_acceptance(
             max_new_tokens=decoding.max_new_tokens,
             eos_token_ids=decoding.eos_token_ids,
             noise=torch.stack(noise),
-            execution=Execution(num_draft_tokens, agree=decoding.agree),
+            execution=Execution(num_draft_tokens, agree=decoding.agree, rounds=rounds),
         )
         lengths = (rollout.labels != -100).sum(dim=1).tolist()
         for row, length, replaced in zip(batch, lengths, rollout.replaced.tolist(), strict=True):

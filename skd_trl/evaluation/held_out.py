@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.dataset import prepare_dataset
+from ..data.tokenization import RowRules
 from ..data.vocabulary import end_of_sequence_ids
 
 
@@ -32,7 +33,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are written: at most so many tokens, so many rows at once, the ids that end one, the id that pads, the seed
+    """How texts are written: at most so many tokens, so many rows at once, the ids that end a response, the id that pads, the seed
     of samples, and, where a forward of the models is collective, how ranks agree on numbers (see [`Execution`])."""
 
     max_new_tokens: int
@@ -73,16 +74,15 @@ def held_out(
     Raises:
         `ValueError`: for rows that cannot be used; the message names them.
     """
-    tokenized = prepare_dataset(
-        rows,
-        tokenizer,
+    rules = RowRules(
         max_prompt_length=None,
         max_response_length=None,
         needs_response=False,
-        eos_token_ids=eos_token_ids,
-        name="held-out",
-        chat_template_kwargs=chat_template_kwargs,
+        eos_token_ids=tuple(eos_token_ids),
+        chat_template_kwargs=chat_template_kwargs or {},
+        reads_response=False,  # nothing is trained on references; only their texts are compared
     )
+    tokenized = prepare_dataset(rows, tokenizer, rules, name="held-out")
     prompt_ids = tokenized["prompt_ids"][:]
     texts = [prompt_text(row) for row in rows] if len(tokenized) == len(rows) else [None] * len(tokenized)
     decoded = tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What the page says of the responses, by `rollout`.
 WHO_WROTE = {
     "interleaved": "Each response was written by the student and the teacher together: the student proposed every token, and "
-    "where the teacher did not accept the proposal, it put another token in its place.",
+    "where the teacher did not accept the proposal, it put its own token in its place.",
     "student": "Each response was written by the student alone.",
     "teacher": "Each response was written by the teacher alone.",
 }
@@ -94,7 +94,7 @@ def shown_sample(row: dict) -> dict:
     proposals = [None] * len(tokens) if proposals is None else list(proposals)
     pieces = []
     for text, by_teacher, start, stop in whole_pieces(tokens, replaced, marker="∅"):
-        proposed = [proposals[i] for i in range(start, stop) if replaced[i] and proposals[i] is not None]
+        proposed = [str(proposals[i]) for i in range(start, stop) if replaced[i] and proposals[i] is not None]
         shown = visible("".join(proposed)) if proposed else ""
         who = "the student's"
         if by_teacher:
@@ -114,7 +114,7 @@ def shown_sample(row: dict) -> dict:
 
 
 def visible(text: str) -> str:
-    """Text that takes up room on the page, also where it is empty."""
+    """The text with something to see, whatever it is."""
     return text.replace("\n", "↵") or "∅"
 
 

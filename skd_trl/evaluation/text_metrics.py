@@ -6,12 +6,13 @@ such lists; give it as an object or by name, `"module:function"`. Higher is bett
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 
-TextMetric = Callable[[list[str], list[str]], Sequence[float] | dict[str, Sequence[float]]]
+TextMetric = Callable[[list[str], list[str]], Sequence[float] | Mapping[str, Sequence[float]]]
 
 
 def rouge(predictions: list[str], targets: list[str]) -> dict[str, list[float]]:
@@ -60,7 +61,7 @@ def scored(
     columns: dict[str, np.ndarray] = {}
     for name, metric in metrics.items() if rows else ():
         found = metric([predictions[row] for row in rows], [str(targets[row]) for row in rows])
-        for key, values in found.items() if isinstance(found, dict) else ((name, found),):
+        for key, values in found.items() if isinstance(found, Mapping) else ((name, found),):
             if len(values) != len(rows):
                 raise ValueError(f"The metric {name!r} returned {len(values)} numbers for {len(rows)} rows.")
             column = np.zeros((len(targets), 2))
@@ -69,7 +70,7 @@ def scored(
     return columns
 
 
-def _imported(name: str) -> TextMetric:
+def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
     if not attribute:
         raise ValueError(

@@ -20,7 +20,7 @@ from .sampling_params import SamplingParams, draw_from_probs
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a teacher says of a draft.
+    """What a teacher says of a draft: here its logits, so everything. [`TopJudgement`] knows only its top k.
 
     Attributes:
         logits (`torch.Tensor` of shape `(N, G, V)`):
@@ -38,6 +38,46 @@ class Judgement:
             return torch.full_like(tokens, -1)
         own = self.logits.gather(-1, tokens.clamp(min=0)[..., None])
         return torch.where(tokens >= 0, (self.logits > own).sum(-1), -1)
+
+    def probability(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The probability (N, G) of `tokens` (N, G) at temperature 1 over the whole vocabulary."""
+        return self.logits.float().softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+    def mass_above(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The probability (N, G) of all ids that the teacher ranks higher than `tokens` (N, G)."""
+        probs = self.logits.float().softmax(-1)
+        own = probs.gather(-1, tokens[..., None])
+        return torch.where(probs > own, probs, 0.0).sum(-1)
+
+    def shaped_probs(self, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
+        """The distribution that is drawn from, over the outcomes that `at_outcomes` and `tokens_of` know: (N, G, V)."""
+        return nucleus.probs(self.logits, sampling)
+
+    def shaped_probability(self, tokens: torch.Tensor, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
+        """The probability (N, G) of `tokens` (N, G) in that distribution."""
+        return self.shaped_probs(sampling, nucleus).gather(-1, tokens[..., None]).squeeze(-1)
+
+    def draw(self, sampling: SamplingParams, nucleus: Nucleus, uniforms: torch.Tensor) -> torch.Tensor:
+        """Draws from it with `uniforms` (N,), of a judgement of one column: the tokens (N,)."""
+        return nucleus.draw(self.logits.squeeze(1), sampling, uniforms)
+
+    def at_outcomes(self, values: torch.Tensor) -> torch.Tensor:
+        """Of `values` (N, G, V) those at the outcomes: here all."""
+        return values
+
+    def tokens_of(self, outcomes: torch.Tensor) -> torch.Tensor:
+        """The ids (N, G) of outcomes (N, G): here they are ids."""
+        return outcomes
+
+    def column(self, index: torch.Tensor) -> "Judgement":
+        """The judgement of one column per row, `index` (N, 1), without the loss's signal."""
+        return Judgement(take_column(self.logits, index), {})
+
+
+def take_column(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns `index` (N, 1) of `values` (N, G, ...): (N, 1, ...)."""
+    index = index.reshape(*index.shape, *(1,) * (values.ndim - 2))
+    return values.gather(1, index.expand(-1, 1, *values.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -74,33 +114,30 @@ class Draft:
 
     def column(self, index: torch.Tensor) -> "Draft":
         """The draft of one column per row, `index` (N, 1): what a replacement is drawn from."""
-
-        def take(logits):
-            return logits.gather(1, index[..., None].expand(-1, 1, logits.shape[-1]))
-
         return replace(
             self,
             tokens=self.tokens.gather(1, index),
-            student_logits=take(self.student_logits),
-            judgement=Judgement(take(self.judgement.logits), {}),
+            student_logits=take_column(self.student_logits, index),
+            judgement=self.judgement.column(index),
             coins=self.coins.gather(1, index),
         )
 
     def probability(self, of: str, shaped: bool = True) -> torch.Tensor:
         """Probability of the proposals under `"student"` or `"teacher"`, (N, G), as drawn from or (`shaped=False`)
         at temperature 1 over the whole vocabulary."""
-        if shaped:
-            probs = self.shaped_probs(of)
-        else:
-            probs = (self.student_logits if of == "student" else self.teacher_logits).float().softmax(-1)
-        return probs.gather(-1, self.tokens[..., None]).squeeze(-1)
+        judgement = Judgement(self.student_logits, {}) if of == "student" else self.judgement
+        sampling = self.student_sampling if of == "student" else self.teacher_sampling
+        if not shaped:
+            return judgement.probability(self.tokens)
+        return judgement.shaped_probability(self.tokens, sampling, self.nucleus)
 
     def shaped_probs(self, of: str) -> torch.Tensor:
-        """The distributions (N, G, V) that `"student"` or `"teacher"` draws from. A rule that takes them from here never waits for
-        the device, and no vocabulary is sorted where the nuclei are small."""
+        """The distributions that `"student"` or `"teacher"` draws from, over the judgement's outcomes: (N, G, V), or (N, G, k) where the
+        teacher sends its top k. A rule that takes them from here never waits for the device, and no vocabulary is sorted where
+        the nuclei are small."""
         if of == "student":
-            return self.nucleus.probs(self.student_logits, self.student_sampling)
-        return self.nucleus.probs(self.teacher_logits, self.teacher_sampling)
+            return self.judgement.at_outcomes(self.nucleus.probs(self.student_logits, self.student_sampling))
+        return self.judgement.shaped_probs(self.teacher_sampling, self.nucleus)
 
 
 @dataclass(frozen=True)
@@ -120,14 +157,16 @@ class AcceptanceRule:
         raise NotImplementedError
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
-        """What a rejected token is replaced from, (N, 1, V) for a draft of one column: the teacher's distribution."""
+        """What a rejected token is replaced from, for a draft of one column: the teacher's distribution over the judgement's
+        outcomes, (N, 1, V) or (N, 1, k)."""
         return draft.shaped_probs("teacher")
 
     def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
         """The tokens (N,) that replace rejected ones, for a draft of one column, drawn with `uniforms` (N,) in [0, 1)."""
         if type(self).replacement_probs is AcceptanceRule.replacement_probs:  # then without building them
-            return draft.nucleus.draw(draft.teacher_logits.squeeze(1), draft.teacher_sampling, uniforms)
-        return draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
+            return draft.judgement.draw(draft.teacher_sampling, draft.nucleus, uniforms)
+        outcomes = draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
+        return draft.judgement.tokens_of(outcomes[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -160,9 +199,7 @@ class TopP(AcceptanceRule):
     def __call__(self, draft: Draft) -> torch.Tensor:
         if self.p == 1.0:  # the sum may round to 1
             return torch.ones_like(draft.tokens, dtype=torch.bool)
-        probs = draft.teacher_logits.float().softmax(-1)
-        own = probs.gather(-1, draft.tokens[..., None])
-        return torch.where(probs > own, probs, 0.0).sum(-1) < self.p
+        return draft.judgement.mass_above(draft.tokens) < self.p
 
 
 @dataclass(frozen=True)

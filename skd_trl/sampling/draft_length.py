@@ -12,6 +12,7 @@ marginal cost of one more token of a block in units of a teacher's step.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
@@ -119,13 +120,19 @@ class AutoDraftLength(DraftLength):
             return min(self.TRIED[self.num_rounds % len(self.TRIED)], limit)
         if self.is_measuring and self.num_rounds % self.TRY_EVERY == 0:
             return min(self.TRIED[self.num_rounds // self.TRY_EVERY % len(self.TRIED)], limit)
-        return min(range(1, limit + 1), key=lambda length: self.cost(length, remaining))
+        # Rows differ only where one of them needs fewer tokens than the longest draft: a window of 256 rows has few kinds of them.
+        num_of_rest = Counter(min(rest, limit) for rest in remaining)
+        return min(range(1, limit + 1), key=lambda length: self._cost(length, len(remaining), num_of_rest))
 
     def cost(self, length: int, remaining: list[int]) -> float:
         """Seconds per token that a round of this draft length is expected to take."""
-        num_rows = len(remaining)
+        return self._cost(length, len(remaining), Counter(min(rest, length) for rest in remaining))
+
+    def _cost(self, length: int, num_rows: int, num_of_rest: Counter[int]) -> float:
         seconds = length * self.student.seconds(num_rows) + self.teacher.seconds(num_rows * length)
-        return seconds / sum(expected_tokens(self.acceptance, min(length, rest)) for rest in remaining)
+        acceptance = self.acceptance
+        tokens = sum(n * expected_tokens(acceptance, min(length, rest)) for rest, n in num_of_rest.items())
+        return seconds / tokens
 
     def observe(self, round_: Round) -> None:
         if 0 < self.num_rounds and self.is_measuring and not round_.is_warm_up:

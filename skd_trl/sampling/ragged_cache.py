@@ -54,6 +54,7 @@ class RaggedDecoder:
         self.cache = Cache(layers=self.layers)
         self.spans = _attention_spans(config)
         self.attn_implementation = sampling_attention(model)
+        self.head_input = HeadInput(model, stays=compile)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # Its name before transformers 5.24 or so, and of models that have it from elsewhere.
         renamed = "cache" in inspect.signature(base.forward).parameters
@@ -80,14 +81,19 @@ class RaggedDecoder:
         self.window.set(rows or range(len(tokens)), positions, num_slots_in_use)
         masks = self.masks(positions, num_slots_in_use)
         with attention_implementation(self.model, self.attn_implementation), packed_query_groups():
-            if without_logits:
-                return _forward(self.model, self.cache_argument, tokens, masks, positions, tokens.new_empty(0))
-            if (
-                self.compile and self.layers[0].is_initialized
-            ):  # the buffers have to be there before anything is traced
-                with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, fail_on_recompile_limit_hit=False):
-                    return _compiled()(self.model, self.cache_argument, tokens, masks, positions, None)
-            return _forward(self.model, self.cache_argument, tokens, masks, positions, None)
+            return self._run(tokens, positions, masks, without_logits)
+
+    def _run(self, tokens, positions, masks, without_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's forward, as it is or compiled."""
+        # The buffers have to be there before anything is traced, and the hook is traced with the model.
+        if self.compile and self.layers[0].is_initialized and not without_logits:
+            with self.head_input, torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+                logits = _compiled()(self.model, self.cache_argument, tokens, masks, positions)
+                return self.head_input.value, logits
+        keep = {"logits_to_keep": tokens.new_empty(0)} if without_logits else {}
+        with HeadInput(self.model) as head_input:
+            logits = _forward(self.model, {**self.cache_argument, **keep}, tokens, masks, positions)
+        return head_input.value, logits
 
     @property
     def num_bytes(self) -> int:
@@ -122,14 +128,8 @@ class RaggedDecoder:
             layer.spread_first_row(num_slots)
 
 
-def _forward(model: nn.Module, cache: dict[str, Cache], tokens, masks, positions, logits_to_keep):
-    """The last hidden states and the logits."""
-    keep = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
-    with HeadInput(model) as head_input:
-        logits = model(
-            input_ids=tokens, attention_mask=masks, position_ids=positions, use_cache=True, **cache, **keep
-        ).logits
-    return head_input.value, logits
+def _forward(model: nn.Module, arguments: dict, tokens, masks, positions) -> torch.Tensor:
+    return model(input_ids=tokens, attention_mask=masks, position_ids=positions, use_cache=True, **arguments).logits
 
 
 @cache
@@ -206,20 +206,38 @@ class _Window:
 
 
 class HeadInput:
-    """Catches what goes into the language-model head during one forward, whatever the model calls its parts."""
+    """Catches what goes into the language-model head while it is entered, whatever the model calls its parts.
 
-    def __init__(self, model: nn.Module):
-        self.head = model.get_output_embeddings()
+    With `stays`, the hook is on the head for as long as this object lives: code that was traced with it does not look for another.
+    """
 
-    def __enter__(self) -> "HeadInput":
-        def keep(module: nn.Module, args: tuple) -> None:
+    def __init__(self, model: nn.Module, stays: bool = False):
+        self.head, self.stays, self.is_on, self.value = model.get_output_embeddings(), stays, False, None
+        self.handle = None
+        if stays:
+            self.handle = self.head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: tuple) -> None:
+        if self.is_on:
             self.value = args[0]
 
-        self.handle = self.head.register_forward_pre_hook(keep)
+    def __enter__(self) -> "HeadInput":
+        self.is_on = True
+        if not self.stays:
+            self.handle = self.head.register_forward_pre_hook(self._keep)
         return self
 
     def __exit__(self, *_) -> None:
-        self.handle.remove()
+        self.is_on = False
+        if self.stays:
+            self.value = None
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Takes the hook off the head."""
+        if self.handle is not None:
+            self.handle.remove()
 
 
 def sampling_attention(model: nn.Module) -> str:

@@ -113,7 +113,13 @@ class Rounds:
     def release(self) -> None:
         """Gives back caches, buffers and graphs."""
         self.forget_graphs()
-        self.buffers, self.decoders = {}, {}
+        for name in list(self.decoders):
+            self._drop(name)
+        self.buffers = {}
+
+    def _drop(self, name: str) -> None:
+        self.forget_graphs()
+        self.decoders.pop(name).head_input.close()
 
     def forget_graphs(self) -> None:
         self.graphs.clear()
@@ -125,6 +131,8 @@ class Rounds:
         """Places in use where `num_live` rows are written: powers of two and the numbers half-way between them."""
         if not self.has_fixed_shapes:
             return num_live
+        if self.compile:  # each number is a compilation
+            return num_places
         power = 1 << max(num_live - 1, 0).bit_length()
         return min(num_places, power * 3 // 4 if power >= 4 and num_live <= power * 3 // 4 else power)
 
@@ -157,15 +165,14 @@ class Rounds:
 
     def decoder(self, name: str, model: nn.Module, num_rows: int, num_slots: int) -> RaggedDecoder:
         """A decoder of at least so many rows and slots for a participant called `name`: the last one if it will do."""
-        last = self.decoders.pop(name, None)
-        if last is not None and last.model is model:
-            if last.num_rows >= num_rows and last.num_slots >= num_slots:
-                self.decoders[name] = last
-                return last
-            num_rows, num_slots = max(num_rows, last.num_rows), max(num_slots, last.num_slots)
+        last = self.decoders.get(name)
         if last is not None:
-            self.forget_graphs()
+            if last.model is model:
+                if last.num_rows >= num_rows and last.num_slots >= num_slots:
+                    return last
+                num_rows, num_slots = max(num_rows, last.num_rows), max(num_slots, last.num_slots)
             del last  # before the next one is allocated
+            self._drop(name)
         if self.has_fixed_shapes:
             num_slots = -(-num_slots // SLOTS) * SLOTS
         self.decoders[name] = decoder = RaggedDecoder(model, num_rows, num_slots, self.compile)

@@ -116,7 +116,7 @@ def at_least(probs: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
 def least_of(ordered: torch.Tensor, top_p: float) -> torch.Tensor:
     """Of probabilities in descending order (..., C), that of the token which reaches `top_p`, (..., 1); the last one's if none does."""
     num_before = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True) - 1
-    return ordered.gather(-1, num_before)
+    return ordered.gather(-1, num_before.clamp_(min=0))  # below 0 where they are no numbers
 
 
 def _least_of_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Sampled responses for people to look at: kept as parquet while a run goes on, shown in the terminal, sent to trackers.
 
-A response is shown with what the teacher replaced, the only way to see the effect of interleaved sampling. A character may
+A response is shown with what the teacher replaced, the only way to see what interleaved sampling does to a response. A character may
 be several tokens (`世`, `🎉`): the last of them has its text, the others an empty one, and it is marked if one of them is.
 """
 
@@ -173,7 +173,7 @@ def with_prompt_texts(dataset, tokenizer: PreTrainedTokenizerBase):
     texts = []
     for ids in dataset["prompt_ids"]:
         text = tokenizer.decode(ids)
-        # A tokenizer that adds a first token would add it a second time.
+        # A tokenizer that begins texts with its own token would do so a second time.
         again = tokenizer(text).input_ids
         is_twice = tokenizer.bos_token and again[1:] == list(ids) and again[0] == tokenizer.bos_token_id
         texts.append(text.removeprefix(tokenizer.bos_token) if is_twice else text)
@@ -185,7 +185,7 @@ def _share(record: dict) -> float:
 
 
 def _cell(text: str) -> str:
-    """Text as a cell of a Markdown table."""
+    """`text` as a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
 
 

@@ -97,14 +97,14 @@ class SamplingBar:
     """Rows finished, tokens, tokens per second and time left of one sampling: give `observe` to [`Execution`].
 
     Nothing is drawn in the first seconds, nor after the last row. Rows end early, so the time left is an estimate: unfinished rows
-    are expected to become as long as the finished ones are on average, or as `max_new_tokens` while there is none.
+    are expected to become as long as the finished ones that are longer than they are now, or as `max_new_tokens` if none is.
     """
 
     def __init__(self, max_new_tokens: int, description: str, disable: bool, delay: float = 2.0):
         self.max_new_tokens = max_new_tokens
         self.bar = tqdm(
             total=max_new_tokens,
-            desc=description,
+            desc=description.rstrip(),
             unit="tok",
             leave=False,
             delay=delay,
@@ -119,8 +119,11 @@ class SamplingBar:
             return
         unfinished = set(live)
         finished = [length for row, length in enumerate(written) if length and row not in unfinished]
-        expected = sum(finished) / len(finished) if finished else self.max_new_tokens
-        left = sum(max(expected - length, 1) for row, length in enumerate(written) if row in unfinished or not length)
+        left = 0.0
+        for row, length in enumerate(written):
+            if row in unfinished or not length:
+                longer = [other for other in finished if other > length]
+                left += (sum(longer) / len(longer) if longer else self.max_new_tokens) - length
         self.bar.total = round(sum(written) + left)
         self.bar.set_postfix_str(f"{len(finished)}/{len(written)} rows", refresh=False)
         self.bar.update(sum(written) - self.bar.n)

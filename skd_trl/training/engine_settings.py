@@ -89,6 +89,22 @@ def teacher_settings(config: dict, hidden_size: int, shard: bool) -> dict:
     return {**settings, "zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}  # a number that it asks for
 
 
+def describe_offloading(args: TrainingArguments, accelerator: Accelerator) -> str | None:
+    """What to say at the start about an optimizer that accelerate puts DeepSpeedCPUAdam in place of; `None` if it is the one asked for."""
+    if accelerator.distributed_type != "DEEPSPEED":
+        return None
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    device = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    is_kept = "optimizer" in config or not config.get("zero_force_ds_cpu_optimizer", True)
+    optim = str(getattr(args.optim, "value", args.optim))
+    if device in (None, "none") or is_kept or optim.startswith("adamw_torch") or "adagrad" in optim or "lion" in optim:
+        return None
+    return (
+        f"optim={optim!r} is not what trains: with the optimizer offloaded to {device} accelerate puts DeepSpeedCPUAdam in its place. "
+        "Set zero_force_ds_cpu_optimizer: false in the DeepSpeed file to keep it, or do not offload."
+    )
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether weights are stored as whole numbers, or by a quantiser of transformers."""
     return bool(getattr(model, "is_quantized", False)) or any(not p.is_floating_point() for p in model.parameters())
@@ -107,8 +123,9 @@ def _parallel_sizes(accelerator: Accelerator) -> dict[str, int]:
 
 
 def _check_numbers(accelerator: Accelerator) -> None:
-    # transformers notices it as well, at the start of training, where the teacher's engine is up.
-    found = [_both(line) for line in accelerator.state.deepspeed_plugin.hf_ds_config.mismatches]
+    # Noted by transformers when the trainer is made, and raised by it at the start of training, where the teacher's engine is up.
+    config = accelerator.state.deepspeed_plugin.hf_ds_config
+    found = [_both(line) for line in getattr(config, "mismatches", [])]
     if found:
         raise ValueError(
             f"DeepSpeed's configuration and the training arguments disagree: {'; '.join(found)}. Set these values of DeepSpeed's to "
