@@ -172,7 +172,7 @@ class SKDTrainer(GKDTrainer):
             Makes batches of prepared rows; defaults to [`DataCollatorForDistillation`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `messages`, with `prompt` and `completion`, or with `prompt` alone (enough where every response is
-            sampled); each a text or a conversation. With a `teacher_prompt`, or with a `privileged_context` for
+            sampled); each plain text or a conversation. With a `teacher_prompt`, or with a `privileged_context` for
             `args.teacher_prompt_template`, the teacher reads that and the student its own prompt.
         eval_dataset (the same, or a `dict` of them, *optional*):
             Evaluated on reference responses; rows without one on a response that the student samples (its own text, drawn as the run
@@ -288,7 +288,7 @@ class SKDTrainer(GKDTrainer):
 
         # Adapters are initialised at random, and the oldest supported TRL seeds too late for that.
         set_seed(args.seed)
-        # GKDTrainer's own __init__ is passed over: it changes `args`, refuses padded vocabularies and missing arguments,
+        # GKDTrainer's own __init__ is skipped: it changes `args`, refuses padded vocabularies and missing arguments,
         # replaces LoRA's dropout by none, and leaves the teacher whole on every rank under FSDP. What it sets up is below.
         base = base_model(student)
         with forward_kept(base), adapters_on_heads_pass(base), router_settings_kept(base):
@@ -310,7 +310,7 @@ class SKDTrainer(GKDTrainer):
             self.add_callback(LogFile())
         if args.disable_dropout:
             disable_dropout(self.model)
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts the response tokens of a step
         self._set_attributes()
         self._enter_step(0, 1)
         self._has_adapter = base_model(self.model) is not self.model
@@ -581,7 +581,7 @@ class SKDTrainer(GKDTrainer):
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
             self.compute_loss_context_manager(),
             without_router_logits(self._inner_student(), *self._teacher.inner),
-            # `torch_compile` is for the training step: every round has another shape, and would be compiled anew.
+            # `torch_compile` is for the training step: every round has another shape, and would be compiled again.
             nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
         ):
             collective = self.accelerator.num_processes > 1 and any(map(is_sharded, [student, *self._teacher.inner]))

@@ -48,26 +48,34 @@ def test_the_readme_is_short():
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs(code, tmp_path, monkeypatch):
-    tree = ast.parse(code)
-    if NEEDS_HUB.search(code):
-        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        tree = ast.Module(imports, [])
-        assert imports
-    for registry in (ACCEPTANCE_RULES, DIVERGENCES, GATES):
-        for name, idea in list(registry.items()):
-            monkeypatch.setitem(registry, name, idea)
-    before = [set(registry) for registry in (ACCEPTANCE_RULES, DIVERGENCES, GATES)]
+def pages_with_python() -> list:
+    pages: dict[str, list[str]] = {}
+    for block in blocks("python"):
+        pages.setdefault(block.id.rpartition("-")[0], []).append(block.values[0])
+    return [pytest.param(codes, id=page) for page, codes in pages.items()]
+
+
+@pytest.mark.parametrize("codes", pages_with_python())
+def test_python_runs(codes, tmp_path, monkeypatch):
+    """The blocks of a page, one after the other, as on a machine whose GPU can do bf16."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    registries = (ACCEPTANCE_RULES, DIVERGENCES, GATES)
+    before = [dict(registry) for registry in registries]
+    names: dict = {"__name__": "docs"}
     try:
-        exec(compile(tree, "<docs>", "exec"), {"__name__": "docs"})
+        for code in codes:
+            tree = ast.parse(code)
+            if NEEDS_HUB.search(code):
+                tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+                assert tree.body
+            exec(compile(tree, "<docs>", "exec"), names)
     finally:
-        for registry, names in zip((ACCEPTANCE_RULES, DIVERGENCES, GATES), before, strict=True):
-            for name in set(registry) - names:
-                del registry[name]
+        for registry, entries in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(entries)
 
 
 def program_of(words: list[str]) -> tuple[str, list[str]]:

@@ -47,7 +47,7 @@ class DraftLength:
 
     @staticmethod
     def of(num_draft_tokens: "int | str | DraftLength") -> "DraftLength":
-        """The policy that a number, `"auto"` or a policy stands for.
+        """The policy of a number, of `"auto"`, or the given policy itself.
 
         Raises:
             `ValueError`: for anything else.

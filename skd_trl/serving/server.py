@@ -2,7 +2,7 @@
 
 vLLM's own routes compute the whole text once more for each question, as `prompt_logprobs` turns the prefix cache off; and with
 the cache the positions that came from it hold memory that nobody has written. Here the cache is used, an answer has the asked
-positions alone, and a text whose asked positions reach into the cached ones is asked again without.
+positions alone, and one whose asked positions reach into the cached ones is asked again without.
 
 Needs vLLM, in an environment that may be another one than the trainer's.
 Shapes: N texts, S scored positions, k known tokens.

@@ -86,7 +86,7 @@ def _is_zero3_shard(parameter: Any) -> bool:
 @contextmanager
 def student_for_sampling(model: nn.Module, accelerator: Accelerator, gather: bool):
     """The student inside its wrappers. With `gather`, parameters that ZeRO-3 or FSDP2 shard are whole on every rank
-    meanwhile, which costs memory and saves a gathering per layer and token."""
+    inside, which costs memory and saves a gathering per layer and token."""
     unwrapped = accelerator.unwrap_model(model)
     if not gather or not is_sharded(model):
         yield unwrapped
@@ -196,7 +196,7 @@ def _prepare_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator, shard
 
 
 def _prepare_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """Shards each layer, so that a forward holds one of them at a time, and the rest (embeddings, head) as the root."""
+    """Shards each layer, so a forward holds one of them at a time, and the rest (embeddings, head) as the root."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
@@ -235,7 +235,7 @@ def check_head(head: LMHead, name: str, accelerator: Accelerator) -> None:
 
 
 def bound_waits(seconds: int) -> None:
-    """Has ranks wait for each other `seconds` at most. The Trainer passes `ddp_timeout` on for GPUs only; on CPU a rank
+    """Limits to `seconds` how long ranks wait for each other. The Trainer passes `ddp_timeout` on for GPUs only; on CPU a rank
     that hangs would hold the others for half an hour."""
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
