@@ -21,9 +21,10 @@ from torch import nn
 from .acceptance import Judgement
 from .admission import positions_of, prove
 from .compiled_step import CompiledStudent
-from .prefill import cost_of_forward, prefill_groups
+from .prefill import cost_of_forward, groups_of_equal_length, left_padded, prefill_groups
 from .prompts import Prompts
 from .ragged_cache import RaggedDecoder, eval_mode
+from .recurrent_state import Reading
 from .sampling_params import SamplingParams, draw
 
 
@@ -143,7 +144,7 @@ class LocalParticipant(Participant):
 
     @contextmanager
     def session(self, prompts: Prompts, shapes: Shapes):
-        prove(self.model)
+        self.proof = prove(self.model)
         self.prompts = prompts if self.own_prompts is None else self.own_prompts
         self.device = self.prompts.ids.device
         # A block may run over the end of its row. What is beyond shares the last position, which no full row reads.
@@ -170,8 +171,14 @@ class LocalParticipant(Participant):
             index, which = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (places, prompts))
             self.last[index] = self.prompts.ids[which, -1]
             self.length[index] = self.prompts.lengths[which] - 1
+            if self.decoder.states is not None:
+                self.decoder.states.begin_rows(places)
         lengths = [self.prompts.host_lengths[prompt] - 1 - self.num_shared for prompt in prompts]
-        for group in prefill_groups(lengths, cost_of_forward(self.device)):
+        if self.proof.padding is None or (self.proof.padding == "left" and self.num_shared):
+            groups = groups_of_equal_length(lengths)
+        else:
+            groups = prefill_groups(lengths, cost_of_forward(self.device))
+        for group in groups:
             num_tokens = max(lengths[j] for j in group)
             if num_tokens > 0:
                 of_group = ([values[j] for j in group] for values in (places, prompts))
@@ -181,13 +188,23 @@ class LocalParticipant(Participant):
     def _share_beginning(self) -> list[Callable[[], None]]:
         """One forward over what all prompts begin with, if that costs less than running it for each of them."""
         tokens = self.prompts.shared_beginning()
-        if (len(self.prompts) - 1) * tokens.shape[1] < cost_of_forward(self.device):
+        # What follows on a state cannot be padded: a forward for each length.
+        num_more = len(set(self.prompts.host_lengths)) if self.proof.padding == "left" else 1
+        if (len(self.prompts) - 1) * tokens.shape[1] < num_more * cost_of_forward(self.device):
+            return []
+        if not self.proof.continues:
             return []
         self.num_shared = tokens.shape[1]
 
         def forward():
             positions = torch.arange(self.num_shared, device=self.device)[None]
-            self.decoder(tokens, positions, num_slots_in_use=self.num_shared, without_logits=True)
+            self.decoder(
+                tokens,
+                positions,
+                num_slots_in_use=self.num_shared,
+                without_logits=True,
+                reading=Reading(is_beginning=True),
+            )
             self.decoder.spread_first_row(self.num_shared)
 
         return [forward]
@@ -197,8 +214,12 @@ class LocalParticipant(Participant):
         is overwritten before it is read."""
         start, stop = self.num_shared, self.num_shared + num_tokens
         tokens = self.prompts.tokens(torch.tensor(prompts, device=self.device), start, stop)
-        positions = torch.arange(start, stop, device=self.device).expand_as(tokens)
-        self.decoder(tokens, positions, rows=places, num_slots_in_use=stop, without_logits=True)
+        positions, padding = torch.arange(start, stop, device=self.device).expand_as(tokens), None
+        if self.proof.padding == "left" and not start:
+            lengths = self.prompts.lengths[torch.tensor(prompts, device=self.device)] - 1
+            tokens, positions, padding = left_padded(tokens, positions, lengths)
+        reading = Reading(is_beginning=start == 0, padding=padding)
+        self.decoder(tokens, positions, rows=places, num_slots_in_use=stop, without_logits=True, reading=reading)
 
     def prefill(self, forwards: list[Callable[[], None]], num_forwards: int) -> None:
         # Those that wait do so first: the longest forwards of all ranks then meet.
@@ -217,13 +238,16 @@ class LocalParticipant(Participant):
         longest = max(self.prompts.host_lengths[prompt] + num_written for prompt, num_written in rows)
         self.num_slots_in_use = self.num_slots if self.keeps_shape else longest + num_draft - 1
         self.next_input, self.num_ahead = self.last[:num_rows], 0
+        if self.decoder.states is not None:
+            self.decoder.states.begin_round(num_draft)
 
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, positions = self.next_input[:, None], self._positions(self.num_ahead, 1)
-        if self.compiled is not None:
+        if self.compiled is not None and self.decoder.states is None:
             logits = self.compiled.step(tokens, positions)
         else:
-            logits = self.decoder(tokens, positions, num_slots_in_use=self.num_slots_in_use)[1]
+            reading = Reading(step=self.num_ahead)
+            logits = self.decoder(tokens, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)[1]
         logits = logits[:, 0, : self.vocab_size]
         self.next_input, self.num_ahead = draw(logits, self.sampling, uniforms), self.num_ahead + 1
         return self.next_input, logits
@@ -231,7 +255,8 @@ class LocalParticipant(Participant):
     def judge(self, proposals: torch.Tensor) -> Judgement:
         inputs = torch.cat([self.last[: self.num_rows, None], proposals[:, :-1]], dim=1)
         positions = self._positions(0, inputs.shape[1])
-        hidden, logits = self.decoder(inputs, positions, num_slots_in_use=self.num_slots_in_use)
+        reading = Reading(step=0)
+        hidden, logits = self.decoder(inputs, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)
         return Judgement(logits[..., : self.vocab_size], {"teacher_hidden_states": hidden})
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
@@ -239,6 +264,8 @@ class LocalParticipant(Participant):
         kept = block.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1)
         last.copy_(torch.where(count > 0, kept, last))
         self.length[: self.num_rows] += count
+        if self.decoder.states is not None:
+            self.decoder.states.keep(count)
 
     def idle(self) -> None:
         device = next(self.model.parameters()).device

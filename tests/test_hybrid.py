@@ -1,0 +1,199 @@
+"""Decoders with recurrent state: what they write is what they write without a cache, at any draft length."""
+
+import pytest
+import reference
+import torch
+from scipy.stats import chisquare
+from test_round import HostWaits
+from test_sampler import (
+    GREEDY,
+    PROMPTS,
+    exact_two_token_distribution,
+    greedy_text,
+    left_padded,
+    responses,
+    sample,
+)
+from tiny import HYBRIDS, tiny_model
+
+from skd_trl.sampling import ragged_cache, recurrent_state
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
+from skd_trl.sampling.admission import prove
+from skd_trl.sampling.participants import LocalParticipant, Shapes
+from skd_trl.sampling.prompts import Prompts
+from skd_trl.sampling.sampling_params import SamplingParams
+
+
+pytestmark = pytest.mark.skipif("qwen3_5_text" not in HYBRIDS, reason="this transformers has no such layers")
+# How each is prefilled: padding that leaves no trace, and whether several tokens can follow on a state.
+WAYS = dict.fromkeys(HYBRIDS, ("left", True)) | {"mamba": ("left", False)}
+
+
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_a_state_is_admitted_by_proof_with_room_to_spare(architecture):
+    proof = prove(tiny_model(architecture, seed=1))
+    assert proof.error < 1e-4 and proof.limit > 3 * proof.error
+    assert (proof.padding, proof.continues) == WAYS[architecture]
+
+
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_every_row_equals_the_one_row_token_at_a_time_cache_free_reference(architecture):
+    """With refilled places and blocks of which any number is kept."""
+    student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
+    uniforms = torch.rand((len(PROMPTS), 12, 3), generator=torch.Generator().manual_seed(3))
+    sampling = {"temperature": 0.7, "top_p": 0.9}
+    rollout = sample(
+        student, teacher, rule=ACCEPTANCE_RULES["top_k"](k=60), num_draft_tokens=4, max_rows=2, eos_token_ids=range(0, 259, 9),
+        noise=uniforms, student_sampling=SamplingParams(**sampling), teacher_sampling=SamplingParams(**sampling),
+    )  # fmt: skip
+    models = reference.in_float64(student), reference.in_float64(teacher)
+    for model in models:
+        model.config._experts_implementation = "eager"  # grouped products know no float64
+    for row, prompt in enumerate(PROMPTS):
+        tokens, replaced = reference.interleave(
+            *models, prompt, accepts=reference.top_k_accepts(60), max_new_tokens=12, eos_token_ids=set(range(0, 259, 9)),
+            uniforms=uniforms[row], student_sampling=sampling, teacher_sampling=sampling,
+        )  # fmt: skip
+        assert responses(rollout)[row] == tokens
+        assert rollout.replaced[row, : len(tokens)].tolist() == replaced
+    assert 0 < rollout.num_replaced < rollout.num_tokens
+
+
+@pytest.mark.parametrize("rule, author", [("always", 0), ("never", 1)])
+def test_one_model_alone_writes_its_own_text(rule, author):
+    models = tiny_model("qwen3_5_text", seed=1), tiny_model("qwen3_5_text", seed=2)
+    rollout = sample(*models, rule=ACCEPTANCE_RULES[rule](), student_sampling=GREEDY, teacher_sampling=GREEDY)
+    assert responses(rollout) == [greedy_text(models[author], prompt, 12) for prompt in PROMPTS]
+
+
+def test_the_hidden_states_that_are_kept_are_those_of_a_fresh_forward():
+    student, teacher = tiny_model("qwen3_5_text", seed=1), tiny_model("qwen3_5_text", seed=2)
+    rollout = sample(student, teacher, rule=ACCEPTANCE_RULES["top_k"](k=60), noise=torch.Generator().manual_seed(0))
+    assert 0 < rollout.num_replaced < rollout.num_tokens
+    caught = []
+    hook = teacher.get_output_embeddings().register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    for row, prompt in enumerate(PROMPTS):
+        text = responses(rollout)[row]
+        with torch.no_grad():
+            teacher(torch.tensor([prompt + text]))
+        fresh = caught.pop()[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(rollout.teacher_hidden_states[row, : len(text)], fresh, rtol=1e-4, atol=1e-4)
+    hook.remove()
+
+
+@pytest.mark.parametrize("pair", [("qwen3_5_text", "qwen3_5_text"), ("llama", "mamba2")])
+def test_a_text_depends_neither_on_its_neighbours_nor_on_the_draft_length(pair):
+    student, teacher = tiny_model(pair[0], seed=1), tiny_model(pair[1], seed=2)
+    uniforms = torch.rand((len(PROMPTS), 12, 3), generator=torch.Generator().manual_seed(0))
+    rule = ACCEPTANCE_RULES["top_k"](k=60)
+    together = responses(sample(student, teacher, noise=uniforms, rule=rule))
+    for num_draft_tokens in (1, 2, 12):
+        assert (
+            responses(sample(student, teacher, noise=uniforms, rule=rule, num_draft_tokens=num_draft_tokens))
+            == together
+        )
+    for row, prompt in enumerate(PROMPTS):
+        assert (
+            responses(sample(student, teacher, [prompt], noise=uniforms[row : row + 1], rule=rule))[0] == together[row]
+        )
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "lfm2", "mamba"])
+def test_a_beginning_that_all_prompts_share_is_read_once_where_a_state_can_be_continued(architecture):
+    student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
+    beginning = [(7 * i) % 250 for i in range(60)]
+    prompts = [beginning + own for own in ([3], [3, 4, 5], [9, 8], [6, 5, 4])]
+    num_read = []
+    hook = teacher.register_forward_pre_hook(
+        lambda _, args, kw: num_read.append(kw["input_ids"].numel()), with_kwargs=True
+    )
+    uniforms = torch.rand((4, 6, 3), generator=torch.Generator().manual_seed(0))
+    rule = ACCEPTANCE_RULES["top_k"](k=60)
+    prove(teacher)
+    num_read.clear()
+    together = sample(student, teacher, prompts, noise=uniforms, rule=rule, max_new_tokens=6, max_rows=2)
+    assert (max(num_read) == 60) == WAYS[architecture][1]
+    hook.remove()
+    for row, prompt in enumerate(prompts):
+        alone = sample(student, teacher, [prompt], noise=uniforms[row : row + 1], rule=rule, max_new_tokens=6)
+        assert responses(alone)[0] == responses(together)[row]
+
+
+@pytest.mark.parametrize(
+    "names", [("qwen3_5_text", "qwen3_5_text"), ("mamba2", "mamba2"), ("llama", "qwen3_5_text"), ("mamba2", "llama")]
+)
+def test_two_tokens_are_distributed_as_the_algorithm_says(names):
+    """Chi-square over 36 outcomes, 10,000 texts in blocks of two. Rejects a true sampler with probability 1e-5 in each of 4 cases."""
+    num_texts, prompt = 10_000, [1, 4, 2]
+    small = {"vocab_size": 6, "initializer_range": 0.3}
+    student, teacher = tiny_model(names[0], seed=5, **small), tiny_model(names[1], seed=6, **small)
+    rollout = sample(
+        student, teacher, [prompt] * num_texts, ACCEPTANCE_RULES["top_k"](k=2), num_draft_tokens=2, max_new_tokens=3,
+        eos_token_ids=[], noise=torch.Generator().manual_seed(5),
+    )  # fmt: skip
+    first, second = rollout.labels[:, len(prompt)], rollout.labels[:, len(prompt) + 1]
+    counts = torch.bincount(first * 6 + second, minlength=36).double()
+    expected = (
+        num_texts
+        * exact_two_token_distribution(
+            reference.in_float64(student), reference.in_float64(teacher), prompt, reference.top_k_accepts(2), {}, {}
+        ).flatten()
+    )
+    rare = expected < 5
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    wanted = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    assert len(wanted) > 5 and counts[expected == 0].sum() == 0
+    assert chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-5
+
+
+def test_a_round_with_states_has_fixed_shapes_and_never_waits_for_the_host(monkeypatch):
+    model = tiny_model("qwen3_5_text", seed=1)
+    participant, prompts = LocalParticipant(model, GREEDY), Prompts(*left_padded(PROMPTS))
+    with torch.no_grad(), participant.session(prompts, Shapes(4, 12, 3, True)):
+        participant.prefill(participant.admit([0, 1, 2, 3], [0, 1, 2, 3]), 0)
+        for _ in range(2):  # buffers are there after the first round
+            participant.begin_round([(row, 0) for row in range(4)], 4, 3)
+            addresses = [slot.states.data_ptr() for slot in participant.decoder.states.slots.values()]
+            with HostWaits(monkeypatch) as waits:
+                block = torch.stack([participant.step(torch.zeros(4))[0] for _ in range(3)], dim=1)
+                participant.keep(block, torch.tensor([1, 3, 2, 1]))
+            assert waits.seen == [] and waits.num_operators > 50
+        assert addresses == [slot.states.data_ptr() for slot in participant.decoder.states.slots.values()]
+
+
+def one_token_too_many(monkeypatch):
+    keep = recurrent_state.RecurrentStates.keep
+    monkeypatch.setattr(
+        recurrent_state.RecurrentStates, "keep", lambda self, count: keep(self, (count + 1).clamp(max=4))
+    )
+
+
+def a_state_that_stays(monkeypatch):
+    monkeypatch.setattr(recurrent_state.RecurrentStates, "begin_rows", lambda self, rows: None)
+
+
+def a_row_that_moves_without_its_state(monkeypatch):
+    monkeypatch.setattr(recurrent_state.RecurrentStates, "move_row", lambda self, source, target: None)
+
+
+@pytest.mark.parametrize("fault", [one_token_too_many, a_state_that_stays, a_row_that_moves_without_its_state])
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "mamba2", "lfm2"])
+def test_a_planted_fault_is_refused(monkeypatch, architecture, fault):
+    fault(monkeypatch)
+    with pytest.raises(ValueError, match="other hidden states on the sampler's cache"):
+        prove(tiny_model(architecture, seed=1))
+
+
+def test_padding_that_leaves_a_trace_is_not_used(monkeypatch):
+    """Then prompts are read in groups of equal length."""
+    original = ragged_cache.RaggedDecoder.masks
+    monkeypatch.setattr(
+        ragged_cache.RaggedDecoder,
+        "masks",
+        lambda self, positions, num_slots, padding=None: original(self, positions, num_slots),
+    )
+    student, teacher = tiny_model("qwen3_5_text", seed=1), tiny_model("qwen3_5_text", seed=2)
+    assert prove(student).padding is None
+    rollout = sample(student, teacher, rule=ACCEPTANCE_RULES["always"](), student_sampling=GREEDY)
+    assert responses(rollout) == [greedy_text(student, prompt, 12) for prompt in PROMPTS]
