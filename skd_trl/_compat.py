@@ -10,7 +10,15 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 
 
 with warnings.catch_warnings():
@@ -71,10 +79,15 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 __all__ = [
     "GKDConfig",
     "GKDTrainer",
+    "ModelConfig",
+    "SFTConfig",
     "SFTTrainer",
+    "ScriptArguments",
     "TrlParser",
     "add_hooks",
     "create_model_from_path",
     "get_config_model_id",
+    "get_peft_config",
+    "get_quantization_config",
     "remove_hooks",
 ]

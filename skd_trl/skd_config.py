@@ -11,15 +11,16 @@ from torch import Tensor
 from ._compat import GKDConfig
 from .ideas import IdeaField, Number, check_used, default_of, describe, is_default, make_idea, numbers_of
 from .inherited_options import check_inherited_options
+from .loss.distillation_loss import REPLACED_LOSSES
 from .loss.divergences import DIVERGENCES, Divergence
 from .sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from .sampling.draft_length import AUTO, DraftLength
 from .sampling.sampling_params import SamplingParams
+from .scheduled_numbers import ScheduledNumbers
 from .schedules import Schedule
 
 
 ROLLOUTS = ("interleaved", "student", "teacher", "dataset")
-REPLACED_LOSSES = ("divergence", "nll")
 LMBDA_UNITS = ("step", "prompt")
 
 
@@ -53,7 +54,7 @@ DIVERGENCE = IdeaField(
 
 
 @dataclass
-class SKDConfig(GKDConfig):
+class SKDConfig(ScheduledNumbers, GKDConfig):
     """
     Configuration class for [`SKDTrainer`].
 
@@ -105,10 +106,13 @@ class SKDConfig(GKDConfig):
             Positions whose logits are in memory at once. By default chosen so that they take about 64 MiB (on CPU 16 to 30).
         rollout_batch_size (`int`, *optional*):
             Responses written at once on each device; freed places are refilled. By default all of an optimizer step.
+        capture_sampling (`bool`, *optional*):
+            Whether rounds of sampling are captured as CUDA graphs. By default on CUDA where it is possible; the log says what was
+            captured, or why not.
         compile_student (`bool`, *optional*, defaults to `False`):
-            Whether the student drafts in static shapes through `torch.compile`, on CUDA with CUDA graphs: for small
-            students on GPUs. The first steps compile, and the student's cache stays in memory. Not for a student that
-            ZeRO-3 or FSDP2 shards. (The inherited `torch_compile` is for the training step; sampling runs without it.)
+            Whether both models' forwards in a round of sampling go through `torch.compile`, inside the CUDA graphs where these are
+            captured: for long runs, the first steps take minutes. Not for a student that ZeRO-3 or FSDP2 shards. (The inherited
+            `torch_compile` is for the training step; sampling runs without it.)
         max_prompt_length (`int`, *optional*):
             Rows with a longer prompt are left out. By default `max_length - max_new_tokens`.
         max_response_length (`int`, *optional*):
@@ -125,6 +129,8 @@ class SKDConfig(GKDConfig):
             `output_dir/completions/completions_{step}.parquet`, with what the teacher replaced.
         log_completions_steps (`int`, *optional*):
             Every how many steps. By default `logging_steps`.
+        log_fixed_prompts (`int`, *optional*, defaults to `0`):
+            How many prompts are sampled again, with the same noise, each time that completions are kept.
         num_completions_to_print (`int`, *optional*, defaults to `3`):
             Rows of the table in the terminal.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
@@ -241,11 +247,18 @@ class SKDConfig(GKDConfig):
             "step."
         },
     )
+    capture_sampling: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Capture rounds of sampling as CUDA graphs. Default: on CUDA where it is possible; the log says what was "
+            "captured, or why not."
+        },
+    )
     compile_student: bool = field(
         default=False,
         metadata={
-            "help": "Draft in static shapes through torch.compile, on CUDA with CUDA graphs: for small students on GPUs. "
-            "The first steps compile."
+            "help": "Run both models' forwards in a round of sampling through torch.compile, inside the CUDA graphs where these "
+            "are captured: for long runs, the first steps take minutes."
         },
     )
     max_prompt_length: int | None = field(
@@ -279,6 +292,13 @@ class SKDConfig(GKDConfig):
     log_completions_steps: int | None = field(
         default=None, metadata={"help": "Every how many steps sampled responses are kept. Default: logging_steps."}
     )
+    log_fixed_prompts: int = field(
+        default=0,
+        metadata={
+            "help": "How many prompts, the first of the evaluation set or else of the training set, are sampled again with the same "
+            "noise each time that completions are kept: what differs between two times is the student."
+        },
+    )
     num_completions_to_print: int = field(
         default=3, metadata={"help": "How many sampled responses the table in the terminal shows."}
     )
@@ -309,6 +329,8 @@ class SKDConfig(GKDConfig):
                 "num_draft_tokens='auto' follows measured times, which differ from run to run; with full_determinism=True "
                 "give a number (the paper's is 5)."
             )
+        if not isinstance(self.log_fixed_prompts, int) or self.log_fixed_prompts < 0:
+            raise ValueError(f"log_fixed_prompts={self.log_fixed_prompts!r} must be a whole number, 0 (none) or more.")
         self._check_ideas()
         check_inherited_options(self)
         self.draft_length()
@@ -338,11 +360,7 @@ class SKDConfig(GKDConfig):
         for end in ("start", "end"):
             config = self._with({path: getattr(schedule, end) for path, schedule in schedules.items()})
             try:
-                if not 0.0 <= config.lmbda <= 1.0:
-                    raise ValueError(f"lmbda={config.lmbda} must be a share, from 0 to 1.")
-                for idea_field in self._ideas:
-                    make_idea(idea_field, config)
-                config._check_sampling()
+                config.check_numbers()
             except ValueError as error:
                 raise ValueError(f"{f'schedules, at their {end}: ' if schedules else ''}{error}") from error
         check_used(self, self._ideas)
@@ -366,7 +384,12 @@ class SKDConfig(GKDConfig):
                 f"rollout={self.rollout!r} and seq_kd={self.seq_kd} there are not both. Leave it at 'step'."
             )
 
-    def _check_sampling(self) -> None:
+    def check_numbers(self) -> None:
+        """Makes all that numbers go into; see [`ScheduledNumbers`]."""
+        if not 0.0 <= self.lmbda <= 1.0:
+            raise ValueError(f"lmbda={self.lmbda} must be a share, from 0 to 1.")
+        for idea_field in self._ideas:
+            make_idea(idea_field, self)
         for fields, make in (
             ("temperature, student_top_p", self.student_sampling),
             ("teacher_temperature, teacher_top_p", self.teacher_sampling),
@@ -406,50 +429,6 @@ class SKDConfig(GKDConfig):
     def make_divergence(self) -> Callable[..., Tensor]:
         return make_idea(DIVERGENCE, self)
 
-    # What moves over the training
-
-    def at(self, step: int, num_steps: int):
-        """This configuration at an optimizer step (0 is the first) of `num_steps`: a copy with each scheduled number at its
-        value of that step, and without schedules."""
-        schedules = self.resolved_schedules()
-        return self._with({path: schedule.at(step, num_steps) for path, schedule in schedules.items()})
-
-    def range_of(self, name: str) -> tuple[float, float]:
-        """The lowest and the highest value that a number has in the training."""
-        settings, value = self._schedule_settings(), getattr(self, name)
-        if name not in settings:
-            return value, value
-        schedule = Schedule.of(settings[name], value)
-        return min(schedule.start, schedule.end), max(schedule.start, schedule.end)
-
-    def resolved_schedules(self) -> dict[str, Schedule]:
-        """The schedules by the number that each moves.
-
-        Raises:
-            `ValueError`: for a name that is no number, or none that this run uses; for a start beside another value of the field.
-        """
-        numbers, schedules = self._numbers(), {}
-        for path, setting in self._schedule_settings().items():
-            if path not in numbers:
-                raise ValueError(f"schedules: {path!r} is no number that this run uses; it uses {', '.join(numbers)}.")
-            try:
-                schedules[path] = Schedule.of(setting, numbers[path].value)
-            except ValueError as error:
-                raise ValueError(f"schedules, {path!r}: {error}") from error
-            name, _, parameter = path.partition(".")
-            is_given = parameter in (getattr(self, name) or {}) if parameter else not is_default(self, name)
-            if path in (self.schedules or {}) and is_given and schedules[path].start != numbers[path].value:
-                raise ValueError(
-                    f"schedules: {path!r} starts at {schedules[path].start}, and {path} is {numbers[path].value}. Leave one of "
-                    "them out."
-                )
-        return schedules
-
-    def _schedule_settings(self) -> dict[str, Any]:
-        if not isinstance(self.schedules or {}, dict):
-            raise ValueError(f"schedules={self.schedules!r} is not a dict; write it as {{'lmbda': {{'end': 1.0}}}}.")
-        return dict(self.schedules or {})
-
     def _numbers(self) -> dict[str, Number]:
         """The numbers that a schedule may move: those that this run uses."""
         numbers = {"lmbda": Number(self.lmbda, False)} if self.rollout != "dataset" else {}
@@ -460,16 +439,6 @@ class SKDConfig(GKDConfig):
         for idea_field in self._ideas:
             numbers |= numbers_of(idea_field, self)
         return numbers
-
-    def _with(self, values: dict[str, float]):
-        """A copy with numbers replaced, whole ones rounded, and without schedules."""
-        config, numbers = copy.copy(self), self._numbers()
-        config.schedules = None
-        for path, value in values.items():
-            name, _, parameter = path.partition(".")
-            value = round(value) if numbers[path].is_whole else float(value)
-            setattr(config, name, {**(getattr(config, name) or {}), parameter: value} if parameter else value)
-        return config
 
     # What others make of it
 
@@ -505,27 +474,6 @@ class SKDConfig(GKDConfig):
     def samples(self) -> bool:
         """Whether any step trains on sampled responses."""
         return self.rollouts != {"dataset"}
-
-    @property
-    def prompt_limit(self) -> int | None:
-        """Tokens a prompt may have; `None` is no limit but the models' positions."""
-        if self.max_prompt_length is not None or self.max_length is None:
-            return self.max_prompt_length
-        return self.max_length - (self.max_new_tokens if self.samples else 1)
-
-    @property
-    def response_limit(self) -> int | None:
-        """Tokens of a reference response that are used; `None` is all, or what `text_limit` leaves."""
-        is_open = self.max_prompt_length is None and not self.samples
-        if self.max_response_length is not None or self.max_length is None or is_open:
-            return self.max_response_length
-        return max(self.max_length - self.prompt_limit, 1)
-
-    @property
-    def text_limit(self) -> int | None:
-        """Tokens of a prompt and its reference response together; `None` is no limit but those of each."""
-        has_own_limits = self.samples or self.max_prompt_length is not None or self.max_response_length is not None
-        return None if has_own_limits else self.max_length
 
 
 def check_choice(name: str, value: str, choices) -> None:

@@ -8,7 +8,9 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,21 +25,36 @@ from ._compat import GKDTrainer
 from .data.batches import IGNORE_INDEX, DataCollatorForDistillation, Key, ResponseTokens, merge_prompts, model_inputs
 from .data.dataset import prepare_dataset
 from .data.mixed_batches import mix_sampled_rows
+from .data.tokenization import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
-from .inherited_options import asks_for_lengths
+from .inherited_options import (
+    FOLLOWED_ATTRIBUTES,
+    GENERATION_ADVICE,
+    Absent,
+    asks_for_lengths,
+    check_overrides,
+    follow_attributes,
+)
 from .loss.distillation_loss import DistillationLoss, distillation_loss
 from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
 from .loss.response_facts import ResponseFacts
 from .loss.teacher_signal import HiddenStates
-from .sampling.compiled_step import CompiledStudent
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant
 from .sampling.ragged_cache import eval_mode
 from .sampling.rollout import Rollout
+from .sampling.rounds import Rounds
 from .skd_config import SKDConfig
 from .training.checkpoints import load_draft_length, save_draft_length
-from .training.completions import completion_records, print_completions, save_completions, with_prompt_texts
+from .training.completions import (
+    completion_records,
+    print_completions,
+    save_completions,
+    send_completions,
+    with_prompt_texts,
+)
+from .training.console import SamplingBar
 from .training.distributed import (
     agree_on_maximum,
     bound_waits,
@@ -48,15 +65,23 @@ from .training.distributed import (
     whole_head,
 )
 from .training.ends_of_sequence import stop_at
-from .training.finite_check import FiniteCheck
-from .training.forward_patches import adapters_on_heads_pass, forward_kept
+from .training.engine_lifetime import check_first_training, engine_for_evaluation
+from .training.engine_settings import check_parallel_models, describe_offloading
+from .training.finite_check import FiniteCheck, GradientCheck, require_finite_weights
+from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.last_hidden_states import last_hidden_states
-from .training.loss_forward import LossFunction, loss_in_forward
-from .training.metrics import RatioMetrics, add_rollout, with_prefix, without_filled_rows
+from .training.limits import response_limit, room_for_prompts, room_for_texts
+from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
+from .training.metrics import RatioMetrics, add_rollout, num_own_rows, with_prefix, without_filled_rows
+from .training.model_card import add_distillation, describe_distillation
 from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
-from .training.pair_check import check_launch, check_pair, require, room_for_prompts, room_for_texts
+from .training.pair_check import check_launch, check_pair, require
+from .training.quantised import keep_gradients
 from .training.router_logits import router_settings_kept, without_router_logits
+from .training.run_files import LogFile
 from .training.sampled_batches import sampled_batches
+from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
+from .training.saved_weights import check_saved, describe_shards, whole_parameters, whole_weights, writes_shards
 
 
 if TYPE_CHECKING:
@@ -108,7 +133,8 @@ class SKDTrainer(GKDTrainer):
             Rows with `messages`, with `prompt` and `completion`, or with `prompt` alone (enough where every response is
             sampled); each a text or a conversation.
         eval_dataset (the same, or a `dict` of them, *optional*):
-            Evaluated on reference responses.
+            Evaluated on reference responses; rows without one on a response that the student samples (its own text, drawn as the run
+            draws it), where `eval_loss` is the divergence on the student's text.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The student's tokenizer, which the teacher has to share. If `None`, loaded from the student's name.
         compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics:
@@ -145,6 +171,8 @@ class SKDTrainer(GKDTrainer):
     _statistics: tuple[str, ...] = ("student_entropy", "teacher_entropy")  # computed along with the loss
     # `compute_loss` divides by the tokens of the whole optimizer step.
     loss_is_scaled_for_ga = True
+    generation_config = Absent(GENERATION_ADVICE)
+    generation_kwargs = Absent(GENERATION_ADVICE)
 
     def __init__(
         self,
@@ -162,30 +190,37 @@ class SKDTrainer(GKDTrainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable | None = None,
     ):
+        check_overrides(self, SKDTrainer)
         model, teacher_model = given_model("model", model), given_model("teacher_model", teacher_model)
         args = own_arguments(args, self._config_class, f"-{self._name}", model)
+        check_parallel_models(args, {"model": model, "teacher_model": teacher_model})
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
         require(check_pair(student, teacher, tokenizer, args, peft_config))
         self.vocab_size = shared_vocab_size(student, teacher)
         self.eos_token_ids = end_of_sequence_ids(student, teacher, tokenizer)
+        self._rules = RowRules(
+            room_for_prompts(args, student, teacher),
+            response_limit(args),
+            needs_response="dataset" in args.rollouts,
+            eos_token_ids=tuple(self.eos_token_ids),
+            chat_template_kwargs=args.chat_template_kwargs or {},
+            max_text_length=room_for_texts(args, student, teacher),
+            num_ids=self.vocab_size,
+            every_answer=args.every_answer,
+            reads_response="dataset" in args.rollouts,
+        )
+        self._check_sampled_evaluation = partial(check_sampled_evaluation, max_new_tokens=args.max_new_tokens)
         self._prepare = partial(
             prepare_dataset,
             tokenizer=tokenizer,
-            max_prompt_length=room_for_prompts(args, student, teacher),
-            max_response_length=args.response_limit,
-            max_text_length=room_for_texts(args, student, teacher),
-            eos_token_ids=self.eos_token_ids,
             num_proc=args.dataset_num_proc,
-            chat_template_kwargs=args.chat_template_kwargs,
             formatting_func=formatting_func,
-            every_answer=args.every_answer,
-            vocab_size=self.vocab_size,
             length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
-        train_dataset = self._prepare(train_dataset, needs_response="dataset" in args.rollouts, name="train")
+        train_dataset = self._prepare(train_dataset, rules=self._rules, name="train")
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
-        eval_dataset = self._prepare_eval(eval_dataset)
+        eval_dataset = self._prepare_eval(eval_dataset, base_model(student))
 
         # Adapters are initialised at random, and the oldest supported TRL seeds too late for that.
         set_seed(args.seed)
@@ -207,50 +242,121 @@ class SKDTrainer(GKDTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 peft_config=peft_config,
             )
+        if args.log_completions:
+            self.add_callback(LogFile())
         if args.disable_dropout:
             disable_dropout(self.model)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
-        self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
+        self._set_attributes()
         self._enter_step(0, 1)
+        self._has_adapter = base_model(self.model) is not self.model
         self._finite_check = FiniteCheck()
+        self.add_callback(GradientCheck(self))
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
-        self._compiled_student = args.compile_student and CompiledStudent()
+        self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
+        self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
         require(check_launch(self._inner_student(), teacher, args, self.accelerator))
         self._inner_teacher = teacher
         self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
         bound_waits(args.ddp_timeout)
-        names = {"train": self._metric_names, "eval": (*self._metric_names, "loss")}
+        names = {"train": self._metric_names, "eval": (*self._metric_names, "loss", "sampled_share")}
         self._ratios = {mode: RatioMetrics(names[mode], totals=("skipped_rows",)) for mode in names}
 
-    def _prepare_eval(self, dataset):
+    def _prepare_eval(self, dataset, student: PreTrainedModel):
+        """Prepared evaluation sets: one, a dict of them, or none."""
         if isinstance(dataset, dict):
-            return {name: self._prepare(split, needs_response=True, name=name) for name, split in dataset.items()}
-        return None if dataset is None else self._prepare(dataset, needs_response=True, name="eval")
+            return {name: self._prepare_eval_set(split, name, student) for name, split in dataset.items()}
+        return None if dataset is None else self._prepare_eval_set(dataset, "eval", student)
+
+    def _prepare_eval_set(self, dataset, name: str, student: PreTrainedModel) -> Dataset | IterableDataset:
+        rules = replace(self._rules, needs_response=False, reads_response=True)
+        prepared = self._prepare(dataset, rules=rules, name=name)
+        self._check_sampled_evaluation(prepared, name, student)
+        return prepared
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_eval(eval_dataset)
+            eval_dataset = self._prepare_eval(eval_dataset, self._inner_student())
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As [`~transformers.Trainer.predict`], on reference responses, with the metrics of an evaluation."""
-        return super().predict(self._prepare_eval(test_dataset), ignore_keys, metric_key_prefix)
+        """As [`~transformers.Trainer.predict`], on the responses and with the metrics of an evaluation."""
+        return super().predict(self._prepare_eval(test_dataset, self._inner_student()), ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums
         over the tokens of the set, divided once: no batch size changes them."""
         self._ratios["eval"].reset()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update(with_prefix(self._ratios["eval"].compute(self.accelerator), f"{metric_key_prefix}_"))
+        self._num_evaluated = 0  # rows so far, on all processes
+        with engine_for_evaluation(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._ratios["eval"].compute(self.accelerator)
+        if metrics.get("sampled_share") == 0:
+            del metrics["sampled_share"]
+        output.metrics.update(with_prefix(metrics, f"{metric_key_prefix}_"))
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs = self._with_sampled_responses(inputs)
         return super().prediction_step(model, without_filled_rows(inputs, self.accelerator), *args, **kwargs)
+
+    def _with_sampled_responses(self, batch: dict) -> dict:
+        """A batch of an evaluation in which rows without a reference have a response of the student's."""
+        size, rank, metrics = len(batch[Key.LABELS]), self.accelerator.process_index, self._ratios["eval"]
+        first = self._num_evaluated + rank * size
+        self._num_evaluated += self.accelerator.num_processes * size
+        is_missing = rows_to_sample(batch, self.accelerator)
+        metrics.add("sampled_share", is_missing.sum(), num_own_rows(batch, self.accelerator))
+        if not any_on_any_process(is_missing, self.accelerator):
+            return batch
+        noise = row_noise((first + is_missing.nonzero().flatten()).tolist(), self.args.max_new_tokens, self.args.seed)
+        chosen = is_missing.to(batch[Key.PROMPTS].device)
+        some = {key: batch[key][chosen] for key in (Key.PROMPTS, Key.PROMPT_ATTENTION_MASK)}
+        rollout = self._write(*some.values(), "student", noise)
+        metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
+        metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
+        return mix_sampled_rows([batch], sampled_batches(rollout, [some]), is_missing, self.data_collator)[0]
 
     def train(self, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
-        stop_at(self._inner_student(), self.eos_token_ids)
+        check_overrides(self, SKDTrainer)
+        check_first_training(self)
+        for note in (describe_shards(self.accelerator), describe_offloading(self.args, self.accelerator)):
+            if note is not None:
+                logger.warning(note)
+        if self.model_init is None:
+            stop_at(self._inner_student(), self.eos_token_ids)
         return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial=None):
+        """A new student of a hyperparameter search, set up as the one that the trainer was constructed with."""
+        model = super().call_model_init(trial)
+        if self._has_adapter and base_model(model) is model:
+            raise ValueError(
+                "model_init returned a model without an adapter, and this trainer was given one (peft_config). Return "
+                "get_peft_model(model, peft_config), so the same parameters train in every trial."
+            )
+        take_off_patches(model)
+        keep_gradients(model)
+        require(check_pair(base_model(model), self._inner_teacher, self.processing_class, self.args))
+        if self.args.disable_dropout:
+            disable_dropout(model)
+        stop_at(base_model(model), self.eos_token_ids)
+        return model
+
+    def _hp_search_setup(self, trial) -> None:
+        super()._hp_search_setup(trial)
+        if self.hp_search_backend is not None and trial is not None:
+            self.args.check_numbers()  # they were set one by one, unseen
+            self._set_attributes()
+            self._draft_length = self.args.draft_length()
+
+    def _set_attributes(self) -> None:
+        """The numbers that GKDTrainer keeps on the trainer too, where callbacks change them."""
+        self._given_attributes = {name: getattr(self.args, name) for name in FOLLOWED_ATTRIBUTES}
+        for name, value in self._given_attributes.items():
+            setattr(self, name, value)
+        self.seq_kd = self.args.seq_kd
 
     def add_callback(self, callback):
         # LogCompletionsCallback, WeaveCallback: they write to the prompts of the evaluation set, which are tokens by now.
@@ -269,18 +375,23 @@ class SKDTrainer(GKDTrainer):
             if Key.SKIPPED_ROWS in batch:  # of a stream
                 self._ratios["train"].add("skipped_rows", batch.pop(Key.SKIPPED_ROWS).sum())
         rollout = self._rollout_of_step(self.state.global_step)
+        if rollout in ("dataset", "mixed") and not self._rules.needs_response:
+            self._check_references(batches)
         if batches and rollout != "dataset":
             batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _enter_step(self, step: int, num_steps: int) -> None:
-        """Sets what the configuration's schedules say of an optimizer step (0 is the first)."""
-        self._args_of_step = self.args.at(step, num_steps)
+        """Sets what the configuration's schedules, and callbacks, say of an optimizer step (0 is the first)."""
+        self._attributes = {name: getattr(self, name) for name in FOLLOWED_ATTRIBUTES}
+        self._args_of_step = follow_attributes(
+            self.args, self.args.at(step, num_steps), self._attributes, self._given_attributes
+        )
         self.divergence = self._args_of_step.make_divergence()
 
     def _rollout_of_step(self, step: int) -> str:
         """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
-        lmbda = self._lmbda_at(step)
+        lmbda = self._args_of_step.lmbda
         if self.args.rollout != "dataset" and lmbda > 0:
             if self.args.lmbda_unit == "prompt" and lmbda < 1:
                 return "mixed"
@@ -288,17 +399,20 @@ class SKDTrainer(GKDTrainer):
                 return self.args.rollout
         return "teacher" if self.seq_kd else "dataset"
 
-    def _lmbda_at(self, step: int) -> float:
-        """The share of sampled responses: as scheduled, or what a callback may have set."""
-        is_scheduled = "lmbda" in (self.args.schedules or {})
-        return self.args.at(step, self.state.max_steps).lmbda if is_scheduled else self.lmbda
+    def _check_references(self, batches: list[dict]) -> None:
+        """A callback that lowers `lmbda` asks for references of rows that were not looked at for them."""
+        if any((batch[Key.LABELS] == IGNORE_INDEX).all(dim=1).any() for batch in batches):
+            raise ValueError(
+                f"Step {self.state.global_step + 1} trains on references, as trainer.lmbda was set to {self.lmbda}, and some of its rows "
+                "have none. Give every row a reference, or leave lmbda at 1."
+            )
 
     def _sample_some(self, batches: list[dict]) -> list[dict]:
         """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
         row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
         key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
         prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        is_sampled = torch.rand(len(prompts), generator=keyed_generator(*key)) < self._lmbda_at(self.state.global_step)
+        is_sampled = torch.rand(len(prompts), generator=keyed_generator(*key)) < self._args_of_step.lmbda
         chosen = is_sampled.to(prompts.device)
         some = {Key.PROMPTS: prompts[chosen], Key.PROMPT_ATTENTION_MASK: mask[chosen]}
         sampled = self._sample([some], self.args.rollout)
@@ -307,25 +421,31 @@ class SKDTrainer(GKDTrainer):
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
         prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        sampled = self._write(prompts, mask, rollout)
+        noise = self._noise(len(prompts), "sampling", self.state.global_step, self.accelerator.process_index)
+        sampled = self._write(prompts, mask, rollout, noise)
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
-        self._keep_completions(sampled)
+        self._keep_completions(sampled, rollout)
         return sampled_batches(sampled, batches)
 
-    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str) -> Rollout:
-        """Sampled responses to left-padded prompts (B, P), of which a rank may have none; collective where the models are."""
-        step, rank = self.state.global_step, self.accelerator.process_index
-        noise = torch.rand(
-            (len(prompts), self.args.max_new_tokens, 3),
-            generator=keyed_generator("sampling", self.args.seed, step, rank),
-        )
+    def _noise(self, num_rows: int, *key) -> torch.Tensor:
+        """Uniform numbers (B, T, 3) that depend on the seed and the key alone."""
+        generator = keyed_generator(key[0], self.args.seed, *key[1:])
+        return torch.rand((num_rows, self.args.max_new_tokens, 3), generator=generator)
+
+    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str, noise: torch.Tensor) -> Rollout:
+        """Sampled responses to left-padded prompts (B, P), of which a rank may have none, on noise (B, T, 3); collective where
+        the models are."""
+        is_shown = self.accelerator.is_main_process and not self.args.disable_tqdm
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with (
+            SamplingBar(
+                self.args.max_new_tokens, f"step {self.state.global_step + 1}: sampling ", disable=not is_shown
+            ) as observe,
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
             self.compute_loss_context_manager(),
             without_router_logits(self._inner_student(), self._inner_teacher),
             # `torch_compile` is for the training step: every round has another shape, and would be compiled anew.
-            nullcontext() if self._compiled_student else torch.compiler.set_stance("force_eager"),
+            nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
         ):
             collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
             return interleaved_sample(
@@ -333,7 +453,6 @@ class SKDTrainer(GKDTrainer):
                     student,
                     self._args_of_step.student_sampling(),
                     vocab_size=self.vocab_size,
-                    compiled=self._compiled_student or None,
                 ),
                 LocalParticipant(teacher, self._args_of_step.teacher_sampling(), vocab_size=self.vocab_size),
                 prompts,
@@ -346,10 +465,16 @@ class SKDTrainer(GKDTrainer):
                     self._draft_length,
                     self.args.rollout_batch_size,
                     agree_on_maximum(self.accelerator) if collective else None,
+                    self._rounds,
+                    observe=observe,
                 ),
             )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if any(
+            getattr(self, name) != value for name, value in self._attributes.items()
+        ):  # by a callback, in on_step_begin
+            self._enter_step(self.state.global_step, self.state.max_steps)
         start = time.perf_counter()
         num_tokens = int((inputs[Key.LABELS] != IGNORE_INDEX).sum())
         # GKDTrainer's own would sample once more.
@@ -359,6 +484,20 @@ class SKDTrainer(GKDTrainer):
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
         metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
+        Weights that are not finite are not written over good ones, and what was written is read back and counted."""
+        output_dir = output_dir or self.args.output_dir
+        require_finite_weights(self._inner_student(), self.state.global_step, output_dir, self.accelerator)
+        if self.is_deepspeed_enabled and self.deepspeed is None:  # before training there is no engine to ask
+            with whole_parameters(self.model):
+                return self._save(output_dir)
+        is_checkpoint_of_shards = _internal_call and writes_shards(self.accelerator)
+        with nullcontext() if is_checkpoint_of_shards else whole_weights(self.accelerator, self.model_wrapped):
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not is_checkpoint_of_shards:
+            check_saved(self.model, output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         # The Trainer pickles its arguments beside the weights, and not every idea given as an object can be pickled.
@@ -390,23 +529,24 @@ class SKDTrainer(GKDTrainer):
         tokens = ResponseTokens.of(inputs)
         teacher_hidden = self._teacher_hidden(inputs, tokens)
         outcome: list[DistillationLoss] = []
+        divisor = torch.as_tensor(len(tokens.labels) if num_items_in_batch is None else num_items_in_batch)
+        factor = 1 / torch.where(divisor > 0, divisor, 1).to(tokens.labels.device, torch.float32)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # DDP and its kin average gradients over processes; the divisor counts the tokens of all of them.
+            factor = factor * (self.accelerator.num_processes // self.get_tp_size())
 
         def loss_fn(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
             outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher_hidden, inputs, tokens))
-            return {"loss": outcome[0].loss}
+            return {"loss": outcome[0].loss * factor}
 
-        total = self._forward_with(model, inputs, loss_fn)["loss"]
+        # FSDP2 in bf16 rounds what a forward returns: the gradient goes that way, as a 1, and the value does not.
+        returned = self._forward_with(model, inputs, loss_fn)["loss"]
+        loss = outcome[0].loss.detach() * factor + (returned - returned.detach())
         if mode == "train":
             self._finite_check.add(outcome[0])
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
                 step = self.state.global_step + 1
                 self._finite_check.require(step, self._inner_student(), self._inner_teacher, self.accelerator)
-        divisor = len(tokens.labels) if num_items_in_batch is None else num_items_in_batch
-        divisor = torch.as_tensor(divisor, device=total.device)
-        loss = total / torch.where(divisor > 0, divisor, 1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # DDP and its kin average gradients over processes; the divisor counts the tokens of all of them.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._add_loss_metrics(mode, outcome[0], inputs, tokens)
         if not return_outputs:
             return loss
@@ -415,7 +555,7 @@ class SKDTrainer(GKDTrainer):
 
     def _forward_with(self, model, inputs, loss_fn: LossFunction) -> dict[str, torch.Tensor]:
         """`loss_fn` of the student's last hidden states, inside the forward of `model`: the student, wrapped or not."""
-        with self.accelerator.autocast(), loss_in_forward(self._inner_student()):
+        with self.accelerator.autocast(), loss_in_forward(self._inner_student(), self._compiled_backbone):
             return model(**model_inputs(inputs), loss_fn=loss_fn)
 
     def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
@@ -475,18 +615,45 @@ class SKDTrainer(GKDTrainer):
         for name in SKDTrainer._statistics:
             metrics.add_mean(name, outcome.statistics[name])
 
-    def _keep_completions(self, rollout: Rollout) -> None:
+    def _keep_completions(self, sampled: Rollout, rollout: str) -> None:
         step = self.state.global_step + 1  # the step that these responses train
         every = self.args.log_completions_steps or max(int(self.state.logging_steps or self.args.logging_steps), 1)
         if not self.args.log_completions or (step % every != 0 and step != 1):
             return
-        records = gather_object(completion_records(rollout, self.processing_class, step))
+        records = completion_records(sampled, self.processing_class, step)
+        if self.args.log_fixed_prompts:
+            again = self._sample_fixed_prompts(rollout)
+            records = completion_records(again, self.processing_class, step, is_fixed=True) + records
+        records = sorted(gather_object(records), key=lambda record: not record["is_fixed"])
         if self.accelerator.is_main_process:
+            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
             try:
                 save_completions(records, self.args.output_dir, step)
                 print_completions(records, self.args.num_completions_to_print, step)
-            except (OSError, ValueError) as error:  # a full disk, a closed console, a text that has no encoding
+                send_completions(records, step, self.args.report_to, next(filter(None, writers), None))
+            except (
+                Exception
+            ) as error:  # a full disk, a closed console, a tracker out of reach: no reason to lose a run
                 logger.warning(f"Step {step}: its completions could not be kept or shown ({error}). Training goes on.")
+
+    def _sample_fixed_prompts(self, rollout: str) -> Rollout:
+        """The same few prompts with the same noise whenever completions are kept, on the first process: what differs is the student."""
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        num_rows = self.args.log_fixed_prompts if self.accelerator.is_main_process else 0
+        rows = [torch.tensor([row["prompt_ids"]], device=self.args.device) for row in dataset.take(num_rows)]
+        if rows:
+            prompts, mask = merge_prompts([(ids, torch.ones_like(ids)) for ids in rows])
+        else:
+            prompts = mask = torch.zeros((0, 1), dtype=torch.long, device=self.args.device)
+        return self._write(prompts, mask, rollout, self._noise(len(prompts), "fixed prompts"))
+
+    def create_model_card(self, *args, **kwargs):
+        """As [`~transformers.Trainer.create_model_card`], with what this distillation was."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            section = describe_distillation(self, self._inner_teacher)
+            add_distillation(Path(self.args.output_dir) / "README.md", section)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

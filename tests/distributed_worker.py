@@ -32,6 +32,7 @@ from skd_trl.training.distributed import student_for_sampling
 
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate" / "cpu"
+VARIABLES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 MODES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 STUDENT, TEACHER = {"hidden_size": 32}, {"hidden_size": 48, "intermediate_size": 80}
 ROWS = [
@@ -155,11 +156,30 @@ class RecordingSpecKD(Recorder, SpecKDTrainer):
     pass
 
 
+class WholeNumbers(torch.nn.Module):
+    """A linear layer whose weights are stored in 8 bits, as quantisers do it."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight * self.scale)
+
+
+def quantize(model: torch.nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.mlp.up_proj = WholeNumbers(layer.mlp.up_proj)
+
+
 def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     lora_kwargs = {"target_modules": "all-linear", **settings.pop("lora_kwargs", {})}
     lora, tied, rows = settings.pop("lora", False), settings.pop("tied", False), settings.pop("rows", ROWS)
     fails_at, uneven = settings.pop("fails_at", None), settings.pop("uneven", False)
-    callbacks = settings.pop("callbacks", [])
+    quantized_teacher = settings.pop("quantized_teacher", False)
+    callbacks, eval_rows = settings.pop("callbacks", []), settings.pop("eval_rows", None)
     defaults = {
         "output_dir": str(directory / "runs" / name),
         "use_cpu": True,
@@ -188,6 +208,8 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     else:  # before the arguments, from which on ZeRO-3 would shard new models before they have their weights
         student = tiny_model("qwen2" if tied else "llama", seed=1, tie_word_embeddings=tied, **STUDENT)
         teacher = tiny_model("qwen2" if tied else "llama", seed=2, tie_word_embeddings=tied, **TEACHER)
+    if quantized_teacher:
+        quantize(teacher)
     config_class, trainer_class = (SpecKDConfig, RecordingSpecKD) if "gate" in settings else (SKDConfig, RecordingSKD)
     args = config_class(**{**defaults, **settings})
     trainer = trainer_class(
@@ -195,6 +217,7 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
         teacher_model=teacher,
         args=args,
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=eval_rows and Dataset.from_list(eval_rows),
         processing_class=byte_tokenizer(),
         peft_config=LoraConfig(r=4, lora_alpha=8, **lora_kwargs) if lora else None,
         callbacks=callbacks + ([Fails(fails_at)] if fails_at is not None else []),
@@ -277,10 +300,10 @@ def held(model: torch.nn.Module) -> int:
     return sum(map(size, model.parameters()))
 
 
-def enter(mode: str) -> None:
-    """The environment that `accelerate launch --config_file <mode>.yaml` gives its processes."""
+def enter(mode: str, config: Path | None = None) -> None:
+    """The environment that `accelerate launch --config_file <mode>.yaml` (or another `config`) gives its processes."""
     for variable in list(os.environ):
-        if variable.startswith(("ACCELERATE_", "FSDP_")):
+        if variable.startswith(VARIABLES):
             del os.environ[variable]
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -288,14 +311,15 @@ def enter(mode: str) -> None:
     gc.collect()
     if mode == "single":
         return
-    args = launch.launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{mode}.yaml"), "script.py"])
+    config = config or CONFIGS / f"{mode}.yaml"
+    args = launch.launch_command_parser().parse_args(["--config_file", str(config), "script.py"])
     args, defaults, _ = launch._validate_launch_command(args)
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         environment = launch_utils.prepare_deepspeed_cmd_env(args)[1]
     else:
         environment = launch_utils.prepare_multi_gpu_env(args)
-    os.environ.update({k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))})
+    os.environ.update({k: v for k, v in environment.items() if k.startswith(VARIABLES)})
     PartialState._prepare_backend = _PREPARE_BACKEND
     if mode == "fsdp2":
         fsdp_on_cpu()

@@ -1,4 +1,4 @@
-"""What each of two processes runs for `test_trainer_faults.py`: an evaluation whose last batch is filled up, and with one argument
+"""What each of two processes runs for `test_trainer_faults.py`: evaluations whose last batch is filled up, and with one argument
 more a trainer that was not told to stay on the CPU."""
 
 import json
@@ -14,6 +14,8 @@ if __name__ == "__main__":
     directory, num_rows = Path(sys.argv[1]), int(sys.argv[2])
     trainer = make_trainer(directory, per_device_eval_batch_size=2, use_cpu=len(sys.argv) == 3)
     metrics = trainer.evaluate(Dataset.from_list(ROWS[:num_rows]))
+    prompts = [{"messages": row["messages"][:1]} for row in ROWS[:num_rows]]
+    metrics |= trainer.evaluate(Dataset.from_list(prompts), metric_key_prefix="prompts")
     (directory / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(metrics))
     if dist.is_initialized():  # else a process that ends while the other one still waits aborts it
         dist.barrier()

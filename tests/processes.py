@@ -62,8 +62,9 @@ def launch(command: list[str], timeout: float, expect_failure: bool = False) -> 
     return outcome
 
 
-def torchrun(command: list[str], timeout: float, **kwargs) -> Outcome:
-    return launch(["torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command], timeout, **kwargs)
+def torchrun(command: list[str], timeout: float, num_processes: int = 2, **kwargs) -> Outcome:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    return launch([*launcher, *command], timeout, **kwargs)
 
 
 def accelerate_launch(mode: str, command: list[str], timeout: float) -> Outcome:

@@ -1,5 +1,6 @@
 """A data set to ids: every row that cannot be used is an error or is counted, named and explained."""
 
+import dataclasses
 import logging
 import pickle
 
@@ -19,15 +20,22 @@ GOOD = {"prompt": "2+2=", "completion": "4"}
 LONG = {"prompt": "2" * 40, "completion": "4"}
 
 
+RULES = {field.name for field in dataclasses.fields(RowRules)}
+
+
 def prepare(dataset, tokenizer=TOKENIZER, **changes):
+    """A prepared data set: the arguments that are fields of `RowRules` are its rules."""
     dataset = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
     settings = {
         "max_prompt_length": 30,
         "max_response_length": 10,
         "needs_response": False,
-        "eos_token_ids": [tokenizer.eos_token_id],
-    }
-    return prepare_dataset(dataset, tokenizer, **(settings | changes))
+        "eos_token_ids": (tokenizer.eos_token_id,),
+    } | changes
+    rules = RowRules(**{name: value for name, value in settings.items() if name in RULES})
+    return prepare_dataset(
+        dataset, tokenizer, rules, **{name: value for name, value in settings.items() if name not in RULES}
+    )
 
 
 def stream(rows, num_shards=1) -> IterableDataset:

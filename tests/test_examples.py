@@ -1,22 +1,20 @@
-"""The examples: what the offline assets are made of, what evaluation measures, what the report shows, and the script."""
+"""The examples: what the offline assets are made of, the summaries, the scripts."""
 
 import argparse
-import io
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
+import yaml
+from assets import arguments_for, save_assets
 from datasets import Dataset
-from rich.console import Console
-from tiny import EOS, byte_tokenizer, save_models, tiny_model
+from tiny import byte_tokenizer, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -24,14 +22,13 @@ CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
 sys.path.insert(0, str(EXAMPLES))
 
 import compare_methods  # noqa: E402
-import comparison  # noqa: E402
 import debian_summaries  # noqa: E402
-import evaluation  # noqa: E402
 import offline_assets  # noqa: E402
-import report  # noqa: E402
 import summarization_data  # noqa: E402
 import train_summarization  # noqa: E402
-import watch_sampling  # noqa: E402
+
+from skd_trl.commands import supervised, train  # noqa: E402
+from skd_trl.evaluation.scores import METRICS  # noqa: E402
 
 
 PROSE = " ".join(f"word{i}" for i in range(30))
@@ -235,325 +232,78 @@ def test_unknown_columns_and_missing_files_are_named(tmp_path):
         summarization_data.load_summarization("./nowhere", "test")
 
 
-# Evaluation
-
-
-PROMPTS = [[40, 41, 42], list(range(50, 70)), [60] * 7, [80, 81]]
-RESPONSES = [[100, 101], [102, 103, 104, 105], [106], [107, 108, 109]]
-
-
-def decoding(batch_size: int = 2, max_new_tokens: int = 8, eos_token_ids: tuple[int, ...] = (257,)):
-    return evaluation.Decoding(max_new_tokens, batch_size, list(eos_token_ids), pad_token_id=256)
-
-
-@torch.no_grad()
-def expected_divergence(student, teacher, vocab_size: int) -> list[float]:
-    """KL(teacher || student) summed over each response: one row at a time, float64."""
-    sums = []
-    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-        ids = torch.tensor([prompt + response])
-        q, p = (
-            model(ids).logits[0, len(prompt) - 1 : -1, :vocab_size].double().softmax(-1)
-            for model in (student, teacher)
-        )
-        sums.append((p * (p.log() - q.log())).sum().item())
-    return sums
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
-@pytest.mark.parametrize("batch_size, max_logits, chunk_size", [(1, 2**26, 128), (3, 2**26, 2), (4, 1, 3)])
-def test_token_divergence_is_the_textbook_sum_however_it_is_cut(architecture, batch_size, max_logits, chunk_size):
-    student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
-    found = evaluation.token_divergence(
-        student, teacher, PROMPTS, RESPONSES, decoding=decoding(batch_size), description="", max_logits=max_logits,
-        chunk_size=chunk_size,
-    )  # fmt: skip
-    np.testing.assert_allclose(found[:, 0], expected_divergence(student, teacher, 259), rtol=1e-4)
-    assert found[:, 1].tolist() == [len(response) for response in RESPONSES]
-
-
-def test_token_divergence_compares_the_shared_range_of_padded_vocabularies():
-    student, teacher = tiny_model(seed=1, vocab_size=264), tiny_model(seed=2, vocab_size=272)
-    found = evaluation.token_divergence(student, teacher, PROMPTS, RESPONSES, decoding=decoding(), description="")
-    np.testing.assert_allclose(found[:, 0], expected_divergence(student, teacher, 264), rtol=1e-4)
-
-
-def test_a_student_that_is_its_teacher_has_no_divergence():
-    model = tiny_model()
-    found = evaluation.token_divergence(model, model, PROMPTS, RESPONSES, decoding=decoding(), description="")
-    assert np.abs(found[:, 0]).max() < 1e-6
-
-
-@torch.no_grad()
-def test_greedy_texts_are_those_of_one_row_without_cache_and_end_with_their_end():
-    model = tiny_model()
-    expected = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 8:
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        expected.append(ids[len(prompt) :])
-    end = expected[1][2]  # make a token that the second row writes an end of sequence
-    cut = [ids[: ids.index(end) + 1] if end in ids else ids for ids in expected]
-    model.train()
-    model.generation_config.repetition_penalty = 5.0  # a model's own settings must not change what is compared
-    found = evaluation.generate(model, PROMPTS, decoding=decoding(eos_token_ids=(end,)), description="")
-    assert found == cut
-    assert model.training
-
-
-def test_samples_depend_on_the_seed_alone_and_leave_the_global_generator_as_it_was():
-    model = tiny_model()
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    first, second = (
-        evaluation.generate(model, PROMPTS, decoding=decoding(), do_sample=True, description="") for _ in range(2)
-    )
-    assert first == second
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first != evaluation.generate(model, PROMPTS, decoding=decoding(), description="")
-
-
-def test_rouge_is_full_for_the_same_text_and_nothing_for_another():
-    scores = evaluation.rouge(["a small tool", "x y"], ["a small tool", "p q"], suffix="reference")
-    assert {name: values[:, 0].tolist() for name, values in scores.items()} == {
-        f"rouge{kind}_reference": [100.0, 0.0] for kind in "12L"
-    }
-
-
-# Comparison
-
-
-def scores(values, weights=None) -> "evaluation.Scores":
-    array = np.stack(
-        [np.asarray(values, float), np.ones(len(values)) if weights is None else np.asarray(weights, float)], 1
-    )
-    return evaluation.Scores([""] * len(values), dict.fromkeys(comparison.METRICS, array))
-
-
-def test_divergences_are_averaged_over_tokens_not_over_prompts():
-    metric = comparison.compare(scores([1.0, 9.0], [1, 3]), scores([1.0, 9.0], [1, 3]), {})["metrics"][
-        "kl_teacher_text"
-    ]
-    assert metric["before"]["value"] == 10 / 4
-
-
-def test_the_paired_interval_of_a_constant_change_has_no_width():
-    values = np.random.default_rng(0).normal(50, 20, size=40)
-    metric = comparison.compare(scores(values), scores(values + 2), {})["metrics"]["rougeL_teacher"]
-    assert metric["change"] == pytest.approx({"value": 2, "low": 2, "high": 2})
-    assert metric["before"]["high"] - metric["before"]["low"] > 5
-    assert comparison.verdict(metric) == "better"
-
-
-def test_verdicts_know_which_way_is_better_and_when_it_is_unclear():
-    values = np.linspace(1, 2, 20)
-    lower = comparison.compare(scores(values), scores(values - 0.5), {})["metrics"]
-    assert comparison.verdict(lower["kl_teacher_text"]) == "better"
-    assert comparison.verdict(lower["rouge1_teacher"]) == "worse"
-    noise = np.where(np.arange(20) % 2, 0.5, -0.5)
-    assert (
-        comparison.verdict(comparison.compare(scores(values), scores(values + noise), {})["metrics"]["rouge1_teacher"])
-        == "unclear"
-    )
-
-
-def test_the_bootstrap_interval_of_a_mean_is_as_wide_as_theory_says():
-    values = np.random.default_rng(1).normal(size=400)
-    metric = comparison.compare(scores(values), scores(values), {})["metrics"]["kl_teacher_text"]["before"]
-    # 2 x 1.96 standard errors; 2,000 resamples put the ends within a few percent
-    assert metric["high"] - metric["low"] == pytest.approx(3.92 * values.std() / math.sqrt(400), rel=0.1)
-
-
-def test_the_table_fits_eighty_columns():
-    table = comparison.comparison_table(
-        comparison.compare(
-            scores([10.0, 20.0, 31.0]), scores([30.0, 50.0, 55.0]), {"rougeL_reference": np.ones((3, 2))}
-        )
-    )
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table)
-    text = console.export_text()
-    assert "…" not in text
-    assert all(label in text for label, _ in comparison.METRICS.values())
-
-
-def test_scores_of_before_are_read_back_for_the_same_prompts_only(tmp_path):
-    data = evaluation.HeldOut([[1]], ["prompt"], ["reference"])
-    comparison.write_scores(tmp_path / "before.json", data, scores([1.0]), [[5, 6]])
-    found, answers = comparison.read_scores(tmp_path / "before.json", data)
-    assert answers == [[5, 6]]
-    assert found.values["kl_teacher_text"].tolist() == [[1.0, 1.0]]
-    assert comparison.read_scores(tmp_path / "before.json", evaluation.HeldOut([[1]], ["other"], ["r"])) is None
-    assert comparison.read_scores(tmp_path / "missing.json", data) is None
-
-
-# Report
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    history = [
-        {"step": step, "loss": 2.0 / step, "acceptance_rate": 0.5, "replaced_share": 0.5, "epoch": 0.1}
-        for step in range(1, 31)
-    ]
-    (tmp_path / "trainer_state.json").write_text(
-        json.dumps({"log_history": [*history, {"step": 30, "train_loss": 1.0}]})
-    )
-    (tmp_path / "completions").mkdir()
-    for step in range(1, 31):
-        row = {
-            "step": step,
-            "prompt": "<script>alert('prompt')</script>",
-            "response": "unused",
-            "tokens": ["<b>bold</b>", " plain", "\n", "&amp;", "<|im_end|>"],
-            "replaced": [True, False, False, True, False],
-            "proposals": ["<i>", " plain", "\n", " other", "<|im_end|>"],
-        }
-        pd.DataFrame([row] * 2).to_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
-    return tmp_path
-
-
-def test_the_page_marks_replaced_tokens_and_escapes_every_text(run_dir):
-    report.write_report(run_dir)
-    page = (run_dir / "samples.html").read_text()
-    assert "<script" not in page and "<b>bold" not in page
-    assert "&lt;script&gt;" in page
-    num_samples = report.MAX_STEPS * 2
-    marked = re.findall(r'<span class="token replaced( special)?" title="[^"]*">([^<]*)</span>', page)
-    assert [text for _, text in marked] == ["&lt;b&gt;bold&lt;/b&gt;", "&amp;amp;"] * num_samples
-    assert page.count('<del class="proposal">') == 2 * num_samples
-    assert "in place of the student&#39;s “&lt;i&gt;”" in page
-
-
-@pytest.mark.parametrize("rollout, said", [("student", "the student alone"), ("interleaved", "together"), (None, "")])
-def test_the_page_says_who_wrote_the_responses(run_dir, rollout, said):
-    (run_dir / "evaluation.json").write_text(json.dumps({"settings": {"rollout": rollout}}))
-    report.write_report(run_dir)
-    page = (run_dir / "samples.html").read_text()
-    assert said in page
-    assert ("together" in page) == (rollout == "interleaved")
-
-
-def test_the_page_knows_no_proposal_where_the_teacher_wrote_alone(run_dir):
-    for file in (run_dir / "completions").iterdir():
-        rows = pd.read_parquet(file)
-        rows.assign(proposals=None, replaced=[[True] * 5] * len(rows)).to_parquet(file)
-    report.write_report(run_dir)
-    page = (run_dir / "samples.html").read_text()
-    assert '<del class="proposal">' not in page
-    assert page.count(': the teacher&#39;s"') == 5 * 2 * report.MAX_STEPS
-
-
-def test_the_page_needs_no_network(run_dir):
-    report.write_report(run_dir)
-    page = (run_dir / "samples.html").read_text()
-    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
-    assert "@import" not in page and "url(" not in page
-
-
-def test_the_page_shows_the_first_and_the_last_of_many_steps(run_dir):
-    report.write_report(run_dir)
-    steps = re.findall(r'id="step-(\d+)"', (run_dir / "samples.html").read_text())
-    assert len(steps) == report.MAX_STEPS
-    assert steps[0] == "1" and steps[-1] == "30"
-
-
-def test_metrics_hold_first_last_and_mean_of_what_was_logged(run_dir):
-    report.write_report(run_dir)
-    training = json.loads((run_dir / "metrics.json").read_text())["training"]
-    assert training["loss"] == pytest.approx({"first": 2.0, "last": 2 / 30, "mean": np.mean(2 / np.arange(1, 31))})
-    assert training["train_loss"]["last"] == 1.0
-    assert "epoch" not in training
-
-
-def test_a_run_without_samples_or_evaluation_is_reported_from_its_newest_checkpoint(tmp_path):
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        state = {"log_history": [{"step": step, "loss": float(step)}]}
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
-    assert [path.name for path in report.write_report(tmp_path)] == ["metrics.json", "training.png", "samples.html"]
-    assert json.loads((tmp_path / "metrics.json").read_text())["training"]["loss"]["last"] == 10
-    assert (tmp_path / "training.png").stat().st_size > 1000
-
-
-def test_a_directory_without_a_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no trainer_state.json.*save_state"):
-        report.write_report(tmp_path)
-
-
 # The scripts
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_is_understood(config):
     arguments = ["--config", str(config), "--use_cpu", "true"]  # bf16 on a machine without a GPU is refused otherwise
-    trainer = train_summarization.chosen_trainer(arguments)
-    script_args, training_args, model_args = train_summarization.make_parser(trainer).parse_args_and_config(arguments)
+    trainer = train.chosen_trainer(arguments)
+    script_args, training_args, model_args = train.train_command(trainer).parse(arguments)
     assert script_args.trainer == trainer
     assert training_args.teacher_model_name_or_path and model_args.model_name_or_path
     for settings in (script_args.teacher_sft, script_args.student_sft):
-        train_summarization.SFTConfig(output_dir="unused", use_cpu=True, **(settings or {}))
+        supervised.SFTConfig(output_dir="unused", use_cpu=True, **(settings or {}))
 
 
-def test_the_trainer_is_that_of_the_command_line_then_of_the_file_then_skd(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text("trainer: speckd\n")
-    assert train_summarization.chosen_trainer(["--config", str(config), "--trainer", "skd"]) == "skd"
-    assert train_summarization.chosen_trainer(["--config", str(config)]) == "speckd"
-    assert train_summarization.chosen_trainer(["--learning_rate", "1.0"]) == "skd"
+# Sizes from the models' configurations on the hub.
+SIZES = {
+    "Qwen2-0.5B-Instruct": ("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
+    "Qwen2-7B-Instruct": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
+    "gemma-2b-it": ("gemma", 2048, 16384, 18, 8, 1, 256, 256000, True),
+    "gemma-7b-it": ("gemma", 3072, 24576, 28, 16, 16, 256, 256000, True),
+    "Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True),
+    "Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151936, True),
+    "Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
+    "Qwen3-8B": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
+    "Qwen3-32B": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+}
+SIZE_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+              "vocab_size", "tie_word_embeddings")  # fmt: skip
 
 
-def test_wrong_script_arguments_name_the_field():
-    arguments = train_summarization.SummarizationArguments
-    assert arguments(dataset_name="x", teacher_sft='{"max_steps": 3}').teacher_sft == {"max_steps": 3}
-    with pytest.raises(ValueError, match="dataset_name is not set"):
-        arguments()
-    with pytest.raises(ValueError, match="num_eval_rows=-1"):
-        arguments(dataset_name="x", num_eval_rows=-1)
+def billions(name: str) -> float:
+    """Parameters of a model, built on the meta device."""
+    architecture, *sizes = SIZES[name]
+    config = AutoConfig.for_model(architecture, **dict(zip(SIZE_NAMES, sizes, strict=True)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e9
+
+
+RECIPES = [path for path in CONFIGS if "billion parameters" in path.read_text()]
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda path: path.name)
+def test_what_a_recipe_says_of_its_memory_is_right(config):
+    comment = " ".join(line.lstrip("# ") for line in config.read_text().splitlines() if line.startswith("#"))
+    settings = yaml.safe_load(config.read_text())
+    teacher, said_teacher, student, said_student = re.search(
+        r"(\S+) \(([\d.]+) billion parameters\) teaches (\S+) \(([\d.]+) billion\)", comment, re.IGNORECASE
+    ).groups()
+    names = {name: next(own for own in SIZES if own.lower() == name.lower()) for name in (teacher, student)}
+    assert settings["teacher_model_name_or_path"].endswith(names[teacher])
+    assert settings["model_name_or_path"].endswith(names[student])
+    of_teacher, of_student = billions(names[teacher]), billions(names[student])
+    assert of_teacher == pytest.approx(float(said_teacher), abs=0.06)
+    assert of_student == pytest.approx(float(said_student), abs=0.06)
+    # fp32 weights, gradients and Adam's two moments of the student, and bf16 weights of the teacher
+    assert int(re.search(r"take (\d+) GB", comment).group(1)) == round(16 * of_student + 2 * of_teacher)
+
+
+def test_there_is_a_recipe_for_each_task_of_the_paper_and_for_the_pairs_of_today():
+    assert {path.stem for path in RECIPES} == {
+        "gsm8k_qwen2", "flores_gemma", "ultrainteract_qwen2", "qwen3_8b_to_0.6b", "qwen3_8b_to_1.7b", "qwen3_32b_to_4b",
+    }  # fmt: skip
 
 
 @pytest.fixture
 def tiny_assets(tmp_path):
-    """A pair of tiny models and a data set in files, as offline_assets.py lays them out."""
-    save_models(tmp_path, {"teacher": 1, "student": 2})
-    (tmp_path / "text").mkdir()
-    for split, num_rows in (("train", 8), ("test", 5)):
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": f"{split} {'x' * i}"}],
-                "completion": [{"role": "assistant", "content": f"short {i}"}],
-            }
-            for i in range(num_rows)
-        ]
-        (tmp_path / "text" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
-
-
-def arguments_for(assets: Path, **more) -> list[str]:
-    values = {
-        "model_name_or_path": assets / "student",
-        "teacher_model_name_or_path": assets / "teacher",
-        "dataset_name": assets / "text",
-        "output_dir": assets / "run",
-        "max_new_tokens": 4,
-        "max_steps": 2,
-        "save_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "log_completions": True,
-        "log_completions_steps": 1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        **more,
-    }
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    return save_assets(tmp_path)
 
 
 def run_script(arguments: list[str]) -> None:
-    train_summarization.main(*train_summarization.make_parser("skd").parse_args_and_config(arguments))
+    train_summarization.main(arguments)
 
 
 @pytest.mark.slow
@@ -563,7 +313,7 @@ def test_the_script_trains_compares_and_reports(tiny_assets, capsys):
     run = tiny_assets / "run"
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["comparison"]["num_prompts"] == 5
-    assert set(metrics["comparison"]["metrics"]) == set(comparison.METRICS)
+    assert set(metrics["comparison"]["metrics"]) == set(METRICS)
     assert metrics["settings"]["student"].endswith("student_sft")
     assert {"evaluation_before", "training", "evaluation_after"} <= set(metrics["seconds"])
     assert {"loss", "acceptance_rate", "replaced_share"} <= set(metrics["training"])
@@ -605,40 +355,6 @@ def test_two_processes_compare_the_same_prompts_as_one(tiny_assets):
     for name in ("kl_teacher_text", "rougeL_teacher", "rouge1_reference"):
         found, expected = (outcome["comparison"]["metrics"][name]["before"] for outcome in (two, one))
         assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_watching_shows_every_token_of_the_response_and_who_wrote_it(tiny_assets, capsys):
-    arguments = watch_sampling.argparse.Namespace(
-        student=str(tiny_assets / "student"),
-        teacher=str(tiny_assets / "teacher"),
-        prompt="hello",
-        accept_top_k=60,
-        num_draft_tokens=3,
-        max_new_tokens=10,
-        temperature=1.0,
-        top_p=1.0,
-        teacher_temperature=1.0,
-        teacher_top_p=1.0,
-        seed=0,
-    )
-    watch_sampling.main(arguments)
-    output = capsys.readouterr().out
-    tokens, accepted, replaced = (
-        int(re.search(pattern, output).group(1))
-        for pattern in (r"(\d+) tokens in", r"(\d+) accepted", r"(\d+) replaced")
-    )
-    assert accepted + replaced == tokens
-    assert replaced > 0 and output.count(">") >= replaced
-
-
-def test_the_rounds_of_a_draft_show_what_stands_what_was_replaced_and_what_was_dropped():
-    tokenizer = byte_tokenizer()
-    a, b, c, d, e, f = tokenizer("abcdef").input_ids[:6]
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(watch_sampling.rounds_table([([a, b, c], 1), ([e, f, a], 3)], [a, d, e, f], tokenizer))
-    text = console.export_text()
-    assert "a b>d c" in text and "1 of 3" in text
-    assert "e f" in text and EOS not in text
 
 
 # The comparison of methods

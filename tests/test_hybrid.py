@@ -4,23 +4,24 @@ import pytest
 import reference
 import torch
 from scipy.stats import chisquare
+from tape import Tape
 from test_round import HostWaits
 from test_sampler import (
     GREEDY,
     PROMPTS,
     exact_two_token_distribution,
     greedy_text,
-    left_padded,
     responses,
     sample,
 )
 from tiny import HYBRIDS, tiny_model
 
-from skd_trl.sampling import ragged_cache, recurrent_state
+from skd_trl.sampling import interleaved, ragged_cache, recurrent_state
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
 from skd_trl.sampling.admission import prove
-from skd_trl.sampling.participants import LocalParticipant, Shapes
-from skd_trl.sampling.prompts import Prompts
+from skd_trl.sampling.ragged_cache import RaggedDecoder
+from skd_trl.sampling.recurrent_state import Reading
+from skd_trl.sampling.rounds import Rounds
 from skd_trl.sampling.sampling_params import SamplingParams
 
 
@@ -147,19 +148,47 @@ def test_two_tokens_are_distributed_as_the_algorithm_says(names):
     assert chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-5
 
 
-def test_a_round_with_states_has_fixed_shapes_and_never_waits_for_the_host(monkeypatch):
-    model = tiny_model("qwen3_5_text", seed=1)
-    participant, prompts = LocalParticipant(model, GREEDY), Prompts(*left_padded(PROMPTS))
-    with torch.no_grad(), participant.session(prompts, Shapes(4, 12, 3, True)):
-        participant.prefill(participant.admit([0, 1, 2, 3], [0, 1, 2, 3]), 0)
-        for _ in range(2):  # buffers are there after the first round
-            participant.begin_round([(row, 0) for row in range(4)], 4, 3)
-            addresses = [slot.states.data_ptr() for slot in participant.decoder.states.slots.values()]
-            with HostWaits(monkeypatch) as waits:
-                block = torch.stack([participant.step(torch.zeros(4))[0] for _ in range(3)], dim=1)
-                participant.keep(block, torch.tensor([1, 3, 2, 1]))
-            assert waits.seen == [] and waits.num_operators > 50
-        assert addresses == [slot.states.data_ptr() for slot in participant.decoder.states.slots.values()]
+@pytest.mark.parametrize("pair", [("qwen3_5_text", "qwen3_5_text"), ("lfm2", "mamba2"), ("llama", "nemotron_h")])
+def test_captured_rounds_write_the_texts_of_plain_ones(pair):
+    student, teacher = tiny_model(pair[0], seed=1), tiny_model(pair[1], seed=2)
+    rounds, before = Rounds(capture=True, make_graph=Tape), Tape.num_replays
+    for prompts in (PROMPTS, PROMPTS[::-1]):  # the second window finds states of the first
+        uniforms = torch.rand((4, 12, 3), generator=torch.Generator().manual_seed(0))
+        settings = {
+            "rule": ACCEPTANCE_RULES["top_k"](k=60),
+            "noise": uniforms,
+            "max_rows": 2,
+            "eos_token_ids": range(0, 259, 9),
+        }
+        captured = sample(student, teacher, prompts, **settings, rounds=rounds)
+        assert responses(captured) == responses(sample(student, teacher, prompts, **settings))
+    assert rounds.reason is None and Tape.num_replays > before + 2
+
+
+def test_a_round_with_states_never_waits_for_the_device(monkeypatch):
+    waits, original, rounds = HostWaits(monkeypatch), interleaved.interleave_round, []
+
+    def watched(*arguments):
+        rounds.append(1)
+        with waits:
+            return original(*arguments)
+
+    monkeypatch.setattr(interleaved, "interleave_round", watched)
+    sample(tiny_model("qwen3_5_text", seed=1), tiny_model("mamba2", seed=2), max_rows=3)
+    assert len(rounds) > 3 and waits.seen == []
+
+
+def test_idle_forwards_call_the_mixers_as_often_as_a_block_does():
+    model, calls = tiny_model("qwen3_5_text", seed=1), []
+    decoder = RaggedDecoder(model, 2, 8)
+    model.model.layers[0].linear_attn.in_proj_a.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), decoder.states.idle(torch.Size((1, 3))):
+        model(torch.zeros((1, 3), dtype=torch.long), use_cache=False)
+    num_idle = len(calls)
+    decoder.states.begin_round(3)
+    with torch.no_grad():
+        decoder(torch.ones((2, 3), dtype=torch.long), torch.arange(3).expand(2, 3), reading=Reading(step=0))
+    assert num_idle == len(calls) - num_idle == 3
 
 
 def one_token_too_many(monkeypatch):

@@ -8,13 +8,15 @@ import pytest
 import reference
 import torch
 from data.record_texts import ARCHITECTURES, ENDS, NUM_TOKENS, RULES, SAMPLING, inputs
+from tape import WAITS, Tape
 from test_sampler import PROMPTS, left_padded, responses, sample
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skd_trl import ACCEPTANCE_RULES, Execution, LocalParticipant, Participant, SamplingParams, interleaved_sample
-from skd_trl.sampling import interleaved, sampling_params
+from skd_trl.sampling import interleaved
 from skd_trl.sampling.prompts import Prompts
+from skd_trl.sampling.rounds import Rounds
 
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "texts.json").read_text())
@@ -25,13 +27,13 @@ def pair(architecture):
     return tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
 
 
-@pytest.mark.parametrize("keeps_shape", [False, True])
-@pytest.mark.parametrize("num_draft_tokens", [1, 3, 6])
+@pytest.mark.parametrize("num_draft_tokens, captured", [(1, False), (3, False), (6, False), (3, True)])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_same_noise_gives_the_texts_of_the_sampler_before(architecture, rule, num_draft_tokens, keeps_shape):
+def test_the_same_noise_gives_the_texts_of_the_sampler_before(architecture, rule, num_draft_tokens, captured):
     """`data/texts.json` was made by `data/record_texts.py` with the code of commit 808d384."""
     ids, mask, noise = inputs()
+    num_replays, rounds = Tape.num_replays, Rounds(capture=True, make_graph=Tape) if captured else None
     rollout = interleaved_sample(
         *(LocalParticipant(model, SamplingParams(**SAMPLING)) for model in pair(architecture)),
         ids,
@@ -40,8 +42,9 @@ def test_the_same_noise_gives_the_texts_of_the_sampler_before(architecture, rule
         max_new_tokens=NUM_TOKENS,
         eos_token_ids=ENDS,
         noise=noise,
-        execution=Execution(num_draft_tokens, max_rows=3, keeps_shape=keeps_shape),
+        execution=Execution(num_draft_tokens, max_rows=3, rounds=rounds),
     )
+    assert captured == (Tape.num_replays > num_replays + 4)
     for i, recorded in enumerate(RECORDED[f"{architecture}/{rule}"]):
         count = len(recorded["tokens"])
         assert rollout.labels[i][rollout.labels[i] != -100].tolist() == recorded["tokens"]
@@ -52,8 +55,6 @@ def test_the_same_noise_gives_the_texts_of_the_sampler_before(architecture, rule
 
 class HostWaits(TorchDispatchMode):
     """Collects the operators that make the host wait for a device: a number read, or a shape that depends on data."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -79,7 +80,7 @@ class HostWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.num_operators += 1
-        if name in self.WAITS or (name == "index" and any(getattr(i, "dtype", None) == torch.bool for i in args[1])):
+        if name in WAITS or (name == "index" and any(getattr(i, "dtype", None) == torch.bool for i in args[1])):
             self.note(name)
         return func(*args, **(kwargs or {}))
 
@@ -100,23 +101,20 @@ def test_every_rule_is_tried_below():
 
 
 @pytest.mark.parametrize("rule", EVERY_RULE)
-@pytest.mark.parametrize("keeps_shape", [False, True])
-def test_a_round_never_waits_for_the_device(monkeypatch, rule, keeps_shape):
-    """Not on the path that a GPU takes: on a CPU the draw looks for a short list of candidates first."""
-    monkeypatch.setattr(sampling_params, "SHORT_LISTS", ())
+def test_a_round_never_waits_for_the_device(monkeypatch, rule):
     waits, original, rounds = HostWaits(monkeypatch), interleaved.interleave_round, []
 
     def watched(*arguments):
         rounds.append(1)
         with waits:
-            original(*arguments)
+            return original(*arguments)
 
     monkeypatch.setattr(interleaved, "interleave_round", watched)
     student, teacher = pair("llama")
     nucleus = SamplingParams(0.7, top_p=0.8, top_k=100)
     sample(
         student, teacher, rule=ACCEPTANCE_RULES[rule](**EVERY_RULE[rule]), student_sampling=nucleus,
-        teacher_sampling=nucleus, max_rows=3, keeps_shape=keeps_shape,
+        teacher_sampling=nucleus, max_rows=3,
     )  # fmt: skip
     assert len(rounds) > 3 and waits.num_operators > 100
     assert waits.seen == []

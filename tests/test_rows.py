@@ -256,7 +256,17 @@ def test_with_every_answer_a_greeting_is_no_answer_and_a_last_question_is_a_row_
     answered = examples(row)
     assert [response for _, response in answered] == [f"a1{EOS}"]
     assert examples(row, needs_response=False) == [*answered, texts(row)]
+    parts = {"prompt": row["messages"][:2], "completion": row["messages"][2:]}
+    assert examples(parts) == answered and examples(parts, needs_response=False) == [*answered, texts(row)]
     assert examples({"prompt": "2+2=", "completion": "4"}) == [("2+2=", f"4{EOS}")]
+
+
+def test_with_every_answer_a_last_question_that_cannot_be_a_row_is_counted(caplog):
+    rows = [{"messages": DIALOGUE}, {"messages": DIALOGUE[:4]}]
+    assert len(prepare(rows, needs_response=True, every_answer=True, max_prompt_length=200)) == 3
+    assert any(
+        "In 1 of 2 rows of the train data set the conversation ends with a question" in m for m in caplog.messages
+    )
 
 
 def test_with_every_answer_each_run_of_a_tokenized_row_is_a_row():
@@ -312,7 +322,8 @@ def test_a_reference_beyond_the_models_positions_is_cut_there_in_training_and_ev
     for dataset in (trainer.train_dataset, trainer.eval_dataset):
         lengths = [(len(row["prompt_ids"]), len(row["response_ids"])) for row in dataset]
         assert sorted(lengths) == [(4, 36), (20, 2)]
-    assert sum("more than 40 tokens together" in message for message in caplog.messages) == 2
+    num_read = 2 if rollout == "dataset" else 1  # training on sampled responses reads no reference
+    assert sum("more than 40 tokens together" in message for message in caplog.messages) == num_read
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0
 

@@ -296,7 +296,7 @@ def test_without_arguments_a_default_configuration_is_made_as_in_sft(tmp_path, m
 def test_the_callers_objects_stay_as_they_were(tmp_path):
     args = SKDConfig(
         str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], max_steps=1, save_strategy="no", max_new_tokens=8,
-        max_length=64, dataset_kwargs={"add_special_tokens": False}, disable_tqdm=True,
+        max_length=64, dataset_kwargs={"skip_prepare_dataset": False}, disable_tqdm=True,
     )  # fmt: skip
     dataset, teacher, tokenizer = Dataset.from_list(ROWS), tiny_model(seed=2).train(), byte_tokenizer()
     tokenizer.pad_token = None
@@ -582,6 +582,13 @@ def test_the_model_card_names_the_method_and_its_paper(tmp_path):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
         ({"router_aux_loss_coef": 0.01}, "router_aux_loss_coef=0.01"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end' would have no effect.*max_prompt_length"),
+        ({"dataset_text_field": "content"}, "dataset_text_field='content'.*rename_column"),
+        ({"packing_strategy": "wrapped"}, "packing_strategy='wrapped'"),
+        (
+            {"dataset_kwargs": {"skip_prepare_dataset": True, "add_special_tokens": False}},
+            "holds 'add_special_tokens'",
+        ),
         ({"beta": 1.0}, "beta=1.0 would have no effect.*divergence='jsd'"),
         ({"seq_kd": True}, "seq_kd=True would have no effect.*rollout='teacher'"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8.*rollout='dataset'"),

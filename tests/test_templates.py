@@ -41,7 +41,9 @@ def test_an_answer_of_which_nothing_is_printed_is_refused_and_where_it_is_sample
     refused = tokenize(row, byte_tokenizer(template), needs_response=True)
     assert refused["problem"] == "lost_answer" and ("calls" in refused["detail"] or "reasoning" in refused["detail"])
     sampled = tokenize(row, byte_tokenizer(template))
-    assert sampled["problem"] == "" and sampled["response_ids"] == [] and sampled["notes"] == ["lost_answer"]
+    assert (
+        sampled["problem"] == "" and sampled["response_ids"] == [] and sampled["notes"] == ["lost_answer", "to_sample"]
+    )
     with pytest.raises(ValueError, match="1 of 2 rows .*prints nothing.*Row 1"):
         prepare(
             [{"messages": [QUESTION, ANSWER]}, row],

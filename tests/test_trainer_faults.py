@@ -9,13 +9,22 @@ from datasets import Dataset
 from processes import torchrun
 from rich.console import Console
 from test_skd_trainer import ROWS, make_trainer
-from tiny import BOS, byte_tokenizer, save_models, tiny_model
+from tiny import BOS, EOS, byte_tokenizer, save_models, tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, TrainerCallback
 from trl import LogCompletionsCallback
 
-from skd_trl import SKDConfig, SKDTrainer, SpecKDConfig, SpecKDTrainer
+from skd_trl import (
+    ACCEPTANCE_RULES,
+    LocalParticipant,
+    SKDConfig,
+    SKDTrainer,
+    SpecKDConfig,
+    SpecKDTrainer,
+    interleaved_sample,
+)
 from skd_trl.training.completions import print_completions
+from skd_trl.training.sampled_evaluation import row_noise
 
 
 # NaN and infinity
@@ -46,18 +55,53 @@ def test_weights_that_are_not_finite_stop_the_step_before_it_is_taken(tmp_path, 
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_a_step_that_spoils_the_student_leaves_the_checkpoint_before_it(tmp_path):
-    class Spoils(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                kwargs["model"].model.norm.weight.data[3] = float("nan")
+class Spoils(TrainerCallback):
+    """Makes a weight of the student NaN after the second step."""
 
-    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, callbacks=[Spoils()])
-    with pytest.raises(FloatingPointError, match=r"Step 3: .*the student's \(weights model.norm.weight\)"):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            kwargs["model"].model.norm.weight.data[3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "save_steps, message", [(1, "After step 2 the student's weights hold NaN or infinity"), (3, "Step 3: the loss")]
+)
+def test_a_step_that_spoils_the_student_leaves_the_checkpoint_before_it(tmp_path, save_steps, message):
+    trainer = make_trainer(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=save_steps, callbacks=[Spoils()], save_total_limit=1
+    )
+    with pytest.raises(FloatingPointError, match=rf"{message}.*\((weights )?model.norm.weight\)"):
         trainer.train()
-    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))[0] == "checkpoint-1"
-    good = tiny_model(seed=1).from_pretrained(tmp_path / "out" / "checkpoint-1")
-    assert all(p.isfinite().all() for p in good.parameters())
+    kept = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert kept == (["checkpoint-1"] if save_steps == 1 else [])
+    for name in kept:
+        assert all(
+            p.isfinite().all() for p in tiny_model(seed=1).from_pretrained(tmp_path / "out" / name).parameters()
+        )
+
+
+def test_a_student_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save_model()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    trainer.model.lm_head.weight.data[5, 5] = float("inf")
+    with pytest.raises(
+        FloatingPointError, match=r"weights hold NaN or infinity \(lm_head.weight\). Nothing was saved"
+    ):
+        trainer.save_model()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_step(tmp_path, max_grad_norm):
+    def root(student_logits, teacher_logits):  # 0, with an infinite slope
+        return (student_logits - student_logits.detach()).pow(2).sum(-1).sqrt()
+
+    trainer = make_trainer(tmp_path, divergence=root, rollout="dataset", max_grad_norm=max_grad_norm)
+    before = {key: p.detach().clone() for key, p in trainer.model.named_parameters()}
+    with pytest.raises(FloatingPointError, match=r"Step 1: the loss is finite and its gradient is not \(.*keep roots"):
+        trainer.train()
+    assert all(torch.equal(p, before[key]) for key, p in trainer.model.named_parameters())
 
 
 def test_a_divergence_that_is_not_finite_is_named(tmp_path):
@@ -82,7 +126,7 @@ def test_a_head_that_is_not_finite_is_no_unknown_architecture(tmp_path, name):
 def token_means(trainer, rows):
     """Loss and student's entropy over the tokens of `rows`, from full logits, row by row."""
     divergences, entropies = [], []
-    for row in trainer._prepare_eval(Dataset.from_list(rows)):
+    for row in trainer._prepare_eval(Dataset.from_list(rows), trainer.model):
         batch = trainer.data_collator([row])
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
@@ -149,16 +193,113 @@ def test_the_loss_of_an_evaluation_does_not_depend_on_its_batch_size(tmp_path, b
     assert metrics["eval_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
 
 
+PROMPTS = [{"messages": row["messages"][:1]} for row in ROWS]
+
+
+def students_texts(trainer, rows, first=0):
+    """`rows` with what the student writes, one by one, on the noise of their places in the evaluation."""
+    written = []
+    for place, row in enumerate(rows, start=first):
+        batch = trainer.data_collator([trainer._prepare_eval(Dataset.from_list([row]), trainer.model)[0]])
+        rollout = interleaved_sample(
+            LocalParticipant(trainer.model, trainer.args.student_sampling()), trainer.teacher_model, batch["prompts"],
+            batch["prompt_attention_mask"], accept=ACCEPTANCE_RULES["always"](), max_new_tokens=trainer.args.max_new_tokens,
+            eos_token_ids=trainer.eos_token_ids, noise=row_noise([place], trainer.args.max_new_tokens, trainer.args.seed),
+        )  # fmt: skip
+        ids, is_response = rollout.input_ids[0], rollout.labels[0] != -100
+        written.append({"input_ids": ids.tolist(), "completion_mask": is_response.int().tolist()})
+    return written
+
+
+@pytest.mark.parametrize("rollout", ["interleaved", "dataset", "teacher"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_prompts_alone_are_evaluated_on_the_students_own_text_whatever_the_batch_size(tmp_path, rollout, batch_size):
+    trainer = make_trainer(
+        tmp_path, eval_dataset=Dataset.from_list(PROMPTS), rollout=rollout, per_device_eval_batch_size=batch_size
+    )
+    expected = token_means(trainer, students_texts(trainer, PROMPTS))
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert metrics["eval_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
+    assert metrics["eval_sampled_share"] == 1 and 1 < metrics["eval_response_length"] <= 16
+    again = trainer.evaluate(Dataset.from_list(PROMPTS).to_iterable_dataset())
+    assert again["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert trainer.predict(Dataset.from_list(PROMPTS)).metrics["test_loss"] == pytest.approx(
+        expected["loss"], rel=1e-4
+    )
+
+
+def test_in_a_mixed_set_rows_without_a_reference_are_sampled_and_counted(tmp_path, caplog):
+    rows = [*PROMPTS[:1], *ROWS[1:4], *PROMPTS[4:5]]
+    trainer = make_trainer(tmp_path, eval_dataset=Dataset.from_list(rows))
+    assert any("In 2 of 5 rows of the eval data set there is no reference" in text for text in caplog.messages)
+    written = [students_texts(trainer, [rows[i]], first=i)[0] for i in (0, 4)]
+    metrics = trainer.evaluate()
+    assert metrics["eval_sampled_share"] == pytest.approx(0.4)
+    length = [sum(row["completion_mask"]) for row in written]
+    assert metrics["eval_response_length"] == sum(length) / 2
+    parts = [token_means(trainer, written)["loss"], token_means(trainer, rows[1:4])["loss"]]
+    num_given = sum(len(row["response_ids"]) for row in trainer.eval_dataset)
+    expected = (parts[0] * sum(length) + parts[1] * num_given) / (sum(length) + num_given)
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert "eval_sampled_share" not in trainer.evaluate(Dataset.from_list(ROWS))
+
+
+def test_evaluations_during_training_use_the_same_noise_and_leave_training_as_it_is(tmp_path):
+    settings = {"max_steps": 3, "learning_rate": 0.0, "save_strategy": "no", "num_draft_tokens": "auto"}
+    trainer = make_trainer(
+        tmp_path, eval_dataset={"prompts": Dataset.from_list(PROMPTS), "given": Dataset.from_list(ROWS)},
+        eval_strategy="steps", eval_steps=1, **settings,
+    )  # fmt: skip
+    trainer.train()
+    evaluated = [e["eval_prompts_loss"] for e in trainer.state.log_history if "eval_prompts_loss" in e]
+    assert len(evaluated) == 3 and evaluated == [pytest.approx(evaluated[0], rel=1e-6)] * 3
+    plain = make_trainer(tmp_path, **settings)
+    plain.train()
+    logged = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (trainer, plain)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+def test_a_gate_weighs_the_students_text_of_an_evaluation_too(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_class=SpecKDTrainer, eval_dataset=Dataset.from_list(PROMPTS))
+    metrics = trainer.evaluate()
+    assert metrics["eval_sampled_share"] == 1 and 0 <= metrics["eval_token_acceptance_rate"] <= 1
+    assert metrics["eval_loss"] < token_means(trainer, students_texts(trainer, PROMPTS))["loss"]
+
+
+def test_prompts_without_room_for_a_sampled_response_are_refused_before_training(tmp_path):
+    short = {"model": tiny_model("gpt2", 1, max_position_embeddings=40), "teacher": tiny_model("gpt2", 2)}
+    rows = [{"prompt": "q" * 30}, {"prompt": "q" * 10}]
+    with pytest.raises(
+        ValueError, match="1 prompts of the eval data set have no reference.*30 tokens, of 40 positions"
+    ):
+        make_trainer(tmp_path, eval_dataset=Dataset.from_list(rows), rollout="dataset", max_length=None, **short)
+
+
+def test_references_that_a_run_never_reads_are_not_spoken_of(tmp_path, caplog):
+    rows = [{"prompt": "2+2=", "completion": "four" * 9}, {"prompt": "3", "completion": f"six{EOS} and more"}]
+    make_trainer(tmp_path, rows, max_response_length=8)
+    assert not any("reference" in text for text in caplog.messages)
+    make_trainer(tmp_path, rows, max_response_length=8, rollout="dataset")
+    assert sum("reference" in text for text in caplog.messages) == 2
+    caplog.clear()
+    make_trainer(tmp_path, rows, max_response_length=8, eval_dataset=Dataset.from_list(rows))
+    assert [("eval data set" in text) for text in caplog.messages if "reference" in text] == [True, True]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_rows", [3, 5, 8])
 def test_on_two_processes_each_row_of_an_evaluation_counts_once(tmp_path, num_rows):
     torchrun([__file__.replace("test_trainer_faults", "evaluation_worker"), str(tmp_path), str(num_rows)], timeout=120)
     trainer = make_trainer(tmp_path)
     expected = token_means(trainer, ROWS[:num_rows])
+    sampled = token_means(trainer, students_texts(trainer, PROMPTS[:num_rows]))
     for rank in (0, 1):
         metrics = json.loads((tmp_path / f"{rank}.json").read_text())
         assert metrics["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert metrics["eval_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
+        assert metrics["prompts_loss"] == pytest.approx(sampled["loss"], rel=1e-4)
+        assert metrics["prompts_sampled_share"] == 1
 
 
 # Callbacks and tables

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
@@ -34,8 +35,8 @@ PROBLEMS = {
     "form": "cannot be used",
     "no_prompt": "have no prompt, and there is nothing to answer. Fill in or remove these rows",
     "no_response": (
-        "have no reference response, and this run trains or evaluates on reference responses. Fill in or remove "
-        "these rows, or train on sampled responses only"
+        "have no reference response, and this run trains on reference responses (rollout='dataset', or lmbda below 1). Fill in or "
+        "remove these rows, or train on sampled responses only"
     ),
     "unreadable": "cannot be turned into tokens. Change or remove these rows",
     "unknown_id": (
@@ -89,6 +90,15 @@ NOTES = {
         "the completion has several turns; the first is the reference response and the others are not used. Set "
         "every_answer=True to make each answer a row"
     ),
+    "unanswered": (
+        "the conversation ends with a question that has no answer; its answers are rows, the question is left out, as this run needs "
+        "references. Nothing is to be done, unless an answer was lost"
+    ),
+    "to_sample": (
+        "there is no reference response, so they are evaluated on a response that the student samples (temperature and "
+        "student_top_p of the run): the loss there is the divergence on the student's own text, another figure than on references. "
+        "Give the two kinds of rows as two evaluation sets to tell them apart"
+    ),
     "merged": (
         "tokens merge across the end of the prompt, so the response is tokenized on its own, as the model would write "
         "it. To avoid it, end the prompt on a token boundary, for example by moving its trailing spaces to the "
@@ -119,19 +129,12 @@ MAX_CONSECUTIVE_SKIPS = 1000
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
+    rules: RowRules,
     *,
-    max_prompt_length: int | None,
-    max_response_length: int | None,
-    needs_response: bool,
-    eos_token_ids: list[int],
     name: str = "train",
     num_proc: int | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
     formatting_func: Callable[[dict], dict] | None = None,
-    every_answer: bool = False,
-    max_text_length: int | None = None,
     length_column: str | None = None,
-    vocab_size: int | None = None,
 ) -> Dataset | IterableDataset:
     """
     Token ids of the prompts and reference responses of a data set.
@@ -149,30 +152,15 @@ def prepare_dataset(
             The rows.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the student.
-        max_prompt_length (`int`, *optional*):
-            Rows whose prompt has more tokens are left out.
-        max_response_length (`int`, *optional*):
-            Reference responses are cut after this many tokens.
-        needs_response (`bool`):
-            Whether a row without a reference response is an error.
-        eos_token_ids (`list[int]`):
-            Ids that end a response; see [`~skd_trl.data.vocabulary.end_of_sequence_ids`].
+        rules ([`RowRules`]):
+            Limits, and what is asked of a row.
         name (`str`, *optional*, defaults to `"train"`):
             What messages and progress bars call the data set.
         num_proc (`int`, *optional*):
             Number of processes, for map-style data sets.
-        chat_template_kwargs (`dict`, *optional*):
-            Given to the chat template for every row; a row's own column of that name goes before.
         formatting_func (`Callable`, *optional*):
             Turns a row into one of the forms above, as in `GKDTrainer` ("take in an example and return an example").
             A text, which `SFTTrainer` would take, does not say where the prompt ends and is refused.
-        every_answer (`bool`, *optional*, defaults to `False`):
-            Makes a conversation of n answers n rows, each answer after what came before it. A last question without an answer is a
-            row more where no references are needed.
-        max_text_length (`int`, *optional*):
-            Reference responses are cut where prompt and reference together have this many tokens.
-        vocab_size (`int`, *optional*):
-            Number of ids that both models have; rows that hold others, or ids beyond the tokenizer's, are errors.
         length_column (`str`, *optional*):
             A column more, of the tokens of prompt and reference, for samplers that group rows by length. Not of streams.
 
@@ -190,18 +178,7 @@ def prepare_dataset(
             f"The {name} data set is a {type(dataset).__name__}. Give a `datasets.Dataset` or `IterableDataset`: one "
             "split of a DatasetDict, or `Dataset.from_list(rows)`."
         )
-    if max_text_length is not None:  # with room for a token of the response
-        max_prompt_length = min(max_prompt_length or max_text_length, max_text_length - 1)
-    rules = RowRules(
-        max_prompt_length,
-        max_response_length,
-        needs_response,
-        tuple(eos_token_ids),
-        chat_template_kwargs or {},
-        max_text_length=max_text_length,
-        num_ids=None if vocab_size is None else min(vocab_size, max(tokenizer.get_vocab().values()) + 1),
-        every_answer=every_answer,
-    )
+    rules = _narrowed(rules, tokenizer)
     arguments = {"tokenizer": tokenizer, "rules": rules, "formatting_func": formatting_func}
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, arguments, name)
@@ -228,6 +205,16 @@ def prepare_dataset(
         tokenized = tokenized.add_column(length_column, lengths)
     tokenized = tokenized.select_columns([*COLUMNS, *([length_column] if length_column else [])])
     return tokenized if len(usable) == len(tokenized) else tokenized.select(usable)
+
+
+def _narrowed(rules: RowRules, tokenizer: PreTrainedTokenizerBase) -> RowRules:
+    """The rules with a prompt limit that leaves room for a token of the response, and without ids that are no tokens."""
+    longest, num_ids = rules.max_prompt_length, rules.num_ids
+    if rules.max_text_length is not None:
+        longest = min(longest or rules.max_text_length, rules.max_text_length - 1)
+    if num_ids is not None:
+        num_ids = min(num_ids, max(tokenizer.get_vocab().values()) + 1)
+    return replace(rules, max_prompt_length=longest, num_ids=num_ids)
 
 
 def _tokenize_rows(batch: dict[str, list], indices: list[int], **arguments: Any) -> dict[str, list]:

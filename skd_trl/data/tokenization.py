@@ -26,24 +26,42 @@ from .templates import held_by, make_renderer, missing_from
 
 @dataclass(frozen=True)
 class RowRules:
-    """How rows become ids. Lengths are in tokens; `None` is no limit."""
+    """
+    How rows become ids. Lengths are in tokens; `None` is no limit.
+
+    Attributes:
+        max_prompt_length (`int` or `None`): rows whose prompt has more are left out.
+        max_response_length (`int` or `None`): reference responses are cut after so many.
+        needs_response (`bool`): whether a row without a reference response is an error.
+        eos_token_ids (`tuple[int, ...]`): ids that end a response; see [`~skd_trl.data.vocabulary.end_of_sequence_ids`].
+        chat_template_kwargs (`dict`): given to the chat template for every row; a row's own column of that name goes before.
+        max_text_length (`int` or `None`): reference responses are cut where prompt and reference together have so many.
+        num_ids (`int` or `None`): the number of ids that both models have; rows that hold others, or ids beyond the tokenizer's, are
+            errors.
+        every_answer (`bool`): makes a conversation of n answers n rows, each answer after what came before it. A last question
+            without an answer is a row more where no references are needed.
+        reads_response (`bool`): whether anything is computed on reference responses. Where it is not, nothing is noted about them.
+    """
 
     max_prompt_length: int | None
     max_response_length: int | None
     needs_response: bool
     eos_token_ids: tuple[int, ...]
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    max_text_length: int | None = None  # of prompt and reference together
-    num_ids: int | None = None  # ids from here on are no tokens of the tokenizer and both models
-    every_answer: bool = False  # a row for each answer of a conversation, instead of one for its last
+    max_text_length: int | None = None
+    num_ids: int | None = None
+    every_answer: bool = False
+    reads_response: bool = True
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
-    version: int = 2
+    version: int = 3
 
 
+# Notes that are about the prompt, and so matter in every run.
+NOTES_OF_PROMPTS = ("lost_turn", "lost_tools")
 KINDS = {"reasoning": "reasoning", "text": "a text", "calls": "calls of tools"}
-# Prompt, answer (None: to be sampled), and how many turns after it are not used.
-Example = tuple[list[dict], dict | None, int]
+# Prompt, answer (None: to be sampled), and the note about turns after it that are not used ("" if there are none).
+Example = tuple[list[dict], dict | None, str]
 # Of one example: adds to the notes it is given, and returns the ids of the prompt and of the response.
 Encoder = Callable[[list[str]], tuple[list[int], list[int]]]
 
@@ -90,6 +108,10 @@ def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
     if room is not None and len(response_ids) > room:
         notes.append("cut_text")
         response_ids = response_ids[:room]
+    if not rules.reads_response:
+        notes = [note for note in notes if note in NOTES_OF_PROMPTS]
+    elif not response_ids:
+        notes.append("to_sample")
     return {"prompt_ids": prompt_ids, "response_ids": response_ids, "problem": "", "detail": "", "notes": notes}
 
 
@@ -128,8 +150,8 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
     if rules.needs_response and "completion" not in row:
         raise UnusableRow(
             "form",
-            "it has `prompt` but no `completion`, and this run trains on reference responses. Add a `completion` "
-            "column, or train on sampled responses only.",
+            "it has `prompt` but no `completion`, and this run trains on reference responses (rollout='dataset', or lmbda below 1). "
+            "Add a `completion` column, or train on sampled responses only.",
         )
     if not row["prompt"]:
         raise UnusableRow("no_prompt", "its prompt is missing or empty.")
@@ -226,22 +248,17 @@ def _chat_encoders(row, examples: list[Example], tokenizer, rules) -> list[Encod
 def _examples_of_messages(turns: list[dict], rules: RowRules) -> list[Example]:
     """The last turn is the answer if it is the assistant's."""
     is_answered = bool(turns) and turns[-1]["role"] == "assistant"
-    examples: list[Example] = []
     if rules.every_answer:
-        examples = [
-            (turns[:i], turn, 0)
-            for i, turn in enumerate(turns)
-            if turn["role"] == "assistant" and any(map(held_by, turns[:i]))
-        ]
-        if not is_answered and examples and not rules.needs_response:
-            examples.append((turns, None, 0))  # the last question, open for a sampled answer
-    return examples or [(turns[:-1], turns[-1], 0) if is_answered else (turns, None, 0)]
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and any(map(held_by, turns[:i]))]
+        if examples := _examples_of_answers(turns, answers, rules):
+            return examples
+    return [(turns[:-1], turns[-1], "")] if is_answered else [(turns, None, "")]
 
 
 def _examples_of_completion(prompt: list[dict], completion: list[dict], rules: RowRules) -> list[Example]:
     """As above. The prompt stays the one that is given: the answer is the first turn of a completion that has several."""
     if not completion:
-        return [(prompt, None, 0)]
+        return [(prompt, None, "")]
     if completion[0]["role"] != "assistant":
         raise UnusableRow(
             "unreadable",
@@ -249,13 +266,23 @@ def _examples_of_completion(prompt: list[dict], completion: list[dict], rules: R
             "turns before it to the prompt.",
         )
     if not rules.every_answer:
-        return [(prompt, completion[0], len(completion) - 1)]
-    answers = [i for i, turn in enumerate(completion) if turn["role"] == "assistant"]
-    return [([*prompt, *completion[:i]], completion[i], 0) for i in answers]
+        return [(prompt, completion[0], "several_turns" if len(completion) > 1 else "")]
+    answers = [len(prompt) + i for i, turn in enumerate(completion) if turn["role"] == "assistant"]
+    return _examples_of_answers([*prompt, *completion], answers, rules)
+
+
+def _examples_of_answers(turns: list[dict], answers: list[int], rules: RowRules) -> list[Example]:
+    """One for each of the turns that are numbered in `answers`, and one for a last question, where a response may be sampled."""
+    examples: list[Example] = [(turns[:i], turns[i], "") for i in answers]
+    if not answers or turns[-1]["role"] == "assistant":
+        return examples
+    if rules.needs_response:
+        return [*examples[:-1], (*examples[-1][:2], "unanswered")]
+    return [*examples, (turns, None, "")]
 
 
 def _encode_chat(
-    prompt, answer, num_unused, notes, *, render, tool_names, tokenizer, rules
+    prompt, answer, note_on_rest, notes, *, render, tool_names, tokenizer, rules
 ) -> tuple[list[int], list[int]]:
     if not any(map(held_by, prompt)):
         raise UnusableRow("no_prompt", "its conversation has no turn before the answer.")
@@ -292,7 +319,7 @@ def _encode_chat(
     if "lost_reasoning" not in notes:
         notes += ["not_prefix"] * (not is_prefix)
         notes += ["empty_reasoning"] * bool(EMPTY_REASONING.match(response_text))
-    notes += ["several_turns"] * (num_unused > 0)
+    notes += [note_on_rest] if note_on_rest else []
     return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
 
 

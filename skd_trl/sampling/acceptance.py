@@ -14,12 +14,13 @@ from typing import ClassVar
 
 import torch
 
-from .sampling_params import SamplingParams, draw_from_probs, shaped_probs
+from .nucleus import Nucleus
+from .sampling_params import SamplingParams, draw_from_probs
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a teacher says of a draft.
+    """What a teacher says of a draft: here its logits, so everything. [`TopJudgement`] knows only its top k.
 
     Attributes:
         logits (`torch.Tensor` of shape `(N, G, V)`):
@@ -38,6 +39,46 @@ class Judgement:
         own = self.logits.gather(-1, tokens.clamp(min=0)[..., None])
         return torch.where(tokens >= 0, (self.logits > own).sum(-1), -1)
 
+    def probability(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The probability (N, G) of `tokens` (N, G) at temperature 1 over the whole vocabulary."""
+        return self.logits.float().softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+    def mass_above(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The probability (N, G) of all ids that the teacher ranks higher than `tokens` (N, G)."""
+        probs = self.logits.float().softmax(-1)
+        own = probs.gather(-1, tokens[..., None])
+        return torch.where(probs > own, probs, 0.0).sum(-1)
+
+    def shaped_probs(self, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
+        """The distribution that is drawn from, over the outcomes that `at_outcomes` and `tokens_of` know: (N, G, V)."""
+        return nucleus.probs(self.logits, sampling)
+
+    def shaped_probability(self, tokens: torch.Tensor, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
+        """The probability (N, G) of `tokens` (N, G) in that distribution."""
+        return self.shaped_probs(sampling, nucleus).gather(-1, tokens[..., None]).squeeze(-1)
+
+    def draw(self, sampling: SamplingParams, nucleus: Nucleus, uniforms: torch.Tensor) -> torch.Tensor:
+        """Draws from it with `uniforms` (N,), of a judgement of one column: the tokens (N,)."""
+        return nucleus.draw(self.logits.squeeze(1), sampling, uniforms)
+
+    def at_outcomes(self, values: torch.Tensor) -> torch.Tensor:
+        """Of `values` (N, G, V) those at the outcomes: here all."""
+        return values
+
+    def tokens_of(self, outcomes: torch.Tensor) -> torch.Tensor:
+        """The ids (N, G) of outcomes (N, G): here they are ids."""
+        return outcomes
+
+    def column(self, index: torch.Tensor) -> "Judgement":
+        """The judgement of one column per row, `index` (N, 1), without the loss's signal."""
+        return Judgement(take_column(self.logits, index), {})
+
+
+def take_column(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns `index` (N, 1) of `values` (N, G, ...): (N, 1, ...)."""
+    index = index.reshape(*index.shape, *(1,) * (values.ndim - 2))
+    return values.gather(1, index.expand(-1, 1, *values.shape[2:]))
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -49,6 +90,7 @@ class Draft:
         judgement ([`Judgement`]): the teacher's.
         student_sampling, teacher_sampling ([`SamplingParams`]): how either model's draws are shaped.
         coins (`torch.Tensor` of shape `(N, G)`): uniform numbers in [0, 1) for rules that accept by chance.
+        nucleus ([`~skd_trl.sampling.nucleus.Nucleus`], *optional*): how this round finds nuclei; by default by sorting.
     """
 
     tokens: torch.Tensor
@@ -57,6 +99,7 @@ class Draft:
     student_sampling: SamplingParams
     teacher_sampling: SamplingParams
     coins: torch.Tensor
+    nucleus: Nucleus = field(default_factory=Nucleus)
 
     @property
     def teacher_logits(self) -> torch.Tensor:
@@ -71,25 +114,30 @@ class Draft:
 
     def column(self, index: torch.Tensor) -> "Draft":
         """The draft of one column per row, `index` (N, 1): what a replacement is drawn from."""
-
-        def take(logits):
-            return logits.gather(1, index[..., None].expand(-1, 1, logits.shape[-1]))
-
         return replace(
             self,
             tokens=self.tokens.gather(1, index),
-            student_logits=take(self.student_logits),
-            judgement=Judgement(take(self.judgement.logits), {}),
+            student_logits=take_column(self.student_logits, index),
+            judgement=self.judgement.column(index),
             coins=self.coins.gather(1, index),
         )
 
     def probability(self, of: str, shaped: bool = True) -> torch.Tensor:
         """Probability of the proposals under `"student"` or `"teacher"`, (N, G), as drawn from or (`shaped=False`)
         at temperature 1 over the whole vocabulary."""
-        logits = self.student_logits if of == "student" else self.teacher_logits
+        judgement = Judgement(self.student_logits, {}) if of == "student" else self.judgement
         sampling = self.student_sampling if of == "student" else self.teacher_sampling
-        probs = shaped_probs(logits, sampling if shaped else SamplingParams())
-        return probs.gather(-1, self.tokens[..., None]).squeeze(-1)
+        if not shaped:
+            return judgement.probability(self.tokens)
+        return judgement.shaped_probability(self.tokens, sampling, self.nucleus)
+
+    def shaped_probs(self, of: str) -> torch.Tensor:
+        """The distributions that `"student"` or `"teacher"` draws from, over the judgement's outcomes: (N, G, V), or (N, G, k) where the
+        teacher sends its top k. A rule that takes them from here never waits for the device, and no vocabulary is sorted where
+        the nuclei are small."""
+        if of == "student":
+            return self.judgement.at_outcomes(self.nucleus.probs(self.student_logits, self.student_sampling))
+        return self.judgement.shaped_probs(self.teacher_sampling, self.nucleus)
 
 
 @dataclass(frozen=True)
@@ -109,12 +157,16 @@ class AcceptanceRule:
         raise NotImplementedError
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
-        """What a rejected token is replaced from, (N, 1, V) for a draft of one column: the teacher's distribution."""
-        return shaped_probs(draft.teacher_logits, draft.teacher_sampling)
+        """What a rejected token is replaced from, for a draft of one column: the teacher's distribution over the judgement's
+        outcomes, (N, 1, V) or (N, 1, k)."""
+        return draft.shaped_probs("teacher")
 
     def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
         """The tokens (N,) that replace rejected ones, for a draft of one column, drawn with `uniforms` (N,) in [0, 1)."""
-        return draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
+        if type(self).replacement_probs is AcceptanceRule.replacement_probs:  # then without building them
+            return draft.judgement.draw(draft.teacher_sampling, draft.nucleus, uniforms)
+        outcomes = draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
+        return draft.judgement.tokens_of(outcomes[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -147,9 +199,7 @@ class TopP(AcceptanceRule):
     def __call__(self, draft: Draft) -> torch.Tensor:
         if self.p == 1.0:  # the sum may round to 1
             return torch.ones_like(draft.tokens, dtype=torch.bool)
-        probs = draft.teacher_logits.float().softmax(-1)
-        own = probs.gather(-1, draft.tokens[..., None])
-        return torch.where(probs > own, probs, 0.0).sum(-1) < self.p
+        return draft.judgement.mass_above(draft.tokens) < self.p
 
 
 @dataclass(frozen=True)
@@ -184,8 +234,8 @@ class Mixture(AcceptanceRule):
         return draft.coins * student < (1 - self.gamma) * student + self.gamma * teacher
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
-        teacher = shaped_probs(draft.teacher_logits, draft.teacher_sampling)
-        residual = (teacher - shaped_probs(draft.student_logits, draft.student_sampling)).clamp(min=0)
+        teacher = draft.shaped_probs("teacher")
+        residual = (teacher - draft.shaped_probs("student")).clamp(min=0)
         # Equal distributions leave no residual, and are rejected by rounding only.
         return torch.where(residual.sum(-1, keepdim=True) > 0, residual, teacher)
 

@@ -12,6 +12,7 @@ marginal cost of one more token of a block in units of a teacher's step.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
@@ -28,6 +29,7 @@ class DraftLength:
     def __init__(self, num_draft_tokens: int):
         self.longest = num_draft_tokens  # what buffers have to hold
         self.unjudged = num_draft_tokens  # where every proposal stands
+        self.few = (num_draft_tokens,)  # to which lengths are rounded up where few different ones are worth more
 
     def choose(self, remaining: list[int]) -> int:
         """G for the next round, of rows that need at most `remaining` tokens each (not empty)."""
@@ -62,7 +64,8 @@ class DraftLength:
 @dataclass(frozen=True)
 class Round:
     """What a round of N rows cost and brought: seconds of all student forwards and of the teacher's, proposals that were
-    judged before each row's first rejection (that one included), and how many of them were accepted."""
+    judged before each row's first rejection (that one included), and how many of them were accepted. `is_warm_up`: other rounds of
+    its shape will cost less."""
 
     num_rows: int
     num_draft_tokens: int
@@ -70,6 +73,7 @@ class Round:
     teacher_seconds: float
     num_judged: int
     num_accepted: int
+    is_warm_up: bool = False
 
 
 class AutoDraftLength(DraftLength):
@@ -95,6 +99,7 @@ class AutoDraftLength(DraftLength):
         super().__init__(longest)
         # Nothing is rejected, so nothing to learn: a block saves the host a look at the rows' ends, and may run past them.
         self.unjudged = min(4, longest)
+        self.few = tuple(sorted({min(length, longest) for length in (1, 2, 3, 4, 6, 8, 12, longest)}))
         self.memory, self.num_measured_rounds = memory, num_measured_rounds
         self.student, self.teacher = ForwardCost(), ForwardCost()
         self.num_rounds = 0
@@ -115,16 +120,22 @@ class AutoDraftLength(DraftLength):
             return min(self.TRIED[self.num_rounds % len(self.TRIED)], limit)
         if self.is_measuring and self.num_rounds % self.TRY_EVERY == 0:
             return min(self.TRIED[self.num_rounds // self.TRY_EVERY % len(self.TRIED)], limit)
-        return min(range(1, limit + 1), key=lambda length: self.cost(length, remaining))
+        # Rows differ only where one of them needs fewer tokens than the longest draft: a window of 256 rows has few kinds of them.
+        num_of_rest = Counter(min(rest, limit) for rest in remaining)
+        return min(range(1, limit + 1), key=lambda length: self._cost(length, len(remaining), num_of_rest))
 
     def cost(self, length: int, remaining: list[int]) -> float:
         """Seconds per token that a round of this draft length is expected to take."""
-        num_rows = len(remaining)
+        return self._cost(length, len(remaining), Counter(min(rest, length) for rest in remaining))
+
+    def _cost(self, length: int, num_rows: int, num_of_rest: Counter[int]) -> float:
         seconds = length * self.student.seconds(num_rows) + self.teacher.seconds(num_rows * length)
-        return seconds / sum(expected_tokens(self.acceptance, min(length, rest)) for rest in remaining)
+        acceptance = self.acceptance
+        tokens = sum(n * expected_tokens(acceptance, min(length, rest)) for rest, n in num_of_rest.items())
+        return seconds / tokens
 
     def observe(self, round_: Round) -> None:
-        if 0 < self.num_rounds and self.is_measuring:
+        if 0 < self.num_rounds and self.is_measuring and not round_.is_warm_up:
             self.student.add(round_.num_rows, round_.student_seconds / round_.num_draft_tokens)
             self.teacher.add(round_.num_rows * round_.num_draft_tokens, round_.teacher_seconds)
         self.num_rounds += 1
@@ -188,15 +199,16 @@ class ForwardCost:
 
 
 class Stopwatch:
-    """Seconds between marks; on CUDA without waiting for the device until they are read."""
+    """Seconds between marks; on CUDA without waiting for the device until they are read. `in_graph`: the marks are part of a CUDA
+    graph, and each replay sets them again."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.on_cuda = device, device.type == "cuda"
+    def __init__(self, device: torch.device, in_graph: bool = False):
+        self.device, self.on_cuda, self.in_graph = device, device.type == "cuda", in_graph
         self.marks: list = []
 
     def mark(self) -> None:
         if self.on_cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True, external=self.in_graph)
             event.record(torch.cuda.current_stream(self.device))
             self.marks.append(event)
         else:

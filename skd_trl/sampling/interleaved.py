@@ -14,9 +14,11 @@ from torch import nn
 
 from .acceptance import AcceptanceRule, Draft
 from .draft_length import DraftLength, Round, Stopwatch
-from .participants import LocalParticipant, Participant, Shapes
+from .nucleus import CANDIDATES, CANDIDATES_ON_CPU, Nucleus
+from .participants import LocalParticipant, Participant, Setting
 from .prompts import Prompts
 from .rollout import Rollout
+from .rounds import Rounds, Signal
 from .rows import Rows
 
 
@@ -37,15 +39,19 @@ class Execution:
             For models whose forward is collective: takes whole numbers and returns their maxima over all ranks. It is called
             at every round with the numbers of prefills and the draft length. Ranks then run the same forwards, idle ones
             where they have nothing to do, also a rank without a single prompt.
-        keeps_shape (`bool`, *optional*, defaults to `False`):
-            Whether every round has the shape of the first one: rows that end leave their place to nobody, and attention reads
-            all slots. For what is compiled or captured.
+        rounds ([`~skd_trl.sampling.rounds.Rounds`], *optional*):
+            How rounds are run. On CUDA they are captured as graphs by default; give the same object to every call on the same pair,
+            and what was captured is kept. `Rounds(capture=False)` captures nothing.
+        observe (`Callable`, *optional*):
+            Called after each round with two lists of whole numbers: the tokens written of each row, and the rows being written.
+            For progress bars.
     """
 
     num_draft_tokens: int | str | DraftLength = 5
     max_rows: int | None = None
     agree: Callable[..., tuple[int, ...]] | None = None
-    keeps_shape: bool = False
+    rounds: Rounds | None = None
+    observe: Callable[[list[int], list[int]], None] | None = None
 
 
 @torch.no_grad()
@@ -111,17 +117,27 @@ def interleaved_sample(
     if not accept.judges:
         teacher = Participant(teacher.sampling)
     num_places = min(execution.max_rows or len(prompts), len(prompts))
-    rows = Rows(noise.to(prompt_ids.device), num_places, draft_length.longest, eos_token_ids, execution.keeps_shape)
     agree = execution.agree or (lambda *numbers: numbers)
-    shapes = Shapes(num_places, max_new_tokens, draft_length.longest, execution.keeps_shape)
-    with student.session(prompts, shapes), teacher.session(prompts, shapes):
+    device, rounds = prompt_ids.device, execution.rounds or Rounds()
+    nucleus = Nucleus(CANDIDATES_ON_CPU if device.type == "cpu" else CANDIDATES)
+    settings = (
+        Setting(name, num_places, max_new_tokens, draft_length.longest, rounds, nucleus)
+        for name in ("student", "teacher")
+    )
+    is_capturable = student.can_be_captured and teacher.can_be_captured and execution.agree is None
+    with (
+        rounds.session(device, is_capturable),
+        student.session(prompts, next(settings)),
+        teacher.session(prompts, next(settings)),
+    ):
+        rows = Rows(noise.to(device), num_places, draft_length.longest, eos_token_ids, rounds)
         while True:
             admitted = rows.admit(prompts.host_lengths)
             prefills = student.admit(*admitted), teacher.admit(*admitted)
             for move in rows.pack():
                 student.move_row(*move)
                 teacher.move_row(*move)
-            num_draft = draft_length.choose(rows.remaining) if rows.live else 0
+            num_draft = rounds.num_draft(draft_length.choose(rows.remaining), draft_length.few) if rows.live else 0
             num_of_student, num_of_teacher, num_draft = agree(len(prefills[0]), len(prefills[1]), num_draft)
             if num_draft == 0:
                 return rows.rollout(prompts)
@@ -130,17 +146,47 @@ def interleaved_sample(
             if not rows.live:  # other ranks have some
                 for _ in range(num_draft):
                     student.idle()
-                teacher.idle()
+                teacher.idle(num_draft)
                 continue
-            for participant in (student, teacher):
-                participant.begin_round(rows.live, rows.num_in_use, num_draft)
-            stopwatch, num_live = Stopwatch(prompt_ids.device), len(rows.live)
-            interleave_round(student, teacher, rows, accept, num_draft, stopwatch)
+            shape = rows.live, rows.num_in_use, num_draft
+            stopwatch, signal, is_warm_up = run_round(student, teacher, rows, accept, nucleus, shape)
+            rows.keep_signal(signal)
             rows.read(num_draft if accept.drafts else 0)  # the one wait for the device
-            student_seconds, teacher_seconds = stopwatch.seconds()
+            nucleus.observe(rows.num_missed)
+            if execution.observe is not None:
+                execution.observe(list(rows.host_written), [prompt for prompt, _ in rows.live])
+            seconds = stopwatch.seconds()
             draft_length.observe(
-                Round(num_live, num_draft, student_seconds, teacher_seconds, rows.num_judged, rows.num_accepted)
+                Round(len(shape[0]), num_draft, *seconds, rows.num_judged, rows.num_accepted, is_warm_up)
             )
+
+
+def run_round(
+    student: Participant,
+    teacher: Participant,
+    rows: Rows,
+    accept: AcceptanceRule,
+    nucleus: Nucleus,
+    shape: tuple[list[tuple[int, int]], int, int],
+) -> tuple[Stopwatch, Signal, bool]:
+    """A round of `shape` (live rows, N, G), as it is or as the graph of an earlier one; see [`~skd_trl.sampling.rounds.Rounds.run`]."""
+    _, num_rows, num_draft = shape
+
+    def begin():
+        for participant in (student, teacher):
+            participant.begin_round(*shape)
+
+    def play(stopwatch: Stopwatch) -> Signal:
+        begin()
+        return interleave_round(student, teacher, rows, accept, num_draft, nucleus, stopwatch)
+
+    begin()
+    device = rows.tokens.device
+    precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    key = (
+        num_rows, num_draft, rows.max_new_tokens, accept, nucleus.level, precision, student.round_key(), teacher.round_key(),
+    )  # fmt: skip
+    return rows.rounds.run(key, play, device)
 
 
 def interleave_round(
@@ -149,10 +195,12 @@ def interleave_round(
     rows: Rows,
     accept: AcceptanceRule,
     num_draft: int,
+    nucleus: Nucleus,
     stopwatch: Stopwatch,
-) -> None:
+) -> Signal:
     """Steps 2 to 6 for all rows in use: a function over fixed buffers, without a shape that depends on data and without a wait
-    for the host. What it decided is in `rows.outcome`."""
+    for the host. What it decided is in the buffers of `rows`; what it returns is what the teacher leaves for the loss."""
+    nucleus.begin_round()
     noise = rows.noise_of_block(num_draft)  # (N, G, 3)
     stopwatch.mark()
     steps = [student.step(noise[:, g, STUDENT_DRAW]) for g in range(num_draft)]
@@ -160,16 +208,18 @@ def interleave_round(
     stopwatch.mark()
     judgement = teacher.judge(proposals)
     student_logits = torch.stack([logits if accept.needs_student else logits[:, :0] for _, logits in steps], dim=1)
-    draft = Draft(proposals, student_logits, judgement, student.sampling, teacher.sampling, noise[..., ACCEPT_COIN])
+    coins = noise[..., ACCEPT_COIN]
+    draft = Draft(proposals, student_logits, judgement, student.sampling, teacher.sampling, coins, nucleus)
     num_leading = accept(draft).long().cumprod(dim=-1).sum(dim=-1)
     column = num_leading.clamp(max=num_draft - 1)[:, None]
     replacement = accept.replacement(draft.column(column), noise[..., TEACHER_DRAW].gather(1, column).squeeze(1))
     is_rejected = torch.arange(num_draft, device=column.device) == num_leading[:, None]
     block = torch.where(is_rejected, replacement[:, None], proposals)
     stopwatch.mark()
-    count = rows.write(block, num_leading, draft)
+    count = rows.write(block, num_leading, draft, nucleus.missed(len(block)))
     student.keep(block, count)
     teacher.keep(block, count)
+    return judgement.signal
 
 
 def _check(

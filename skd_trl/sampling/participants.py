@@ -11,7 +11,7 @@ Shapes: B prompts, R places of the cache, N places in use, G draft, Q tokens of 
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,23 +20,27 @@ from torch import nn
 
 from .acceptance import Judgement
 from .admission import positions_of, prove
-from .compiled_step import CompiledStudent
+from .nucleus import Nucleus
 from .prefill import cost_of_forward, groups_of_equal_length, left_padded, prefill_groups
 from .prompts import Prompts
-from .ragged_cache import RaggedDecoder, eval_mode
+from .ragged_cache import eval_mode
 from .recurrent_state import Reading
-from .sampling_params import SamplingParams, draw
+from .rounds import Rounds
+from .sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What is known of a sampling before it starts: `num_places` R, `max_new_tokens` T, `longest_draft` the largest G, and with
-    `keeps_shape` that every round is to read all slots of the cache."""
+class Setting:
+    """What is known of a sampling before it starts: `name` (`"student"` or `"teacher"`), `num_places` R, `max_new_tokens` T,
+    `longest_draft` the largest G, how its `rounds` are run (they keep buffers and caches, by name), and how its draws find the
+    `nucleus`."""
 
+    name: str
     num_places: int
     max_new_tokens: int
     longest_draft: int
-    keeps_shape: bool
+    rounds: Rounds
+    nucleus: Nucleus
 
 
 class Participant:
@@ -55,7 +59,7 @@ class Participant:
         """Raises `ValueError`, calling it `name`, if it cannot continue the student's `prompts` by so many tokens."""
 
     @contextmanager
-    def session(self, prompts: Prompts, shapes: Shapes):
+    def session(self, prompts: Prompts, setting: Setting):
         """The time of one sampling; whatever it allocates and changes is given back afterwards. `prompts` are the student's."""
         self.device = prompts.ids.device
         yield
@@ -70,9 +74,18 @@ class Participant:
     def move_row(self, source: int, target: int) -> None:
         """Gives the row in place `source` the place `target`."""
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether its part of a round is nothing but work for the device, on tensors that are kept in `Setting.rounds`."""
+        return type(self) is Participant
+
     def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
         """Sets the shapes of a round of N = `num_rows` places: `rows` are (prompt, tokens written) of those in use."""
         self.num_rows = num_rows
+
+    def round_key(self) -> tuple:
+        """What its part of the round that was begun depends on, besides N, G and what is in its tensors."""
+        return ()
 
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws one token more for every row, from `uniforms` (N,): the tokens (N,), -100 for none, and the raw logits (N, V)
@@ -88,8 +101,8 @@ class Participant:
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
         """Of `block` (N, G) the first `count` (N,) tokens are kept: goes back to where only these were read."""
 
-    def idle(self) -> None:
-        """One forward of nothing, where other ranks run one and the model's forward is collective."""
+    def idle(self, num_tokens: int = 1) -> None:
+        """One forward of nothing, where other ranks run one of `num_tokens` and the model's forward is collective."""
 
 
 class LocalParticipant(Participant):
@@ -102,8 +115,6 @@ class LocalParticipant(Participant):
         prompts ([`Prompts`], *optional*): what it reads instead of the student's prompts, one for each of them.
         vocab_size (`int`, *optional*): how many of its ids count. Give the number that student and teacher share if their
             heads are padded to different widths. Defaults to all of them.
-        compiled ([`~skd_trl.sampling.compiled_step.CompiledStudent`], *optional*): runs its steps in static shapes through
-            `torch.compile`. An object that is kept between calls compiles once.
     """
 
     def __init__(
@@ -113,10 +124,9 @@ class LocalParticipant(Participant):
         *,
         prompts: Prompts | None = None,
         vocab_size: int | None = None,
-        compiled: CompiledStudent | None = None,
     ):
         super().__init__(sampling)
-        self.model, self.own_prompts, self.compiled = model, prompts, compiled
+        self.model, self.own_prompts = model, prompts
         self.vocab_size = model.config.get_text_config().vocab_size if vocab_size is None else vocab_size
 
     def check(self, name: str, prompts: Prompts, max_new_tokens: int) -> None:
@@ -143,18 +153,24 @@ class LocalParticipant(Participant):
             )
 
     @contextmanager
-    def session(self, prompts: Prompts, shapes: Shapes):
+    def session(self, prompts: Prompts, setting: Setting):
         self.proof = prove(self.model)
         self.prompts = prompts if self.own_prompts is None else self.own_prompts
         self.device = self.prompts.ids.device
-        # A block may run over the end of its row. What is beyond shares the last position, which no full row reads.
-        self.num_positions, self.keeps_shape = self.prompts.longest + shapes.max_new_tokens, shapes.keeps_shape
-        self.num_slots = self.num_positions + shapes.longest_draft - 1
-        make_decoder = RaggedDecoder if self.compiled is None else self.compiled.decoder
-        self.decoder = make_decoder(self.model, shapes.num_places, self.num_slots)
-        self.last = torch.zeros(shapes.num_places, dtype=torch.long, device=self.device)
-        self.length = torch.zeros_like(self.last)  # the position of `last`
+        # A block may run over the end of its row, and of the model's positions. What is beyond these shares the last one, which no
+        # full row reads.
+        num_slots = self.prompts.longest + setting.max_new_tokens + setting.longest_draft - 1
+        self.rounds, self.nucleus = setting.rounds, setting.nucleus
+        self.decoder = self.rounds.decoder(setting.name, self.model, setting.num_places, num_slots)
+        room = positions_of(self.model.config.get_text_config())
+        self.last_position = min(self.decoder.num_slots if room is None else room, self.decoder.num_slots) - 1
+        self.last, self.length = (  # the last token kept, and its position
+            self.rounds.buffer(f"{name} of {setting.name}", (setting.num_places,), torch.long, self.device).zero_()
+            for name in ("last", "length")
+        )
         self.num_shared = 0  # first tokens of all prompts, whose keys and values every place has
+        if self.decoder.states is not None:
+            self.decoder.states.forget_beginning()
         self.is_new = True
         try:
             with eval_mode(self.model):
@@ -233,23 +249,25 @@ class LocalParticipant(Participant):
         for values in (self.last, self.length):
             values[target] = values[source]
 
+    can_be_captured = True
+
     def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
         super().begin_round(rows, num_rows, num_draft)
         longest = max(self.prompts.host_lengths[prompt] + num_written for prompt, num_written in rows)
-        self.num_slots_in_use = self.num_slots if self.keeps_shape else longest + num_draft - 1
+        self.num_slots_in_use = self.rounds.num_slots(longest + num_draft - 1, self.decoder.num_slots)
         self.next_input, self.num_ahead = self.last[:num_rows], 0
-        if self.decoder.states is not None:
-            self.decoder.states.begin_round(num_draft)
+        if self.decoder.states is not None and self.decoder.states.begin_round(num_draft):
+            self.rounds.forget_graphs()  # they go on with the buffers as they were
+
+    def round_key(self) -> tuple:
+        return self.num_slots_in_use, self.last_position, self.vocab_size, self.sampling
 
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, positions = self.next_input[:, None], self._positions(self.num_ahead, 1)
-        if self.compiled is not None and self.decoder.states is None:
-            logits = self.compiled.step(tokens, positions)
-        else:
-            reading = Reading(step=self.num_ahead)
-            logits = self.decoder(tokens, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)[1]
+        reading = Reading(step=self.num_ahead)
+        logits = self.decoder(tokens, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)[1]
         logits = logits[:, 0, : self.vocab_size]
-        self.next_input, self.num_ahead = draw(logits, self.sampling, uniforms), self.num_ahead + 1
+        self.next_input, self.num_ahead = self.nucleus.draw(logits, self.sampling, uniforms), self.num_ahead + 1
         return self.next_input, logits
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
@@ -267,11 +285,14 @@ class LocalParticipant(Participant):
         if self.decoder.states is not None:
             self.decoder.states.keep(count)
 
-    def idle(self) -> None:
-        device = next(self.model.parameters()).device
-        self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+    def idle(self, num_tokens: int = 1) -> None:
+        tokens = torch.zeros((1, num_tokens), dtype=torch.long, device=next(self.model.parameters()).device)
+        # Modules that read a block token by token gather their weights for each: as often on every rank.
+        states = self.decoder.states
+        with nullcontext() if states is None else states.idle(tokens.shape):
+            self.model(input_ids=tokens, use_cache=False)
 
     def _positions(self, start: int, count: int) -> torch.Tensor:
         """Positions (N, count) of the inputs `start`, `start + 1`, ... of a block; the first input is the last token kept."""
-        steps = torch.arange(start, start + count, device=self.device)
-        return (self.length[: self.num_rows, None] + steps).clamp(max=self.num_positions - 1)
+        positions = self.length[: self.num_rows, None] + self.decoder.slots[start : start + count]
+        return positions.clamp_(max=self.last_position)

@@ -8,15 +8,16 @@ a small `CacheLayerMixin` and an explicit 4D mask, `slot <= position`, one for e
 Shapes: B rows of the cache, N rows of one forward, Q new tokens of each of these rows, L slots, H hidden, V vocabulary.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
+from .packed_attention import packed_query_groups
 from .recurrent_state import Reading, RecurrentStates, cache_argument, is_stateful, new_cache
 
 
@@ -24,6 +25,8 @@ from .recurrent_state import Reading, RecurrentStates, cache_argument, is_statef
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # Layers without attention.
 WITHOUT_ATTENTION = {"linear_attention", "conv", "recurrent", "moe", "mlp"}
+# Shapes of rounds that are compiled for one model; rounds of others run as they are.
+MOST_SHAPES = 64
 
 
 class RaggedDecoder:
@@ -36,14 +39,18 @@ class RaggedDecoder:
             B, how many rows the cache holds.
         num_slots (`int`):
             L, the longest sequence of positions a row can have.
+        compile (`bool`, *optional*, defaults to `False`):
+            Whether forwards with logits go through `torch.compile`. Give them few different shapes.
 
     Whether a model can be run so is for `admission.prove` to say.
     """
 
-    def __init__(self, model: nn.Module, num_rows: int, num_slots: int):
+    def __init__(self, model: nn.Module, num_rows: int, num_slots: int, compile: bool = False):
         self.model = model
         self.num_rows, self.num_slots = num_rows, num_slots
-        self.window = _Window()
+        device = next(model.parameters()).device
+        self.slots = torch.arange(num_slots, device=device)
+        self.window = _Window(torch.arange(num_rows, device=device))
         config = model.config.get_text_config()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.layers = _layers(config, num_rows, num_slots, self.window)
@@ -53,6 +60,8 @@ class RaggedDecoder:
         self.attn_implementation = sampling_attention(model)
         self.cache_argument = {cache_argument(base): self.cache}
         self.states = RecurrentStates(base, self.cache, num_rows) if is_stateful(config) else None
+        self.compile = compile and self.states is None  # which states are read is decided in Python, step by step
+        self.head_input = HeadInput(model, stays=self.compile)
 
     def __call__(
         self,
@@ -75,35 +84,45 @@ class RaggedDecoder:
         """
         num_slots_in_use = min(num_slots_in_use or self.num_slots, self.num_slots)
         self.window.set(rows or range(len(tokens)), positions, num_slots_in_use)
+        masks = self.masks(positions, num_slots_in_use, reading.padding)
         with (
             attention_implementation(self.model, self.attn_implementation),
-            _grouped_queries(is_wanted=tokens.device.type == "cpu" and tokens.shape[1] > 1),
-            HeadInput(self.model) as head_input,
+            packed_query_groups(),
             nullcontext() if self.states is None else self.states.reading(self.window.rows, tokens.shape, reading),
         ):
-            logits = self.model(
-                input_ids=tokens,
-                attention_mask=self.masks(positions, num_slots_in_use, reading.padding),
-                position_ids=positions,
-                use_cache=True,
-                **self.cache_argument,
-                **({"logits_to_keep": tokens.new_empty(0)} if without_logits else {}),
-            ).logits
+            return self._run(tokens, positions, masks, without_logits)
+
+    def _run(self, tokens, positions, masks, without_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's forward, as it is or compiled."""
+        # The buffers have to be there before anything is traced, and the hook is traced with the model.
+        if self.compile and self.layers[0].is_initialized and not without_logits:
+            with self.head_input, torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+                logits = _compiled()(self.model, self.cache_argument, tokens, masks, positions)
+                return self.head_input.value, logits
+        keep = {"logits_to_keep": tokens.new_empty(0)} if without_logits else {}
+        with HeadInput(self.model) as head_input:
+            logits = _forward(self.model, {**self.cache_argument, **keep}, tokens, masks, positions)
         return head_input.value, logits
+
+    @property
+    def num_bytes(self) -> int:
+        """What the cache holds."""
+        layers = (layer for layer in self.attention_layers if layer.is_initialized)
+        of_attention = sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+        return of_attention + (0 if self.states is None else self.states.num_bytes)
 
     def masks(
         self, positions: torch.Tensor, num_slots: int, padding: torch.Tensor | None = None
     ) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several. Layers with
         a recurrent state take `padding` (N, Q) instead."""
-        slots = torch.arange(num_slots, device=positions.device)
-        distance = positions[:, None, :, None] - slots
+        slots, positions = self.slots[:num_slots], positions[:, None, :, None]
+        seen = slots <= positions
         masks = {
-            kind: (distance >= 0) if span is None else (distance >= 0) & (distance < span)
-            for kind, span in self.spans.items()
+            kind: seen if span is None else seen & (slots > positions - span) for kind, span in self.spans.items()
         }
         if CHUNKED in masks:
-            masks[CHUNKED] &= (positions // self.chunk_size)[:, None, :, None] == slots // self.chunk_size
+            masks[CHUNKED] = seen & (slots // self.chunk_size == positions // self.chunk_size)
         if self.attn_implementation == "eager":
             # It adds its mask to the scores: a boolean one would be added as 0 and 1, silently wrong.
             lowest = torch.finfo(self.model.dtype).min
@@ -128,6 +147,15 @@ class RaggedDecoder:
             layer.spread_first_row(num_slots)
         if self.states is not None:
             self.states.share_first_row()
+
+
+def _forward(model: nn.Module, arguments: dict, tokens, masks, positions) -> torch.Tensor:
+    return model(input_ids=tokens, attention_mask=masks, position_ids=positions, use_cache=True, **arguments).logits
+
+
+@cache
+def _compiled():
+    return torch.compile(_forward, dynamic=False)
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -204,32 +232,53 @@ if hasattr(cache_utils, "LinearAttentionLayer"):
 class _Window:
     """Where the current forward reads and writes; shared by all layers of one cache."""
 
+    def __init__(self, every_row: torch.Tensor):
+        self.every_row = every_row
+
     def set(self, rows: Sequence[int], positions: torch.Tensor, num_slots_in_use: int) -> None:
         self.positions, self.num_slots_in_use = positions, num_slots_in_use
         if isinstance(rows, range) or list(rows) == list(range(rows[0], rows[-1] + 1)):
             # Neighbours are read where they are.
             self.rows: slice | torch.Tensor = slice(rows[0], rows[-1] + 1)
-            index = torch.arange(rows[0], rows[-1] + 1, device=positions.device)
+            index = self.every_row[self.rows]
         else:
             self.rows = index = torch.tensor(rows, device=positions.device)
         self.index = index[:, None]
 
 
 class HeadInput:
-    """Catches what goes into the language-model head during one forward, whatever the model calls its parts."""
+    """Catches what goes into the language-model head while it is entered, whatever the model calls its parts.
 
-    def __init__(self, model: nn.Module):
-        self.head = model.get_output_embeddings()
+    With `stays`, the hook is on the head for as long as this object lives: code that was traced with it does not look for another.
+    """
 
-    def __enter__(self) -> "HeadInput":
-        def keep(module: nn.Module, args: tuple) -> None:
+    def __init__(self, model: nn.Module, stays: bool = False):
+        self.head, self.stays, self.is_on, self.value = model.get_output_embeddings(), stays, False, None
+        self.handle = None
+        if stays:
+            self.handle = self.head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: tuple) -> None:
+        if self.is_on:
             self.value = args[0]
 
-        self.handle = self.head.register_forward_pre_hook(keep)
+    def __enter__(self) -> "HeadInput":
+        self.is_on = True
+        if not self.stays:
+            self.handle = self.head.register_forward_pre_hook(self._keep)
         return self
 
     def __exit__(self, *_) -> None:
-        self.handle.remove()
+        self.is_on = False
+        if self.stays:
+            self.value = None
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Takes the hook off the head."""
+        if self.handle is not None:
+            self.handle.remove()
 
 
 def sampling_attention(model: nn.Module) -> str:
@@ -271,21 +320,6 @@ def eval_mode(model: nn.Module):
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _grouped_queries(is_wanted: bool):
-    """Lets SDPA read keys and values as they are, instead of a copy for each query head (on CPU 2.8 times a block's whole
-    forward at 576 slots). transformers packs single queries itself, and on GPUs SDPA's fast kernels take no mask with it."""
-    name = "TRANSFORMERS_SDPA_FORCE_GQA"
-    if not is_wanted or name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
 
 
 def _attention_spans(config) -> dict[str, int | None]:

@@ -83,11 +83,11 @@ class RecurrentStates:
         self.slots = {place: _Slot(place, cache) for mixer in self.mixers for place in mixer.places}
         self.num_kept_steps = 0  # 0: a block is one token, which is always kept
 
-    def begin_round(self, num_draft: int) -> None:
-        """Makes room for the states after each of G = `num_draft` tokens. A block of one token needs none: it never goes back."""
+    def begin_round(self, num_draft: int) -> bool:
+        """Makes room for the states after each of G = `num_draft` tokens. A block of one token needs none: it never goes back. Returns
+        whether buffers were replaced by larger ones."""
         self.num_kept_steps = num_draft if num_draft > 1 else 0
-        for slot in self.slots.values():
-            slot.reserve(self.num_kept_steps)
+        return any([slot.reserve(self.num_kept_steps) for slot in self.slots.values()])
 
     @contextmanager
     def reading(self, rows: slice | torch.Tensor, shape: torch.Size, how: Reading) -> Iterator[None]:
@@ -96,6 +96,19 @@ class RecurrentStates:
             stack.enter_context(_clamped_steps([mixer.module for mixer in self.mixers]))
             for mixer in self.mixers:
                 stack.enter_context(_forward(mixer.module, partial(self._run, mixer, rows, shape, how)))
+            yield
+
+    @contextmanager
+    def idle(self, shape: torch.Size) -> Iterator[None]:
+        """A forward without a cache over `shape` (N, Q) tokens, in which mixers are called as in a block of Q tokens."""
+
+        def run(forward: Callable, *args, **kwargs):
+            columns = [_column((args, kwargs), column, shape) for column in range(shape[1])]
+            return _joined([forward(*own_args, **own_kwargs) for own_args, own_kwargs in columns])
+
+        with ExitStack() as stack:
+            for mixer in self.mixers:
+                stack.enter_context(_forward(mixer.module, run))
             yield
 
     def _run(self, mixer: Mixer, rows, shape: torch.Size, how: Reading, forward: Callable, *args, **kwargs):
@@ -143,6 +156,15 @@ class RecurrentStates:
             slot.beginning = None if slot.states is None else slot.states[0, 0].clone()
         self.begin_rows(range(self.num_rows))
 
+    def forget_beginning(self) -> None:
+        """Prompts share nothing, until `share_first_row` says so."""
+        for slot in self.slots.values():
+            slot.beginning = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(slot.states.nbytes for slot in self.slots.values() if slot.states is not None)
+
     def begin_rows(self, rows: Sequence[int]) -> None:
         """These rows are given to other prompts: they have read the beginning that all prompts share, or nothing."""
         for slot in self.slots.values():
@@ -169,10 +191,12 @@ class _Slot:
             self.flags = [(layer.has_previous_state, place.index)]
             self.flags.append((getattr(layer, f"is_{place.kind}_initialized"), place.index))
 
-    def reserve(self, num_steps: int) -> None:
-        if self.states is not None and len(self.states) <= num_steps:
-            more = self.states.new_zeros(num_steps + 1 - len(self.states), *self.states.shape[1:])
-            self.states = torch.cat([self.states, more])
+    def reserve(self, num_steps: int) -> bool:
+        if self.states is None or len(self.states) > num_steps:
+            return False
+        more = self.states.new_zeros(num_steps + 1 - len(self.states), *self.states.shape[1:])
+        self.states = torch.cat([self.states, more])
+        return True
 
     def hand_out(self, rows: slice | torch.Tensor, step: int | None, is_beginning: bool) -> None:
         """Gives the mixer its state: `None` if nothing was read before, else a tensor (N, ...) to be changed in place."""

@@ -1,15 +1,18 @@
 """How a model's draws are shaped, and the draw itself: inverse CDF from a given uniform number.
 
 One uniform number makes one draw, so whoever owns the numbers owns the outcome: the sampler keys them by row, position
-and role. On CPU this is also an order of magnitude faster than `torch.multinomial`, which draws one exponential for each
-entry of the vocabulary. Shapes: `...` any leading ones, V vocabulary.
+and role. No draw scans the vocabulary: its blocks are summed first, and one block is scanned. What is here sorts it to find a
+nucleus; `nucleus.py` does without. Shapes: `...` any leading ones, V vocabulary, C candidates, K blocks of W ids.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 
+# Ids in a block (W). Smaller vocabularies than four blocks are scanned at once.
+BLOCK = 128
 # Candidates for a nucleus that are tried before the vocabulary is sorted, on CPU.
 SHORT_LISTS = (64, 1024)
 
@@ -54,45 +57,75 @@ def draw(logits: torch.Tensor, sampling: SamplingParams, uniforms: torch.Tensor)
 def draw_from_probs(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Inverse CDF: the first token whose cumulative probability exceeds `uniforms` (...). `probs` (..., V) need not sum
     to 1, and a token of probability 0 is never drawn."""
-    # A parallel scan in fp32 is not monotone; on CPU the scan accumulates in fp64 anyway.
-    cumulative = (probs.double() if probs.is_cuda else probs).cumsum(-1)
-    total = cumulative[..., -1:]
-    target = uniforms[..., None].to(total.dtype) * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach the total
+    vocab_size = probs.shape[-1]
+    if vocab_size <= 4 * BLOCK:
+        cumulative = probs.cumsum(-1, dtype=torch.float64)
+        return first_above(cumulative, target(cumulative[..., -1:], uniforms)).squeeze(-1)
+    if vocab_size % BLOCK:
+        probs = functional.pad(probs, (0, -vocab_size % BLOCK))
+    blocks = probs.unflatten(-1, (-1, BLOCK))  # (..., K, W)
+    # In fp64, whose scan is as good as monotone: in fp32 a parallel one is not.
+    edges = functional.pad(blocks.sum(-1, dtype=torch.float64), (1, 0)).cumsum(-1)  # (..., K + 1), where blocks begin
+    wanted = target(edges[..., -1:], uniforms)
+    block = torch.searchsorted(edges, wanted, right=True).clamp_(1, edges.shape[-1] - 1) - 1
+    inside = (
+        blocks.gather(-2, block[..., None].expand(*block.shape, BLOCK)).squeeze(-2).cumsum(-1, dtype=torch.float64)
+    )
+    # What rounding left between the block's two sums belongs to its last token that has a probability.
+    wanted = torch.minimum(wanted - edges.gather(-1, block), inside[..., -1:] * (1 - 2**-50))
+    return (block * BLOCK + first_above(inside, wanted)).squeeze(-1)
+
+
+def target(total: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The cumulative probability (..., 1) that `uniforms` (...) in [0, 1) stand for where `total` (..., 1) is reached: below it."""
+    if uniforms.dtype == torch.float64:  # one number below 1 may round to it
+        uniforms = uniforms.clamp(max=1 - 2**-40)
+    return uniforms[..., None] * total
+
+
+def first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The first of the entries of `cumulative` (..., C) that exceeds `target` (..., 1): its index, (..., 1)."""
     # The clamp is for probabilities that are not numbers: their loss says so, an index out of range would not.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=probs.shape[-1] - 1)
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 
 def shaped_probs(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """The distribution that is drawn from: (..., V) in fp32, summing to 1, zero outside top-k and nucleus."""
-    logits = logits.float()
     if sampling.temperature == 0.0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    probs = (logits / sampling.temperature).softmax(-1)
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    probs = tempered_probs(logits, sampling)
+    return probs if sampling.top_p == 1.0 else at_least(probs, _least_of_nucleus(probs, sampling.top_p))
+
+
+def tempered_probs(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    """Without the nucleus: (..., V) in fp32, summing to 1."""
+    logits = logits.float()
+    probs = (logits if sampling.temperature == 1.0 else logits / sampling.temperature).softmax(-1)
     if 0 < sampling.top_k < logits.shape[-1]:
-        probs = _at_least(probs, probs.topk(sampling.top_k, dim=-1).values[..., -1:])
-    if sampling.top_p < 1.0:
-        probs = _at_least(probs, _least_of_nucleus(probs, sampling.top_p))
+        probs = at_least(probs, probs.topk(sampling.top_k, dim=-1).values[..., -1:])
     return probs
 
 
-def _at_least(probs: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+def at_least(probs: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """`probs` without what is below `least` (..., 1), summing to 1. A threshold, not a set of ids: which of several equal ones
     a sort puts first depends on its length and the device, and so on the rows beside this one."""
     kept = probs.masked_fill(probs < least, 0.0)
     return kept / kept.sum(-1, keepdim=True)
 
 
+def least_of(ordered: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Of probabilities in descending order (..., C), that of the token which reaches `top_p`, (..., 1); the last one's if none does."""
+    num_before = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True) - 1
+    return ordered.gather(-1, num_before.clamp_(min=0))  # below 0 where they are no numbers
+
+
 def _least_of_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     """The probability (..., 1) of the token that reaches `top_p`, counted from the most probable one."""
-    # Sorting a vocabulary on CPU costs more than the draw (8 rows of 49k: 64 candidates 0.4 ms, 1024 2.6, all 30), and
-    # the nucleus is nearly always small. On a GPU the sort is cheap and the test would wait for the device.
-    for num_candidates in SHORT_LISTS if not probs.is_cuda else ():
+    # Sorting a vocabulary on CPU costs more than the draw (8 rows of 49k: 64 candidates 0.6 ms, 1024 3.8, all 28). Elsewhere the
+    # test would wait for the device.
+    for num_candidates in SHORT_LISTS if probs.device.type == "cpu" else ():
         if num_candidates < probs.shape[-1]:
             ordered = probs.topk(num_candidates, dim=-1).values
             if bool((ordered.sum(-1) > top_p).all()):
-                break
-    else:
-        ordered = probs.sort(dim=-1, descending=True).values
-    num_before = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True) - 1
-    return ordered.gather(-1, num_before)
+                return least_of(ordered, top_p)
+    return least_of(probs.sort(dim=-1, descending=True).values, top_p)

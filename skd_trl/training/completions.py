@@ -1,14 +1,15 @@
-"""Sampled responses for people to look at: kept as parquet while a run goes on, and shown in the terminal.
+"""Sampled responses for people to look at: kept as parquet while a run goes on, shown in the terminal, sent to trackers.
 
-A response is shown with what the teacher replaced, the only way to see what interleaved sampling does to a text.
+A response is shown with what the teacher replaced, the only way to see what interleaved sampling does to a response. A character may
+be several tokens (`世`, `🎉`): the last of them has its text, the others an empty one, and it is marked if one of them is.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 import pandas as pd
-import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -18,26 +19,71 @@ from transformers import PreTrainedTokenizerBase
 from ..sampling.rollout import Rollout
 
 
-def completion_records(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, step: int) -> list[dict]:
-    """One record per row: `step`, `prompt`, `response`, `tokens` (each decoded), `replaced` (bool each: the teacher's token) and
-    `proposals` (the student's token at each place, decoded; `None` where the student proposed none)."""
+# A character has at most four bytes, so no more tokens than that are waited for.
+MAX_TOKENS_OF_CHARACTER = 4
+INCOMPLETE = "\ufffd"
+
+
+def completion_records(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, step: int, is_fixed: bool = False
+) -> list[dict]:
+    """One record per row: `step`, `prompt`, `response`, `tokens` (the text of each), `replaced` (bool each: the teacher's token),
+    `proposals` (the student's token at each place, as text; `None` where the student proposed none) and `is_fixed` (whether this
+    prompt is sampled again and again through the training)."""
     records = []
     for row in range(len(rollout.input_ids)):
         is_response = rollout.labels[row] != -100
-        ids = rollout.labels[row, is_response]
+        ids = rollout.labels[row, is_response].tolist()
         prompt = rollout.input_ids[row, (rollout.attention_mask[row] == 1) & ~is_response]
-        proposals = rollout.proposals[row, : len(ids)]
+        proposals = rollout.proposals[row, : len(ids)].tolist()
+        tokens, proposed = token_texts(tokenizer, ids, proposals)
         records.append(
             {
                 "step": step,
                 "prompt": tokenizer.decode(prompt),
                 "response": tokenizer.decode(ids),
-                "tokens": _decode_each(tokenizer, ids),
+                "tokens": tokens,
                 "replaced": rollout.replaced[row, : len(ids)].tolist(),
-                "proposals": _decode_each(tokenizer, proposals) if (proposals >= 0).all() else None,
+                "proposals": proposed if all(token >= 0 for token in proposals) else None,
+                "is_fixed": is_fixed,
             }
         )
     return records
+
+
+def token_texts(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], proposals: list[int]
+) -> tuple[list[str], list[str]]:
+    """The text that each token of a response adds to it, and the text that the proposal at each place would have added."""
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    texts, proposed = [], []
+    start = read = 0  # the tokens before `read` have given their text; those from `start` on are its context
+    for position, (token, proposal) in enumerate(zip(ids, proposals, strict=True)):
+        known = text(ids[start:read])
+        with_token = text(ids[start : position + 1])
+        is_whole = not with_token.endswith(INCOMPLETE) or position + 1 - read >= MAX_TOKENS_OF_CHARACTER
+        texts.append(with_token[len(known) :] if is_whole or position + 1 == len(ids) else "")
+        if proposal == token or proposal < 0:
+            proposed.append(texts[-1])
+        else:
+            proposed.append(text([*ids[start:position], proposal])[len(known) :])
+        if is_whole:
+            start, read = read, position + 1
+    return texts, proposed
+
+
+def whole_pieces(tokens: list[str], replaced: list[bool], marker: str = "") -> Iterator[tuple[str, bool, int, int]]:
+    """The pieces of a response that are whole characters: text, whether a token of it is the teacher's, and the tokens from `start` up
+    to `stop`. A piece without text is shown as `marker`."""
+    start, is_replaced = 0, False
+    for position, (text, by_teacher) in enumerate(zip(tokens, replaced, strict=True)):
+        is_replaced = is_replaced or bool(by_teacher)
+        if text or position + 1 == len(tokens):
+            yield text or marker, is_replaced, start, position + 1
+            start, is_replaced = position + 1, False
 
 
 def save_completions(records: list[dict], output_dir: str, step: int) -> Path:
@@ -63,15 +109,51 @@ def print_completions(records: list[dict], num_rows: int, step: int, console: Co
     table.add_column("teacher's", justify="right")
     for record in records[:num_rows]:
         response = Text()
-        for token, replaced in zip(record["tokens"], record["replaced"], strict=True):
-            response.append(f"{opening}{token}{closing}" if replaced else token, style=style if replaced else "")
+        for text, replaced, *_ in whole_pieces(record["tokens"], record["replaced"]):
+            response.append(f"{opening}{text}{closing}" if replaced else text, style=style if replaced else "")
         prompt = record["prompt"]
         shown = prompt if len(prompt) <= 240 else "... " + prompt[-236:]
-        share = sum(record["replaced"]) / max(len(record["replaced"]), 1)
-        table.add_row(Text(shown), response, f"{share:.0%}")
+        table.add_row(Text(shown), response, f"{_share(record):.0%}")
     with console.capture() as captured:
         console.print(table)
     _print_safely(captured.get(), console.file)
+
+
+def marked_text(record: dict, opening: str = "⟦", closing: str = "⟧") -> str:
+    """A response with the teacher's tokens between brackets: for what shows no colours."""
+    pieces = whole_pieces(record["tokens"], record["replaced"])
+    return "".join(f"{opening}{text}{closing}" if replaced else text for text, replaced, *_ in pieces)
+
+
+def send_completions(records: list[dict], step: int, report_to: list[str], tensorboard_writer=None) -> None:
+    """A table `completions` to each tracker of `report_to`: Weights & Biases and trackio as `GRPOTrainer` sends them, TensorBoard
+    (through its open writer) as text, a table in Markdown."""
+    table = pd.DataFrame(
+        {
+            "step": [step] * len(records),
+            "prompt": [record["prompt"] for record in records],
+            "completion": [record["response"] for record in records],
+            "marked": [marked_text(record) for record in records],
+            "replaced_share": [_share(record) for record in records],
+            "is_fixed": [record["is_fixed"] for record in records],
+        }
+    )
+    if "wandb" in report_to:
+        import wandb
+
+        if wandb.run is not None:
+            wandb.log({"completions": wandb.Table(dataframe=table)})
+    if "trackio" in report_to:
+        import trackio
+
+        trackio.log({"completions": trackio.Table(dataframe=table)})
+    if tensorboard_writer is not None:
+        rows = [
+            f"| {_cell(row.prompt)} | {_cell(row.marked)} | {row.replaced_share:.0%} |" for row in table.itertuples()
+        ]
+        head = ["| prompt | response (⟦⟧: the teacher's tokens) | the teacher's |", "|---|---|---|"]
+        tensorboard_writer.add_text("completions", "\n".join(head + rows), step)
+        tensorboard_writer.flush()
 
 
 def with_prompt_texts(dataset, tokenizer: PreTrainedTokenizerBase):
@@ -91,11 +173,20 @@ def with_prompt_texts(dataset, tokenizer: PreTrainedTokenizerBase):
     texts = []
     for ids in dataset["prompt_ids"]:
         text = tokenizer.decode(ids)
-        # A tokenizer that begins texts with a token of its own would do so a second time.
+        # A tokenizer that begins texts with its own token would do so a second time.
         again = tokenizer(text).input_ids
         is_twice = tokenizer.bos_token and again[1:] == list(ids) and again[0] == tokenizer.bos_token_id
         texts.append(text.removeprefix(tokenizer.bos_token) if is_twice else text)
     return dataset.add_column("prompt", texts)
+
+
+def _share(record: dict) -> float:
+    return sum(record["replaced"]) / max(len(record["replaced"]), 1)
+
+
+def _cell(text: str) -> str:
+    """`text` as a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
 
 
 def _print_safely(text: str, file: TextIO) -> None:
@@ -103,7 +194,3 @@ def _print_safely(text: str, file: TextIO) -> None:
     encoding = getattr(file, "encoding", None) or "utf-8"
     file.write(text.encode(encoding, errors="replace").decode(encoding))
     file.flush()
-
-
-def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
-    return [tokenizer.decode([token]) for token in ids.tolist()]

@@ -6,7 +6,6 @@ a model's forward is drawn from a global generator: ranks consume those at diffe
 them too late for the first window.
 """
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from .._compat import add_hooks, remove_hooks
 from ..loss.lm_head import LMHead
+from .engine_settings import is_quantized, teacher_settings
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
@@ -129,12 +129,15 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, shard: bool = False) -> nn.Module:
     """Puts the teacher on the device, in eval mode and without an optimizer: sharded where the student is (ZeRO-3, FSDP2),
-    whole elsewhere, or with `shard` in a ZeRO-3 engine of its own beside a student under ZeRO-1 or 2.
+    whole elsewhere, or with `shard` in a ZeRO-3 engine of its own beside a student under ZeRO-1 or 2. FSDP2 cannot split a
+    quantised teacher, which is whole there.
     See [`check_engine`] for what cannot be."""
     if accelerator.distributed_type == "DEEPSPEED":
         prepared = _prepare_deepspeed(teacher, accelerator, shard)
-    elif accelerator.distributed_type == "FSDP":
+    elif accelerator.distributed_type == "FSDP" and not is_quantized(teacher):
         prepared = _prepare_fsdp2(teacher, accelerator)
+    elif accelerator.distributed_type == "FSDP":  # which places no models by itself
+        return accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
     else:  # the caller's own object, in whatever mode it came: it is put in eval mode for each use
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     prepared.eval()  # DeepSpeed's returns nothing
@@ -185,20 +188,9 @@ def _prepare_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator, shard
     # As TRL's `prepare_deepspeed`, but for the stage: there a teacher beside a student under ZeRO-1 or 2 is always whole.
     import deepspeed
 
-    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
-    for block in ("optimizer", "scheduler"):
-        config.pop(block, None)
-    zero = config["zero_optimization"]
-    zero.pop("offload_optimizer", None)
-    zero["stage"] = 3 if shard or zero["stage"] == 3 else 0
-    # What transformers takes for "auto". DeepSpeed's own defaults keep tensors of up to 100,000 numbers on every rank.
+    plugin = accelerator.state.deepspeed_plugin
     hidden_size = teacher.config.get_text_config().hidden_size
-    for name, value in (
-        ("stage3_param_persistence_threshold", 10 * hidden_size),
-        ("stage3_prefetch_bucket_size", int(0.9 * hidden_size * hidden_size)),
-    ):
-        if zero["stage"] == 3 and zero.get(name, "auto") == "auto":
-            zero[name] = value
+    config = teacher_settings(plugin.deepspeed_config, hidden_size, shard or plugin.zero_stage == 3)
     engine, *_ = deepspeed.initialize(model=teacher, config=config)
     return engine
 

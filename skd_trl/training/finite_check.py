@@ -1,13 +1,16 @@
-"""NaN and infinity in a step's loss: found before the optimizer moves, on all processes alike, and named.
+"""NaN and infinity in a step's loss and gradients, and in weights to be saved: found before, on all processes alike, and named.
 
 A loss that is not finite makes every trained weight NaN in one step, and the Trainer logs it as 0 (`logging_nan_inf_filter`).
 Flags are kept on the device over the micro-batches of a step, and read once, before the backward of the last of them: DeepSpeed
-moves the weights inside that backward.
+moves the weights inside that backward (its gradients are not seen here; what they did to the weights is, when these are saved).
 """
+
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import Trainer, TrainerCallback
 
 from ..loss.distillation_loss import DistillationLoss
 from .distributed import is_sharded
@@ -51,10 +54,66 @@ class FiniteCheck:
         )
 
 
+class GradientCheck(TrainerCallback):
+    """Before each optimizer step: raises `FloatingPointError` if a gradient is not finite on any process. A loss that is finite can have
+    such a gradient (a root at 0, a quotient of two small numbers), and the optimizer would spoil all weights with it."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        accelerator = self.trainer.accelerator
+        if accelerator.scaler is not None:  # fp16: it looks itself, and leaves the step out
+            return
+        named = [(name, _own_part(p.grad)) for name, p in self.trainer.model.named_parameters() if p.grad is not None]
+        if not _is_bad_anywhere((grad for _, grad in named), accelerator, is_collective=True):
+            return
+        names = _names((name, grad) for name, grad in named)
+        raise FloatingPointError(
+            f"Step {state.global_step + 1}: the loss is finite and its gradient is not{names}. The step was not taken. If the divergence "
+            "is a function of yours, keep roots, quotients and logarithms away from 0; else use a type of more range (bf16 or fp32)."
+        )
+
+
+def require_finite_weights(student: nn.Module, step: int, directory: str, accelerator: Accelerator) -> None:
+    """Collective where the student is sharded, as saving is.
+
+    Raises:
+        `FloatingPointError`: if a weight that is to be saved in `directory` is not finite.
+    """
+    named = [(name, _own_part(p.detach())) for name, p in student.named_parameters() if p.is_floating_point()]
+    if _is_bad_anywhere((weight for _, weight in named), accelerator, is_collective=is_sharded(student)):
+        raise FloatingPointError(
+            f"After step {step} the student's weights hold NaN or infinity{_names(named)}. Nothing was saved, and what is in "
+            f"{directory} was not touched. Go on from an earlier checkpoint, with a lower learning_rate or a type of more range."
+        )
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that ZeRO-3 or FSDP2 may shard."""
+    return getattr(tensor, "ds_tensor", getattr(tensor, "_local_tensor", tensor))
+
+
+def _is_bad_anywhere(tensors: Iterable[torch.Tensor], accelerator: Accelerator, is_collective: bool) -> bool:
+    largest = torch._foreach_norm([t for t in tensors if t.numel() > 0], float("inf"))
+    flag = torch.zeros((), device=accelerator.device)
+    for value in largest:
+        flag = flag + (~value.isfinite()).to(flag)
+    if is_collective and accelerator.num_processes > 1:
+        flag = accelerator.reduce(flag, reduction="sum")
+    return bool(flag > 0)  # type: ignore[operator]
+
+
+def _names(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    names = [name for name, tensor in named if not tensor.isfinite().all()]
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f" ({', '.join(names[:2])}{more})" if names else ""
+
+
 def _where(model: nn.Module) -> str:
     """The parameters that are not finite, if this process holds them."""
     if is_sharded(model):
         return ""
-    names = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return f" (weights {', '.join(names[:2])}{more})" if names else ""
+    return _names((name, p) for name, p in model.named_parameters() if p.is_floating_point()).replace(
+        "(", "(weights ", 1
+    )

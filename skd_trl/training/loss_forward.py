@@ -1,16 +1,19 @@
 """The loss inside the student's forward, between backbone and head, whatever wraps the model (DDP, DeepSpeed, FSDP, PEFT).
 
 There a sharded head's parameters are whole, and the full logits are never built. The model is changed for the one call only: a
-copy that a callback makes of it between two calls is a model by itself.
+copy that a callback makes of it between two calls is a model by itself. Of all this `torch.compile` is shown the backbone alone:
+the loss takes gradients inside the forward, and its functions are new with each step.
 Shapes: B rows, S positions of a batch, H hidden.
 """
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,20 +25,35 @@ LossFunction = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 @contextmanager
-def loss_in_forward(model: PreTrainedModel) -> Iterator[None]:
+def loss_in_forward(model: PreTrainedModel, compiled: Callable | None = None) -> Iterator[None]:
     """Inside, `model(..., loss_fn=fn)` runs the backbone alone and returns `fn(last_hidden_state)`. The loss is computed in the
     forward that the wrappers see, and in it takes the place of the head's own forward: there the head's parameters are whole,
     and ZeRO-3 and FSDP find in its input and output what they prepare for the backward, tied weights included.
 
     `model` is a transformers model (under PEFT its base model); `fn` gets (B, S, H) and returns a dict of tensors. What has been
-    put around the model's own forward, such as accelerate's autocast, is passed over: enter it outside.
+    put around the model's own forward, such as accelerate's autocast, is passed over: enter it outside. `compiled` takes the
+    backbone's place (see [`compiled_backbone`]); nothing else that is called inside is then compiled, the wrappers included.
     """
-    with _forward_of(model, types.MethodType(_backbone_and_loss, model)), without_router_logits(model):
+    forward = partial(_backbone_and_loss, compiled=compiled)
+    eagerly = nullcontext() if compiled is None else torch.compiler.set_stance("force_eager")
+    with _forward_of(model, types.MethodType(forward, model)), without_router_logits(model), eagerly:
         yield
 
 
-def _backbone_and_loss(self: PreTrainedModel, *args, loss_fn: LossFunction, **kwargs) -> dict[str, torch.Tensor]:
-    hidden = backbone(self)(*args, **kwargs, use_cache=False)[0]
+def compiled_backbone(model: PreTrainedModel, accelerator: Accelerator) -> Callable | None:
+    """The student's backbone as `torch_compile` wants it, to be made once; `None` without that option."""
+    plugin = accelerator.state.dynamo_plugin
+    return None if plugin.backend == DynamoBackend.NO else torch.compile(backbone(model), **plugin.to_kwargs())
+
+
+def _backbone_and_loss(
+    self: PreTrainedModel, *args, loss_fn: LossFunction, compiled: Callable | None = None, **kwargs
+) -> dict[str, torch.Tensor]:
+    if compiled is None:
+        hidden = backbone(self)(*args, **kwargs, use_cache=False)[0]
+    else:
+        with torch.compiler.set_stance("default"):
+            hidden = compiled(*args, **kwargs, use_cache=False)[0]
     # Under an adapter that trains a copy of the head, FSDP's hooks are on the wrapper and ZeRO-3's on the copy.
     copy_of_head, wrapper = head_module(self), self.get_output_embeddings()
     call = partial(_in_place_of_forward, copy_of_head, loss_fn)

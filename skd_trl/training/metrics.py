@@ -61,17 +61,24 @@ def with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {f"{prefix}{name}": value for name, value in metrics.items()}
 
 
-def without_filled_rows(batch: dict, accelerator: Accelerator) -> dict:
-    """A batch of an evaluation without the labels of rows that fill the last batch up: on several processes rows of the
-    beginning are given out once more, and would be counted twice. (The rows of a stream are not known to be such.)"""
+def num_own_rows(batch: dict, accelerator: Accelerator) -> int:
+    """How many rows of an evaluation's batch are its own. On several processes rows of the beginning fill the last batch up; they
+    are given out a second time. (The rows of a stream are not known to be such.)"""
     state = accelerator.gradient_state
-    labels = batch[Key.LABELS]
+    num_rows = len(batch[Key.LABELS])
     num_left = state.remainder if state.end_of_dataloader else -1
-    first = accelerator.process_index * len(labels)
-    if num_left <= 0 or first + len(labels) <= num_left:
+    if num_left <= 0:
+        return num_rows
+    return min(max(num_left - accelerator.process_index * num_rows, 0), num_rows)
+
+
+def without_filled_rows(batch: dict, accelerator: Accelerator) -> dict:
+    """A batch of an evaluation without the labels of rows that fill it up: they would be counted twice."""
+    labels, num_own = batch[Key.LABELS], num_own_rows(batch, accelerator)
+    if num_own == len(labels):
         return batch
     labels = labels.clone()
-    labels[max(num_left - first, 0) :] = IGNORE_INDEX
+    labels[num_own:] = IGNORE_INDEX
     return {**batch, Key.LABELS: labels}
 
 

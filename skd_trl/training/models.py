@@ -12,6 +12,7 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .._compat import create_model_from_path, get_config_model_id
 from .forward_patches import take_off_patches
+from .quantised import keep_gradients
 
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def load_pair(
     teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
     for loaded in (student, teacher):
         take_off_patches(loaded)
+    keep_gradients(student)
     return student, teacher, tokenizer
 
 

@@ -3,8 +3,6 @@
 `check_pair` needs the loaded pair alone; `check_launch` what a launcher has set up around it. A check returns a verdict with
 its detail, or raises `ValueError` for a pair that cannot be trained: what was found, why it cannot work, what to change. The
 trainers raise the first refusal; `python -m skd_trl check` prints all findings.
-
-Shapes: T tokens of a row, H hidden.
 """
 
 from collections.abc import Callable
@@ -24,13 +22,15 @@ from ..data.vocabulary import (
     shared_vocab_size,
 )
 from ..loss.lm_head import LMHead
-from ..sampling.admission import check_adapter, check_kind, check_one_device, positions_of, prove
-from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
+from ..sampling.admission import check_adapter, check_kind, check_one_device, prove
+from ..sampling.ragged_cache import attention_implementation, sampling_attention
 from ..skd_config import SKDConfig
 from .distributed import check_connected, check_engine, check_head, is_sharded
-from .last_hidden_states import last_hidden_states
+from .engine_settings import check_settings
+from .limits import room_for_prompts
 from .models import pad_token_id
-from .router_logits import without_router_logits
+from .padding_check import check_padding
+from .router_logits import describe_left_out_loss, without_router_logits
 from .trained_parameters import check_trained_parameters, describe_lost_updates
 
 
@@ -220,90 +220,15 @@ def _check_room(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, f"Prompts of up to {room} tokens {beside}; rows with longer ones are left out."
 
 
-def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
-    """The longest prompt that both models have positions for, or a lower limit that `args` sets; `None` is no limit.
-
-    Raises:
-        `ValueError`: if the response takes all positions of a model.
-    """
-    limits = [] if args.prompt_limit is None else [args.prompt_limit]
-    num_beside = args.max_new_tokens if args.samples else 1
-    for name, positions in _positions(args, student, teacher).items():
-        if positions <= num_beside and args.samples:
-            raise ValueError(
-                f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt: the {name} has {positions} positions "
-                "(max_position_embeddings, or with longrope original_max_position_embeddings). Lower max_new_tokens."
-            )
-        limits.append(positions - num_beside)
-    return min(limits, default=None)
-
-
-def room_for_texts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
-    """The most tokens that a prompt and its reference may have together; learned positions end there with an IndexError."""
-    limits = [] if args.text_limit is None else [args.text_limit]
-    return min([*limits, *_positions(args, student, teacher).values()], default=None)
-
-
-def _positions(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, int]:
-    """The positions of each model that has a limit of them."""
-    found = {}
-    for name, model in (("student", student), ("teacher", teacher)):
-        config = model.config.get_text_config()
-        positions = positions_of(config) if args.samples else getattr(config, "max_position_embeddings", None)
-        if positions is not None:
-            found[name] = positions
-    return found
-
-
 def _check_padding(pair: Pair) -> tuple[Verdict, str]:
-    """A row is given the same hidden states alone, before padding, and as the beginning of a longer row."""
-    special = set(pair.tokenizer.all_special_ids)
-    vocab_size = shared_vocab_size(pair.student, pair.teacher)
-    ids = [i for i in range(vocab_size) if i not in special][:11]
-    short, padding = ids[:4], [pad_token_id(pair.tokenizer, vocab_size)] * (len(ids) - 4)
-    errors = []
     for name, model in pair.models.items():
         if is_sharded(model):
             return Verdict.UNCHECKED, f"The {name}'s parameters are sharded, and the check would need them whole."
-        alone = _hidden_states(model, [short], [4])[0]
-        if not alone.isfinite().all():
-            raise ValueError(
-                f"The {name}, {type(model).__name__}, makes NaN or infinite hidden states of a few plain tokens. Load its "
-                "weights again, or in a type of more range (dtype: bfloat16 or float32)."
-            )
-        longer, padded = _hidden_states(model, [ids, [*short, *padding]], [len(ids), 4])[:, :4]
-        # Rounding: batches of other shapes are summed in another order.
-        limit = max(1e-3, *(16 * torch.finfo(dtype).eps for dtype in (alone.dtype, model.dtype)))
-        if (error := _difference(longer, alone)) > limit:
-            raise ValueError(
-                f"The {name}, {type(model).__name__}, is not causal: later tokens change its hidden states by {error:.1%} "
-                f"(rounding: below {limit:.1%}), so it would see the token that it is to predict. Use a causal language "
-                "model; some encoders become one with is_decoder=True in their config."
-            )
-        if (padded_error := _difference(padded, alone)) > limit:
-            raise ValueError(
-                f"The {name}, {type(model).__name__}, computes other hidden states for a row that padding follows, by "
-                f"{padded_error:.1%} (rounding: below {limit:.1%}), so what a row teaches would depend on the longest row "
-                "beside it. Use another architecture, or report this one."
-            )
-        errors += [error, padded_error]
-    return Verdict.GOOD, f"A row's hidden states do not depend on what follows it (difference {max(errors):.1e})."
-
-
-@torch.no_grad()
-def _hidden_states(model: PreTrainedModel, rows: list[list[int]], lengths: list[int]) -> torch.Tensor:
-    input_ids = torch.tensor(rows, device=model.device)
-    columns = torch.arange(input_ids.shape[1], device=model.device)
-    attention_mask = (columns < torch.tensor(lengths, device=model.device)[:, None]).long()
-    # The weights may still be on a CPU, which knows no flash attention.
-    with eval_mode(model), attention_implementation(model, sampling_attention(model)):
-        return last_hidden_states(model, model, input_ids=input_ids, attention_mask=attention_mask)
-
-
-def _difference(hidden: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative difference (T, H), the median of the tokens: rounding sends one of them to other experts at times."""
-    hidden, expected = hidden.float(), expected.float()
-    return ((hidden - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
+    vocab_size = shared_vocab_size(pair.student, pair.teacher)
+    special, padding = set(pair.tokenizer.all_special_ids), pad_token_id(pair.tokenizer, vocab_size)
+    ids = [i for i in range(vocab_size) if i not in special]
+    error = max(check_padding(name, model, ids, padding) for name, model in pair.models.items())
+    return Verdict.GOOD, f"A row's hidden states do not depend on what follows it (difference {error:.1e})."
 
 
 def _check_heads(pair: Pair) -> tuple[Verdict, str]:
@@ -326,6 +251,11 @@ def _check_heads(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, "The logits that the loss makes from hidden states are the models' own."
 
 
+def _check_experts(pair: Pair) -> tuple[Verdict, str]:
+    left_out = describe_left_out_loss(pair.student, pair.args.router_aux_loss_coef)
+    return (Verdict.GOOD, "The divergence is the whole loss.") if left_out is None else (Verdict.WARNING, left_out)
+
+
 PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
     "placement": _check_placement,
     "adapters": _check_adapters,
@@ -336,6 +266,7 @@ PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
     "room for prompts": _check_room,
     "padding": _check_padding,
     "heads": _check_heads,
+    "experts": _check_experts,
 }
 
 
@@ -344,6 +275,7 @@ def _check_engine(
 ) -> tuple[Verdict, str]:
     check_connected(accelerator)
     check_engine(accelerator, args.shard_teacher, args.compile_student)
+    check_settings(args, accelerator, student, teacher)
     for name, model in (("student", student), ("teacher", teacher)):
         check_head(LMHead.of(model), name, accelerator)
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)

@@ -40,3 +40,15 @@ def router_settings_kept(*models: PreTrainedModel) -> Iterator[None]:
 
 def _configs(models):
     return [config for model in models for config in (model.config, model.config.get_text_config())]
+
+
+def describe_left_out_loss(student: PreTrainedModel, coefficient: float | None) -> str | None:
+    """What to say of a load-balancing loss that SFTTrainer would add, with the `coefficient` of the arguments or, where that is `None`,
+    of the student's configuration; `None` if it would add none."""
+    own = getattr(student.config.get_text_config(), "router_aux_loss_coef", None)
+    if not own or coefficient == 0:
+        return None
+    return (
+        f"The student is a mixture of experts whose configuration names a load-balancing loss (router_aux_loss_coef={own}). SFTTrainer "
+        "adds it; here, as in GKDTrainer, the divergence is the whole loss. Set router_aux_loss_coef=0.0 to say that you know."
+    )

@@ -1,0 +1,212 @@
+"""Options of a command: TRL's parser (dataclasses and YAML), help by groups that fits a screen, and errors of one line.
+
+`--help` lists the names of the options by group, `--help GROUP` explains those of one, `--help all` those of all. What is not
+understood ends with exit code 2, a line that says what was found, and the name that may have been meant.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import shutil
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .._compat import TrlParser
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's name, what it does, its dataclasses, an example, and hints for options that it does not have."""
+
+    name: str
+    description: str
+    dataclasses: tuple[type, ...]
+    example: str = ""
+    hint: Callable[[str], str | None] = lambda name: None
+
+    @property
+    def prog(self) -> str:
+        return f"skd {self.name}"
+
+    @property
+    def usage(self) -> str:
+        return f"{self.prog} [--config FILE.yaml] [--OPTION VALUE ...]   ({self.prog} --help lists the options)"
+
+    def parser(self) -> TrlParser:
+        return TrlParser(self.dataclasses, prog=self.prog, usage=self.usage, allow_abbrev=False, add_help=False)
+
+    def parse(self, arguments: list[str], **defaults: Any) -> tuple:
+        """The dataclasses, filled from the command line, then the file named by `--config`, then `defaults`, then their own defaults.
+        Help and errors end the process."""
+        if help_wanted := [i for i, argument in enumerate(arguments) if argument in ("-h", "--help")]:
+            topic = arguments[help_wanted[0] + 1 :][:1]
+            print(self.help_text(topic[0] if topic and not topic[0].startswith("-") else None))
+            raise SystemExit(0)
+        # Before values are checked: a missing one may be due to an option that is not understood.
+        self._refuse([argument for argument in arguments if argument.startswith("--") and not self._has(argument)])
+        parser = self.parser()
+        parser.set_defaults(**defaults)
+        with self.one_line_errors():
+            *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        self._refuse(unknown)
+        return tuple(parsed)
+
+    def _has(self, argument: str) -> bool:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        return name == "config" or name in self._fields() or name.removeprefix("no_") in self._fields()
+
+    def _refuse(self, unknown: list[str]) -> None:
+        names = [argument.partition("=")[0].removeprefix("--") for argument in unknown if argument.startswith("--")]
+        if unknown and not names:
+            self.fail(f"{' '.join(unknown)!r} belongs to no option. Options begin with --.")
+        for name in names:
+            close = difflib.get_close_matches(name, self._fields(), n=1)
+            hint = self.hint(name) or (f"Did you mean --{close[0]}?" if close else f"`{self.prog} --help` lists them.")
+            self.fail(f"--{name} is no option. {hint}")
+
+    def fail(self, message: str) -> None:
+        """Ends the process with exit code 2 and one line."""
+        raise SystemExit(_error(self.prog, message))
+
+    @contextmanager
+    def one_line_errors(self) -> Iterator[None]:
+        """What is wrong with options, models or data is one line, and not a traceback (which SKD_TRACEBACK=1 shows)."""
+        try:
+            yield
+        except (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError) as error:
+            if os.environ.get("SKD_TRACEBACK"):
+                raise
+            raise SystemExit(_error(self.prog, str(error) or type(error).__name__)) from None
+
+    # Help
+
+    def _fields(self) -> dict[str, dataclasses.Field]:
+        return {field.name: field for cls in self.dataclasses for field in dataclasses.fields(cls) if field.init}
+
+    def groups(self) -> dict[str, list[dataclasses.Field]]:
+        """The options by group: by their name, or else by the class that defines them."""
+        groups: dict[str, list[dataclasses.Field]] = {}
+        for cls in self.dataclasses:
+            for field in dataclasses.fields(cls):
+                if field.init:
+                    groups.setdefault(_group_of(cls, field), []).append(field)
+        return dict(sorted(groups.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else -1))
+
+    def help_text(self, topic: str | None = None) -> str:
+        """The help: of all groups by name, of one group, or (`"all"`) of all groups with explanations."""
+        groups, width = self.groups(), min(shutil.get_terminal_size().columns, 100)
+        if topic is not None and topic != "all" and topic not in groups:
+            if topic.removeprefix("--") in self._fields():
+                return _explained(self._fields()[topic.removeprefix("--")], width)
+            self.fail(f"--help {topic}: there is no such group of options; choose one of {', '.join(groups)}, all.")
+        lines = [f"usage: {self.usage}", "", *textwrap.wrap(self.description, width)]
+        if self.example and topic is None:
+            lines += ["", *self.example.splitlines()]
+        lines += [""] if topic is None else []
+        for name, fields in groups.items():
+            if topic in (None, "all", name):
+                lines += [""] if topic is not None else []
+                lines += [f"{name}: {TITLES.get(name, '')}".rstrip(": ")]
+                lines += _names(fields, width) if topic is None else [_explained(field, width) for field in fields]
+        if topic is None:
+            lines += [
+                "",
+                f"`{self.prog} --help GROUP` explains a group, `--help OPTION` an option, `--help all` everything.",
+            ]
+        return "\n".join(lines)
+
+
+# Groups of options, in the order of the help, and what they are about.
+TITLES = {
+    "command": "",
+    "data": "rows, those held out included",
+    "evaluation": "the student before and after, on held-out prompts",
+    "model": "the student, and how both models are loaded",
+    "skd": "who writes the responses, and the divergence (SKDConfig)",
+    "speckd": "which tokens count (SpecKDConfig; --trainer speckd)",
+    "watching": "what is shown and kept of the responses",
+    "memory": "what it costs",
+    "lora": "train an adapter (PEFT)",
+    "quantization": "load in 4 or 8 bits",
+    "sft": "of TRL's SFTConfig and GKDConfig",
+    "trainer": "of transformers' TrainingArguments",
+}
+ORDER = list(TITLES)
+# Groups of which the short help names the first few: their own documentation is elsewhere.
+SHORTENED = {"trainer": 24, "sft": 8, "lora": 6, "quantization": 3}
+USUAL = (
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "use_cpu", "seed", "logging_steps", "report_to",
+    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "resume_from_checkpoint", "gradient_checkpointing",
+    "torch_compile", "deepspeed", "push_to_hub", "max_length", "beta", "chat_template_path", "dataset_num_proc", "use_peft",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit",
+)  # fmt: skip
+OF_COMMANDS = {
+    "data": ("dataset_name", "dataset_config", "dataset_split", "num_rows", "num_train_rows", "num_eval_rows",
+             "prompt_template", "completion_template"),
+    "evaluation": (
+        "compare", "compare_at_evaluation", "metrics", "draft_rows",
+    ),
+    "model": ("student", "teacher", "before", "after", "trust_remote_code"),
+}  # fmt: skip
+OF_CLASS = {"SKDConfig": "skd", "SpecKDConfig": "speckd", "TrainingArguments": "trainer", "ScriptArguments": "data"}
+# Where a field's name says more than its class.
+OF_NAME = {
+    "watching": ("log_", "num_completions"),
+    "memory": ("loss_chunk", "rollout_batch", "compile_", "ds3_", "shard_teacher"),
+    "lora": ("use_peft", "lora_", "use_rslora", "use_dora"),
+    "quantization": ("load_in_", "bnb_", "use_bnb"),
+}
+
+
+def _group_of(cls: type, field: dataclasses.Field) -> str:
+    for group, names in OF_COMMANDS.items():
+        if field.name in names:
+            return group
+    owner = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
+    if owner.__name__ in ("SKDConfig", "ModelConfig"):
+        for group, beginnings in OF_NAME.items():
+            if field.name.startswith(beginnings):
+                return group
+    if owner.__name__ == "ModelConfig" or field.name.startswith("teacher_model"):
+        return "model"
+    return OF_CLASS.get(
+        owner.__name__, "sft" if owner.__module__.startswith(("trl.", "skd_trl._compat")) else "command"
+    )
+
+
+def _names(fields: Iterable[dataclasses.Field], width: int) -> list[str]:
+    fields = list(fields)
+    group = [field.name for field in fields]
+    usual = [name for name in USUAL if name in group]
+    limit = next((SHORTENED[name] for name in SHORTENED if len(usual) and _is(name, group)), None)
+    shown = group if limit is None else usual[:limit]
+    rest = len(group) - len(shown)
+    text = " ".join(shown) + (f" ... and {rest} more" if rest else "")
+    return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
+
+
+def _is(group: str, names: list[str]) -> bool:
+    sign = {"trainer": "output_dir", "sft": "max_length", "lora": "use_peft", "quantization": "load_in_4bit"}
+    return sign[group] in names
+
+
+def _explained(field: dataclasses.Field, width: int) -> str:
+    text = " ".join(str(field.metadata.get("help", "")).split())
+    default = field.default if field.default is not dataclasses.MISSING else None
+    if default not in (None, "", dataclasses.MISSING):
+        text += f" [{default}]"
+    head = f"  --{field.name}"
+    return "\n".join([head, *textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")])
+
+
+def _error(prog: str, message: str) -> int:
+    import sys
+
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,128 @@
+"""Rows for a command: a data set of the hub, a file, a folder of files, or what `save_to_disk` wrote."""
+
+from pathlib import Path
+from string import Formatter
+
+from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
+
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_rows(
+    name: str,
+    split: str,
+    *,
+    config: str | None = None,
+    num_rows: int = 0,
+    seed: int = 0,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    One split of a data set.
+
+    Args:
+        name (`str`): a data set of the hub; a `.jsonl`, `.json`, `.parquet` or `.csv` file, which is one split; a folder with a
+            file of that kind for each split, such as `train.jsonl`; or a folder written by `save_to_disk`.
+        split (`str`): its name. A file has the one split "train".
+        config (`str`, *optional*): configuration of the hub's data set.
+        num_rows (`int`): size of a random sample to take (of a stream the first rows); 0 takes all rows.
+        seed (`int`): seed of that sample.
+        streaming (`bool`): whether rows are read while they are needed.
+
+    Raises:
+        `ValueError`: if there is no such data set or split (the message names those there are), or no row in it.
+    """
+    splits = split_names(name, config)
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits) or 'none'}.")
+    path = Path(name)
+    if path.is_dir() and _is_saved(path):
+        saved = load_from_disk(name)
+        rows = saved[split] if isinstance(saved, DatasetDict) else saved
+        rows = rows.to_iterable_dataset() if streaming else rows
+    elif path.is_file() or (path.is_dir() and _files(path)):
+        file = path if path.is_file() else _files(path)[split]
+        rows = load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=streaming)
+    else:
+        rows = load_dataset(name, config, split=split, streaming=streaming)
+    if isinstance(rows, IterableDataset):
+        return rows.take(num_rows) if num_rows else rows
+    if not len(rows):
+        raise ValueError(f"the split {split!r} of {name} has no rows.")
+    return rows.shuffle(seed=seed).select(range(num_rows)) if 0 < num_rows < len(rows) else rows
+
+
+def split_names(name: str, config: str | None = None) -> list[str]:
+    """The splits of a data set.
+
+    Raises:
+        `ValueError`: if there is no such data set.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise ValueError(f"{name} is a {path.suffix or 'nameless'} file; give one of {', '.join(READERS)}.")
+        return ["train"]
+    if path.is_dir():
+        if _is_saved(path):
+            saved = load_from_disk(name)
+            return [str(split) for split in saved] if isinstance(saved, DatasetDict) else ["train"]
+        if _files(path):
+            return list(_files(path))
+    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in READERS:
+        raise ValueError(f"the data set {name!r} does not exist: there is no such file or folder.")
+    try:
+        return get_dataset_split_names(name, config)
+    except Exception as error:  # whatever a hub, a proxy or a loading script raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the data set {name!r} cannot be read, neither here nor on the hub. {reason}") from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """A folder's files of rows, by the split that each is named after."""
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in READERS and path.is_file()}
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def from_templates(
+    rows: Dataset | IterableDataset, prompt: str | None, completion: str | None
+) -> Dataset | IterableDataset:
+    """Rows of any columns as conversations: `prompt` and `completion` are texts in which `{column}` is replaced by the row's value.
+    Without `completion` the rows are prompts alone.
+
+    Raises:
+        `ValueError`: for a template that names no column, or one that the rows lack.
+    """
+    if prompt is None:
+        raise ValueError("completion_template needs a prompt_template beside it.")
+    columns = rows.column_names or list(next(iter(rows), {}))
+    for name, template in (("prompt_template", prompt), ("completion_template", completion)):
+        try:
+            named = [field for _, field, *_ in Formatter().parse(template or "") if field is not None]
+        except ValueError as error:
+            raise ValueError(f"{name}={template!r} cannot be read: {error}. Write {{{{ for a brace.") from error
+        if missing := [field for field in named if field not in columns]:
+            raise ValueError(f"{name} names {missing}, and the rows have the columns {columns}.")
+        if template is not None and not named:
+            raise ValueError(f"{name}={template!r} names no column; write one of {columns} in braces.")
+
+    def as_conversation(row: dict) -> dict:
+        turns = {"prompt": [{"role": "user", "content": prompt.format(**row).strip()}]}
+        if completion is not None:
+            turns["completion"] = [{"role": "assistant", "content": completion.format(**row).strip()}]
+        return turns
+
+    return rows.map(as_conversation, remove_columns=columns)
+
+
+def hold_out(rows: Dataset, num_rows: int, seed: int, share: float = 0.1) -> tuple[Dataset, Dataset]:
+    """Rows to train on, and a random sample of at most `num_rows` (0: no limit) and a `share` of all that is kept out of them."""
+    num_held_out = max(1, min(num_rows or len(rows), int(share * len(rows))))
+    if len(rows) < 2:
+        raise ValueError("one row alone cannot be trained on and held out; give more rows, or --compare false.")
+    parts = rows.train_test_split(test_size=num_held_out, seed=seed)
+    return parts["train"], parts["test"]

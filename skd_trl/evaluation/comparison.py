@@ -1,0 +1,113 @@
+"""Before and after: a student scored twice on the same held-out prompts, or two students of one teacher, as a table.
+
+Intervals are bootstrapped over prompts (`bootstrap.py`). The dictionaries here are what metrics.json and the report hold.
+"""
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from .bootstrap import estimate, paired_change, ratio, resampled_rows
+from .scores import METRICS, Metric, Scores
+
+
+EXPLANATION = (
+    "KL(teacher || student) in nats per token; texts are greedy, samples are drawn at temperature 1. In brackets: 95% "
+    "paired bootstrap interval over prompts."
+)
+DRAFTS = "Drafts: the student drafts {} tokens for each forward of the teacher (speculative decoding)."
+COLOURS = {"better": "bold green", "worse": "bold red", "unclear": "dim"}
+
+
+def compare(
+    before: Scores, after: Scores, teacher: dict[str, np.ndarray], *, num_resamples: int = 2000, seed: int = 0
+) -> dict:
+    """
+    Every metric before and after with its 95% bootstrap interval, the paired interval of the change, and the teacher's
+    own value where it has one; a dictionary for metrics.json and for `comparison_table`.
+    """
+    rows = resampled_rows(len(before.responses), num_resamples, seed)
+    metrics = {}
+    for name in [name for name in before.values if name in after.values]:
+        shown = shown_as(name)
+        metrics[name] = {
+            "before": estimate(before.values[name], rows),
+            "after": estimate(after.values[name], rows),
+            "change": paired_change(before.values[name], after.values[name], rows),
+            "teacher": float(ratio(teacher[name])) if name in teacher else None,
+            "better": "higher" if shown.higher_is_better else "lower",
+        }
+    return {"num_prompts": len(before.responses), "metrics": metrics}
+
+
+def shown_as(name: str) -> Metric:
+    """How a metric is shown: as `METRICS` says, or by its name where it is a user's."""
+    return METRICS.get(name) or Metric(name.replace("_", " "), True, 2)
+
+
+def verdict(metric: dict) -> str:
+    """`better`, `worse`, or `unclear` where the interval of the change holds 0."""
+    low, high = metric["change"]["low"], metric["change"]["high"]
+    if low <= 0 <= high:
+        return "unclear"
+    return "better" if (low > 0) == (metric["better"] == "higher") else "worse"
+
+
+def comparison_table(comparison: dict, title: str = "The student before and after") -> Table:
+    """The comparison for a terminal of 80 columns; metrics.json has the intervals of before and after too."""
+    metrics = comparison["metrics"]
+    caption = EXPLANATION
+    own = [f"{metric['teacher']:.1f}" for metric in metrics.values() if metric["teacher"] is not None]
+    if own:
+        caption += f" The teacher's own ROUGE-1/2/L to the references: {' / '.join(own)}."
+    if "num_draft_tokens" in comparison:
+        caption += f" {DRAFTS.format(comparison['num_draft_tokens'])}"
+    table = Table(
+        title=f"{title}, on {comparison['num_prompts']} held-out prompts",
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for heading, justify in zip(("", "before", "after", "change", ""), ("left", *["right"] * 3, "left"), strict=True):
+        table.add_column(heading, justify=justify, no_wrap=True)
+    families = [name.rpartition("_")[2] if "rouge" in name else name.partition("_")[0] for name in metrics]
+    for (name, metric), family, following in zip(metrics.items(), families, [*families[1:], None], strict=True):
+        row = comparison_row(name, metric)
+        table.add_row(
+            *(Text(row[column]) for column in ("label", "before", "after", "change")),
+            Text(row["verdict"], style=COLOURS[row["verdict"]]),
+            end_section=family != following,
+        )
+    return table
+
+
+def comparison_row(name: str, metric: dict) -> dict[str, str]:
+    """One metric as the texts of its table cells, for the terminal and for the page."""
+    digits = f".{shown_as(name).digits}f"
+    value, low, high = (metric["change"][key] for key in ("value", "low", "high"))
+    return {
+        "label": shown_as(name).label,
+        "before": f"{metric['before']['value']:{digits}}",
+        "after": f"{metric['after']['value']:{digits}}",
+        "change": f"{value:+{digits}} [{low:+{digits}}, {high:+{digits}}]",
+        "verdict": verdict(metric),
+    }
+
+
+def scores_table(scores: Scores, teacher: dict[str, np.ndarray], title: str) -> Table:
+    """The scores of one student with their intervals, and the teacher's own where it has some."""
+    rows = resampled_rows(len(scores.responses))
+    table = Table(
+        title=f"{title}, on {len(rows[0])} held-out prompts", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left"
+    )
+    table.caption = EXPLANATION.replace("paired ", "")
+    for heading, justify in (("", "left"), ("student", "right"), ("teacher", "right")):
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for name, values in scores.values.items():
+        shown, found = shown_as(name), estimate(values, rows)
+        own = f"{float(ratio(teacher[name])):.{shown.digits}f}" if name in teacher else ""
+        value, low, high = (f"{found[key]:.{shown.digits}f}" for key in ("value", "low", "high"))
+        table.add_row(Text(shown.label), Text(f"{value} [{low}, {high}]"), own)
+    return table

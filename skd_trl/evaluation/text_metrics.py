@@ -1,0 +1,88 @@
+"""Metrics of texts: functions of predictions and targets, one number per row.
+
+Your own metric is a function `(predictions: list[str], targets: list[str])` that returns a list of numbers, or a dict of
+such lists; give it as an object or by name, `"module:function"`. Higher is better, unless it says `higher_is_better = False`.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+TextMetric = Callable[[list[str], list[str]], Sequence[float] | Mapping[str, Sequence[float]]]
+
+
+def rouge(predictions: list[str], targets: list[str]) -> dict[str, list[float]]:
+    """ROUGE-1, 2 and L: F-measures in percent, with stemming (needs the package rouge-score)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(target, prediction) for prediction, target in zip(predictions, targets, strict=True)]
+    return {kind: [100 * score[kind].fmeasure for score in scores] for kind in kinds}
+
+
+def exact_match(predictions: list[str], targets: list[str]) -> list[float]:
+    """100 where prediction and target are the same text, else 0."""
+    return [100.0 * (prediction == target) for prediction, target in zip(predictions, targets, strict=True)]
+
+
+TEXT_METRICS: dict[str, TextMetric] = {"rouge": rouge, "exact_match": exact_match}
+
+
+def text_metrics(named: Iterable[str | TextMetric] | None = None) -> dict[str, TextMetric]:
+    """Metrics by name, from names in `TEXT_METRICS`, `"module:function"` or functions. By default ROUGE, where rouge-score is
+    installed.
+
+    Raises:
+        `ValueError`: for a name that is not one, and for ROUGE without rouge-score.
+    """
+    is_installed = importlib.util.find_spec("rouge_score") is not None
+    metrics: dict[str, TextMetric] = {}
+    for metric in named if named is not None else (["rouge"] if is_installed else []):
+        if not isinstance(metric, str):
+            metrics[getattr(metric, "__name__", type(metric).__name__)] = metric
+            continue
+        if metric == "rouge" and not is_installed:
+            raise ValueError("The metric 'rouge' needs the package rouge-score: pip install rouge-score.")
+        metrics[metric.rpartition(":")[2]] = TEXT_METRICS.get(metric) or _imported(metric)
+    return metrics
+
+
+def scored(
+    metrics: dict[str, TextMetric], predictions: list[str], targets: Sequence[str | None], suffix: str
+) -> dict[str, np.ndarray]:
+    """Each metric as `(rows, 2)`: its value and 1 for each row, or 0 and 0 where there is no target. A metric that returns one list
+    is called `{name}_{suffix}`, one that returns a dict `{key}_{suffix}`. Nothing, if no row has a target."""
+    rows = [row for row, target in enumerate(targets) if target is not None]
+    columns: dict[str, np.ndarray] = {}
+    for name, metric in metrics.items() if rows else ():
+        found = metric([predictions[row] for row in rows], [str(targets[row]) for row in rows])
+        for key, values in found.items() if isinstance(found, Mapping) else ((name, found),):
+            if len(values) != len(rows):
+                raise ValueError(f"The metric {name!r} returned {len(values)} numbers for {len(rows)} rows.")
+            column = np.zeros((len(targets), 2))
+            column[rows] = np.stack([np.asarray(values, dtype=np.float64), np.ones(len(rows))], axis=1)
+            columns[f"{key}_{suffix}"] = column
+    return columns
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(
+            f"metric {name!r} is unknown; choose one of {', '.join(TEXT_METRICS)}, or name your own function as 'module:function'."
+        )
+    try:
+        metric = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"metric {name!r} cannot be imported: {error}. Name a function as 'module:function', with the module installed "
+            "or in the current folder."
+        ) from error
+    if not callable(metric):
+        raise ValueError(f"metric {name!r} is a {type(metric).__name__}; give a function of predictions and targets.")
+    return metric

@@ -1,0 +1,56 @@
+"""Texts that a model writes alone: greedy, or drawn from its own distribution at temperature 1."""
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..sampling.ragged_cache import eval_mode
+from .held_out import Decoding, batches, gather_rows, left_pad
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    *,
+    decoding: Decoding,
+    do_sample: bool = False,
+    description: str = "",
+) -> list[list[int]]:
+    """
+    One response for each prompt, with its end-of-sequence token where it has one; shared out over all processes.
+
+    Sampling is from the model's own distribution, at temperature 1. What the model's generation config asks for
+    (Qwen2's has a repetition penalty) does not count: the text of the bare model is what is compared.
+    """
+    responses = {}
+    lengths = [len(ids) for ids in prompt_ids]
+    with eval_mode(model), torch.random.fork_rng():
+        for batch in batches(lengths, decoding.batch_size, description):
+            torch.manual_seed(decoding.seed + batch[0])
+            input_ids, attention_mask = left_pad(
+                [prompt_ids[row] for row in batch], decoding.pad_token_id, model.device
+            )
+            output = model.generate(  # type: ignore[operator]
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=decoding.max_new_tokens,
+                do_sample=do_sample,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0 if do_sample else 50,  # 50 is the default: anything else is warned about in greedy search
+                repetition_penalty=1.0,
+                eos_token_id=decoding.eos_token_ids,
+                pad_token_id=decoding.pad_token_id,
+                use_cache=True,
+                synced_gpus=PartialState().num_processes > 1,  # sharded models: every forward is everybody's
+            )
+            for row, ids in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                ends = [position for position, token in enumerate(ids) if token in decoding.eos_token_ids]
+                responses[row] = ids[: ends[0] + 1] if ends else ids
+    return gather_rows(responses)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]) -> list[str]:
+    """The texts of responses, without special tokens."""
+    return [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]

@@ -1,0 +1,226 @@
+"""How rounds are run: as they are, or captured once for each shape and replayed, which on a GPU is five to ten times as fast.
+
+A round is a function over fixed buffers, so a CUDA graph of it does what it does. A graph belongs to the shapes and addresses it was
+captured with: rows, slots and draft lengths come in few numbers, buffers and caches are kept for as long as they are large enough, and
+weights change in place. The first round of a shape runs as it is and is the warm-up; the second is captured, and replayed from then on.
+What cannot be captured (a rule that waits for the device, experts in a loop) is found by trying, and runs as it is.
+
+Shapes: R places, L slots.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .draft_length import Stopwatch
+from .ragged_cache import RaggedDecoder
+
+
+logger = logging.get_logger(__name__)
+Signal = dict[str, torch.Tensor]
+
+# Where shapes are to be few, slots are multiples of this.
+SLOTS = 128
+# Kept graphs; the least recently used ones go first. A rule whose numbers are scheduled has new ones in each step.
+MOST_GRAPHS = 64
+# Share of the device's memory that caches may keep between calls. Larger ones are given back, and their graphs with them.
+KEPT_SHARE = 1 / 8
+
+
+class Graph(Protocol):
+    """What a captured round needs of a graph: [`CudaGraph`], or what a test puts in its place."""
+
+    def capture(self, play: Callable[[], None]) -> None:
+        """Records what `play` does to the device, without doing it."""
+
+    def replay(self) -> None:
+        """Does it."""
+
+
+class CudaGraph:
+    """A CUDA graph. All of `pool` share memory: no two of them run at once."""
+
+    def __init__(self, pool):
+        self.graph, self.pool = torch.cuda.CUDAGraph(), pool
+
+    def capture(self, play: Callable[[], None]) -> None:
+        # Casts that autocast keeps would be freed when it ends, and the graph would go on reading them.
+        is_cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            # Other threads (a data loader that pins memory) may talk to the device meanwhile.
+            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
+                play()
+        finally:
+            torch.set_autocast_cache_enabled(is_cached)
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class Rounds:
+    """Runs rounds, and keeps between calls of [`~skd_trl.interleaved_sample`] what captured or compiled ones belong to: give the
+    same object to every call with the same models.
+
+    Args:
+        capture (`bool`, *optional*):
+            Whether rounds are captured as CUDA graphs. By default where the models are on CUDA.
+        compile (`bool`, *optional*, defaults to `False`):
+            Whether both models' forwards in a round go through `torch.compile`: a minute or two at first, for long runs. With
+            `capture` its kernels are inside the graphs.
+        make_graph (`Callable`, *optional*): makes a [`Graph`] for a device, instead of a CUDA graph.
+    """
+
+    def __init__(
+        self, capture: bool | None = None, compile: bool = False, make_graph: Callable[[], Graph] | None = None
+    ):
+        self.capture, self.compile, self.make_graph = capture, compile, make_graph
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.decoders: dict[str, RaggedDecoder] = {}
+        self.graphs: OrderedDict[Hashable, tuple[Graph, Stopwatch, Signal]] = OrderedDict()
+        self.warm: set[Hashable] = set()
+        self.reason: str | None = None  # why nothing is captured any more
+        self.is_capturing, self.pool = False, None
+
+    @contextmanager
+    def session(self, device: torch.device, can_be_captured: bool):
+        """The time of one call. What is no use to the next one is given back."""
+        wanted = device.type == "cuda" if self.capture is None else self.capture
+        if self.capture and not can_be_captured:
+            self._say_once("a participant or rule here cannot be captured, or a forward is collective")
+        self.is_capturing = wanted and can_be_captured and self.reason is None
+        if self.is_capturing and self.make_graph is None:
+            if device.type != "cuda":
+                raise ValueError(f"capture=True needs models on CUDA, and these are on {device.type}. Leave it None.")
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            yield
+        finally:
+            if not self.has_fixed_shapes or self._bytes_kept() > self._bytes_allowed(device):
+                self.release()
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether few different shapes are worth more than small ones."""
+        return self.is_capturing or self.compile
+
+    def release(self) -> None:
+        """Gives back caches, buffers and graphs."""
+        self.forget_graphs()
+        for name in list(self.decoders):
+            self._drop(name)
+        self.buffers = {}
+
+    def _drop(self, name: str) -> None:
+        self.forget_graphs()
+        self.decoders.pop(name).head_input.close()
+
+    def forget_graphs(self) -> None:
+        self.graphs.clear()
+        self.warm.clear()
+
+    # Shapes
+
+    def num_rows(self, num_live: int, num_places: int) -> int:
+        """Places in use where `num_live` rows are written: powers of two and the numbers half-way between them."""
+        if not self.has_fixed_shapes:
+            return num_live
+        if self.compile:  # each number is a compilation
+            return num_places
+        power = 1 << max(num_live - 1, 0).bit_length()
+        return min(num_places, power * 3 // 4 if power >= 4 and num_live <= power * 3 // 4 else power)
+
+    def num_slots(self, num_needed: int, num_slots: int) -> int:
+        """Slots that attention reads, of a cache with `num_slots`."""
+        if not self.has_fixed_shapes:
+            return num_needed
+        unit = SLOTS
+        while self.compile and unit < num_needed:  # each is a compilation
+            unit *= 2
+        return min(-(-num_needed // unit) * unit, num_slots)
+
+    def num_draft(self, num_draft: int, lengths: tuple[int, ...]) -> int:
+        """The draft length of a round for which `num_draft` was chosen, one of `lengths`. A block may run over the end of its rows."""
+        return min(length for length in lengths if length >= num_draft) if self.has_fixed_shapes else num_draft
+
+    # What is kept
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory of at least this shape, under a name: what is in it is anything. The same as in the last call if that will do."""
+        kept = self.buffers.get(name)
+        if kept is not None and kept.dtype == dtype and kept.device == device and kept.ndim == len(shape):
+            if all(have >= need for have, need in zip(kept.shape, shape, strict=True)):
+                return kept
+            shape = tuple(max(sizes) for sizes in zip(kept.shape, shape, strict=True))
+        if kept is not None:
+            self.forget_graphs()
+        self.buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
+        return self.buffers[name]
+
+    def decoder(self, name: str, model: nn.Module, num_rows: int, num_slots: int) -> RaggedDecoder:
+        """A decoder of at least so many rows and slots for a participant called `name`: the last one if it will do."""
+        last = self.decoders.get(name)
+        if last is not None:
+            if last.model is model:
+                if last.num_rows >= num_rows and last.num_slots >= num_slots:
+                    return last
+                num_rows, num_slots = max(num_rows, last.num_rows), max(num_slots, last.num_slots)
+            del last  # before the next one is allocated
+            self._drop(name)
+        if self.has_fixed_shapes:
+            num_slots = -(-num_slots // SLOTS) * SLOTS
+        self.decoders[name] = decoder = RaggedDecoder(model, num_rows, num_slots, self.compile)
+        return decoder
+
+    def _bytes_kept(self) -> int:
+        return sum(decoder.num_bytes for decoder in self.decoders.values())
+
+    @staticmethod
+    def _bytes_allowed(device: torch.device) -> float:
+        if device.type != "cuda":
+            return float("inf")
+        return torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE
+
+    # One round
+
+    def run(
+        self, key: Hashable, play: Callable[[Stopwatch], Signal], device: torch.device
+    ) -> tuple[Stopwatch, Signal, bool]:
+        """Runs `play`, a round of the shape `key`. Returns the stopwatch with its marks, what `play` returns, and whether this was
+        a warm-up, whose times say nothing of the rounds to come."""
+        if self.is_capturing and key in self.warm and key not in self.graphs:
+            self._capture(key, play, device)
+        if self.is_capturing and key in self.graphs:
+            self.graphs.move_to_end(key)
+            graph, stopwatch, signal = self.graphs[key]
+            graph.replay()
+            return stopwatch, signal, False
+        is_warm_up = self.has_fixed_shapes and key not in self.warm
+        self.warm.add(key)
+        stopwatch = Stopwatch(device)
+        return stopwatch, play(stopwatch), is_warm_up
+
+    def _capture(self, key: Hashable, play: Callable[[Stopwatch], Signal], device: torch.device) -> None:
+        start, stopwatch, signals = time.perf_counter(), Stopwatch(device, in_graph=True), []
+        graph = CudaGraph(self.pool) if self.make_graph is None else self.make_graph()
+        try:
+            graph.capture(lambda: signals.append(play(stopwatch)))
+        except Exception as error:  # whatever a forward or a rule may do that no graph can
+            self.is_capturing = False
+            self._say_once(f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
+            return
+        self.graphs[key] = graph, stopwatch, signals[0]
+        while len(self.graphs) > MOST_GRAPHS:
+            self.graphs.popitem(last=False)
+        logger.info(f"Captured the sampling round {key} in {time.perf_counter() - start:.1f} s.")
+
+    def _say_once(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+            logger.warning(f"Sampling rounds are not captured as CUDA graphs and run slower: {reason}.")

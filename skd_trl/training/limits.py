@@ -1,0 +1,68 @@
+"""How many tokens prompts, references and both together may have: by the settings, and by the positions that the models have.
+
+Where responses are sampled, a prompt leaves room for `max_new_tokens`. Where none is, a prompt and its reference share `max_length`,
+unless one of them has a limit of its own. `None` is no limit.
+"""
+
+from transformers import PreTrainedModel
+
+from ..sampling.admission import positions_of
+from ..skd_config import SKDConfig
+
+
+def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
+    """The longest prompt that both models have positions for, or a lower limit that `args` sets; `None` is no limit.
+
+    Raises:
+        `ValueError`: if the response takes all positions of a model.
+    """
+    own = _prompt_limit(args)
+    limits = [] if own is None else [own]
+    num_beside = args.max_new_tokens if args.samples else 1
+    for name, positions in _positions(args, student, teacher).items():
+        if positions <= num_beside and args.samples:
+            raise ValueError(
+                f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt: the {name} has {positions} positions "
+                "(max_position_embeddings, or with longrope original_max_position_embeddings). Lower max_new_tokens."
+            )
+        limits.append(positions - num_beside)
+    return min(limits, default=None)
+
+
+def room_for_texts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
+    """The most tokens that a prompt and its reference may have together; learned positions end there with an IndexError."""
+    own = _text_limit(args)
+    limits = [] if own is None else [own]
+    return min([*limits, *_positions(args, student, teacher).values()], default=None)
+
+
+def _positions(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, int]:
+    """The positions of each model that has a limit of them."""
+    found = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        config = model.config.get_text_config()
+        positions = positions_of(config) if args.samples else getattr(config, "max_position_embeddings", None)
+        if positions is not None:
+            found[name] = positions
+    return found
+
+
+def response_limit(args: SKDConfig) -> int | None:
+    """Tokens of a reference response that are used; `None` is all, or what [`room_for_texts`] leaves."""
+    is_open = args.max_prompt_length is None and not args.samples
+    if args.max_response_length is not None or args.max_length is None or is_open:
+        return args.max_response_length
+    longest_prompt = _prompt_limit(args)
+    assert longest_prompt is not None  # as max_length is set
+    return max(args.max_length - longest_prompt, 1)
+
+
+def _prompt_limit(args: SKDConfig) -> int | None:
+    if args.max_prompt_length is not None or args.max_length is None:
+        return args.max_prompt_length
+    return args.max_length - (args.max_new_tokens if args.samples else 1)
+
+
+def _text_limit(args: SKDConfig) -> int | None:
+    has_own_limits = args.samples or args.max_prompt_length is not None or args.max_response_length is not None
+    return None if has_own_limits else args.max_length

@@ -1,0 +1,94 @@
+"""What a run leaves in its output directory for its report, while it is still going on.
+
+`logs.jsonl` has a line for each log, as the Trainer's state would have it at the end; `evaluation.json` the run's settings, and when
+the run is over the comparison of before and after. So a run that was killed can be reported too.
+"""
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+LOGS, EVALUATION = "logs.jsonl", "evaluation.json"
+VERSIONS = ("skd_trl", "trl", "transformers", "torch", "datasets", "accelerate", "peft")
+SETTINGS = (
+    "rollout", "accept", "accept_top_k", "accept_kwargs", "num_draft_tokens", "temperature", "student_top_p",
+    "teacher_temperature", "teacher_top_p", "divergence", "lmbda", "max_new_tokens", "gate", "gate_top_k", "gate_floor",
+    "learning_rate", "max_steps", "seed",
+)  # fmt: skip
+
+
+class LogFile(TrainerCallback):
+    """Appends each log to `output_dir/logs.jsonl` as it comes. A resumed run goes on after the step that it resumes from."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / LOGS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [entry for entry in read_logs(path) if 0 < entry.get("step", 0) <= state.global_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+        os.replace(partial, path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            path = Path(args.output_dir) / LOGS
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps({**logs, "step": state.global_step, "max_steps": state.max_steps}) + "\n")
+
+
+def read_logs(path: Path) -> list[dict]:
+    """The logs of a run so far; a line that was cut when the run was killed is left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries
+
+
+def write_settings(output_dir: Path, settings: dict[str, Any], **more: Any) -> Path:
+    """Writes `evaluation.json`, whole or not at all: `settings`, and what else there is by then."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / EVALUATION
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"settings": settings, **more}, indent=2))
+    os.replace(partial, path)
+    return path
+
+
+def run_settings(trainer) -> dict[str, Any]:
+    """What a reader needs to place the figures of a run: settings of the method, rows of a step, device, versions."""
+    args = trainer.args
+    shown = args.to_dict()
+    num_processes = trainer.accelerator.num_processes
+    found = {name: shown[name] for name in SETTINGS if shown.get(name) is not None}
+    found["num_draft_tokens"] = trainer.args.num_draft_tokens or "auto"
+    return {
+        **found,
+        "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
+        "device": str(args.device),
+        "processes": num_processes,
+        "versions": installed_versions(),
+    }
+
+
+def installed_versions(names: tuple[str, ...] = VERSIONS) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            if name == "skd_trl":  # from a checkout
+                import skd_trl
+
+                found[name] = skd_trl.__version__
+    return found

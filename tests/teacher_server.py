@@ -1,0 +1,151 @@
+"""Teacher's servers for tests, real ones over HTTP, in this process: ours, and vLLM's routes with a prefix cache that spoils what it
+keeps, as vLLM's does. `fault` makes one misbehave."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+from local_scorer import LocalScorer
+
+from skd_trl.sampling.top_judgement import Scores
+from skd_trl.serving.wire import INFO_ROUTE, SCORE_ROUTE, VERSION, pack_scores, unpack_request
+
+
+class TeacherServer:
+    """`fault` is one of "hangs", "nan", "error", "half" (an answer for half of the texts), or empty."""
+
+    def __init__(self, model, vocab_size=259, api_key=None, name="tiny", kind="own", port=0):
+        self.scorer = LocalScorer(model, 50, vocab_size)
+        self.api_key, self.name, self.kind, self.fault = api_key, name, kind, ""
+        self.says_cached, self.block_size = True, 4
+        self.cached: set[tuple[int, ...]] = set()  # beginnings in the prefix cache
+        self.paths: list[str] = []
+        self.num_texts = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):  # noqa: N802
+                outer.handle(self, b"")
+
+            def do_POST(self):  # noqa: N802
+                outer.handle(self, self.rfile.read(int(self.headers["Content-Length"])))
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def handle(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        self.paths.append(request.path)
+        if self.fault == "hangs":
+            time.sleep(5)
+        status, answer = self.answer(request, body)
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(answer)))
+        request.end_headers()
+        request.wfile.write(answer)
+
+    def answer(self, request, body) -> tuple[int, bytes]:
+        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return 401, b"no"
+        if self.fault == "error":
+            return 500, b"out of memory"
+        if self.kind == "own" and request.path == INFO_ROUTE:
+            said = {"version": VERSION, "model": self.name, "vocab_size": self.scorer.vocab_size, "max_length": 512}
+            return 200, json.dumps({**said, "top_k": 50}).encode()
+        if self.kind == "own" and request.path == SCORE_ROUTE:
+            question = unpack_request(body)
+            texts = question.texts[:1] if self.fault == "half" else question.texts
+            return 200, pack_scores(self.scores(texts, question.num_scored, question.top_k))
+        if self.kind != "own" and request.path == "/v1/models":
+            return 200, json.dumps({"data": [{"id": self.name, "max_model_len": 512}]}).encode()
+        if self.kind == "generate" and request.path == "/inference/v1/generate":
+            return self.generate(json.loads(body))
+        if self.kind in ("generate", "completions") and request.path == "/v1/completions":
+            return self.completions(json.loads(body))
+        return 404, b"nothing here"
+
+    def scores(self, texts, num_scored, top_k) -> Scores:
+        with self.lock:  # one model
+            self.scorer.top_k = top_k
+            self.num_texts += len(texts)
+            scores = self.scorer.score(texts, num_scored, range(len(texts)))
+        if self.fault == "nan":
+            scores.log_probs.fill_(torch.nan)
+        return scores
+
+    def generate(self, said) -> tuple[int, bytes]:
+        if "token_ids" not in said:
+            return 422, b"token_ids is missing"
+        text, params = said["token_ids"], said["sampling_params"]
+        if "prompt_logprobs" not in params:
+            return 200, json.dumps(
+                {"choices": [{"logprobs": {"content": [self.next(text, params["logprobs"])]}}]}
+            ).encode()
+        num_cached, blocks = 0, [tuple(text[:end]) for end in range(self.block_size, len(text), self.block_size)]
+        if params.get("skip_reading_prefix_cache", True) is False:
+            num_cached = max([len(block) for block in blocks if block in self.cached], default=0)
+        self.cached.update(blocks)
+        entries = self.entries(text, params["prompt_logprobs"])
+        for position in range(1, num_cached + 1):  # what is predicted by positions from the cache is anything
+            entries[position] = {token: {**value, "logprob": -7.5} for token, value in entries[position].items()}
+        usage = {"prompt_tokens_details": {"cached_tokens": num_cached}} if self.says_cached else {}
+        return 200, json.dumps({"prompt_logprobs": entries, "usage": usage, "choices": []}).encode()
+
+    def completions(self, said) -> tuple[int, bytes]:
+        if "prompt" not in said:
+            return 422, b"prompt is missing"
+        if "prompt_logprobs" in said:
+            return 200, json.dumps(
+                {"choices": [{"prompt_logprobs": self.entries(said["prompt"], said["prompt_logprobs"])}]}
+            ).encode()
+        best = self.next(said["prompt"], said["logprobs"])["top_logprobs"]
+        named = {f"token_id:{entry['token_id']}": entry["logprob"] for entry in best}
+        return 200, json.dumps({"choices": [{"logprobs": {"top_logprobs": [named]}}]}).encode()
+
+    def entries(self, text, top_k):
+        """One dict a position, the first `None`; the text's own token is there whatever its rank."""
+        scores = self.scores([text], len(text) - 1, top_k)
+        entries: list = [None]
+        for position, token in enumerate(text[1:]):
+            order = scores.log_probs[0, position].argsort(descending=True, stable=True).tolist()
+            entry = {
+                int(scores.ids[0, position, index]): {
+                    "logprob": float(scores.log_probs[0, position, index]),
+                    "rank": rank + 1,
+                }
+                for rank, index in enumerate(order)
+            }
+            own = {
+                "logprob": float(scores.token_log_probs[0, position]),
+                "rank": int(scores.token_ranks[0, position]) + 1,
+            }
+            entries.append({**entry, token: own})
+        return entries
+
+    def next(self, text, top_k):
+        scores = self.scores([text], 0, top_k)
+        pairs = zip(scores.ids[0, 0].tolist(), scores.log_probs[0, 0].tolist(), strict=True)
+        best = sorted(({"token_id": token, "logprob": value} for token, value in pairs), key=lambda x: -x["logprob"])
+        return {**best[0], "top_logprobs": best}
+
+
+@contextmanager
+def serving(model, **options) -> Iterator[TeacherServer]:
+    server = TeacherServer(model, **options)
+    try:
+        yield server
+    finally:
+        server.stop()

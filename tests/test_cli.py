@@ -1,0 +1,334 @@
+"""The command line: help, wrong options, and each command on tiny models and every form of rows."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from assets import arguments_for, save_assets
+from datasets import Dataset
+from rich.console import Console
+from tiny import EOS, byte_tokenizer
+
+from skd_trl.__main__ import COMMANDS, main
+from skd_trl.commands import options, rows, train, watch
+from skd_trl.training.run_files import read_logs
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    return save_assets(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def run(arguments, capsys) -> tuple[int, str]:
+    """Exit code and all that was printed."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+# Help and wrong options
+
+
+def test_no_argument_gives_help_and_every_command_has_its_line(capsys):
+    code, output = run([], capsys)
+    assert code == 0
+    assert all(re.search(rf"^ +{name} +\w", output, re.MULTILINE) for name in (*COMMANDS, "check"))
+
+
+def test_an_unknown_command_is_refused_with_those_that_there_are(capsys):
+    code, output = run(["trian"], capsys)
+    assert code == 2
+    assert "invalid choice: 'trian'" in output and "train" in output.replace("trian", "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_fits_a_screen(name, capsys):
+    code, output = run([name, "--help"], capsys)
+    assert code == 0
+    lines = output.splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 120
+    assert lines[0].startswith(f"usage: skd {name}")
+
+
+def test_every_option_is_in_one_group_and_is_explained_by_it_and_by_its_name():
+    command = train.train_command("speckd")
+    groups = command.groups()
+    names = [field.name for fields in groups.values() for field in fields]
+    assert len(names) == len(set(names)) and {"gate", "lora_r", "learning_rate", "dataset_name"} <= set(names)
+    assert set(groups) <= set(options.TITLES)
+    assert {"gate", "gate_floor"} <= {field.name for field in groups["speckd"]}
+    everything = command.help_text("all")
+    assert all(f"--{name}\n" in everything for name in names)
+    assert "--gate_floor" in command.help_text("speckd") and "--lora_r" not in command.help_text("speckd")
+    assert "accepted" in command.help_text("accept_top_k")
+
+
+WRONG = [
+    (["--gate", "spec_k"], "--gate is no option. It belongs to SpecKD's trainer: add --trainer speckd."),
+    (["--learning_rat", "1"], "--learning_rat is no option. Did you mean --learning_rate?"),
+    (["--learning_rate", "much"], "invalid float value: 'much'"),
+    (["--accept", "best"], "accept='best' is unknown; choose one of top_k"),
+    (["--trainer", "gkd"], "invalid choice: 'gkd'"),
+    (["--dataset_name", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
+    (["--num_eval_rows", "-1"], "num_eval_rows=-1"),
+    (["stray"], "'stray' belongs to no option"),
+    (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+    (["--help", "nothing"], "no such group of options; choose one of"),
+    (["--dataset_train_split", "dev"], "has no split 'dev'; it has test, train."),
+    (["--metrics", "bleu"], "metric 'bleu' is unknown"),
+]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG, ids=[" ".join(wrong) for wrong, _ in WRONG])
+def test_a_wrong_command_gives_one_line_with_a_hint_and_exit_code_2(wrong, message, assets, capsys, tmp_path):
+    code, output = run(["train", *arguments_for(assets, output_dir=tmp_path / "run"), *wrong], capsys)
+    assert code == 2
+    assert message in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("name", ["evaluate", "compare", "watch", "report", "train"])
+def test_a_command_without_what_it_needs_says_what_is_missing(name, capsys):
+    code, output = run([name], capsys)
+    assert code == 2
+    assert f"skd {name}: error: " in output and re.search("missing|is not set", output)
+
+
+def test_an_option_of_another_trainer_is_told_before_what_is_missing(capsys):
+    code, output = run(["train", "--gate", "spec_k"], capsys)
+    assert code == 2 and "add --trainer speckd" in output
+
+
+def test_a_file_of_options_is_read_and_the_command_line_overrides_it(assets, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer: speckd\ngate_top_k: 7\ndataset_name: rows\nmax_new_tokens: 3\nuse_cpu: true\nbf16: false\n"
+    )
+    arguments = ["--config", str(config), "--max_new_tokens", "5"]
+    assert train.chosen_trainer(arguments) == "speckd"
+    script_args, training_args, _ = train.train_command("speckd").parse(arguments)
+    assert (script_args.dataset_name, training_args.gate_top_k, training_args.max_new_tokens) == ("rows", 7, 5)
+
+
+def test_the_trainer_is_that_of_the_command_line_then_of_the_file_then_skd(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("trainer: speckd\n")
+    assert train.chosen_trainer(["--config", str(config), "--trainer", "skd"]) == "skd"
+    assert train.chosen_trainer(["--config", str(config)]) == "speckd"
+    assert train.chosen_trainer(["--learning_rate", "1.0"]) == "skd"
+
+
+def test_an_unknown_option_of_a_file_is_refused_as_one_of_the_command_line(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("gate: spec_k\ndataset_name: rows\nuse_cpu: true\nbf16: false\n")
+    code, output = run(["train", "--config", config], capsys)
+    assert code == 2 and "add --trainer speckd" in output
+
+
+def test_the_module_is_a_command_too():
+    process = subprocess.run(
+        [sys.executable, "-m", "skd_trl", "env"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert re.search(r"- skd_trl: \d", process.stdout) and "- accelerators: " in process.stdout
+
+
+# Rows
+
+
+def test_rows_come_from_files_folders_and_saved_data_sets(tmp_path):
+    dataset = Dataset.from_list([{"prompt": f"p{i}"} for i in range(6)])
+    (tmp_path / "folder").mkdir()
+    dataset.to_json(tmp_path / "rows.jsonl")
+    dataset.to_parquet(tmp_path / "folder" / "train.parquet")
+    dataset.to_json(tmp_path / "folder" / "test.jsonl")
+    dataset.save_to_disk(tmp_path / "saved")
+    for name in ("rows.jsonl", "folder", "saved"):
+        assert rows.load_rows(str(tmp_path / name), "train")["prompt"][:] == dataset["prompt"][:]
+    assert rows.split_names(str(tmp_path / "folder")) == ["test", "train"]
+    two = rows.load_rows(str(tmp_path / "rows.jsonl"), "train", num_rows=2, seed=1)["prompt"][:]
+    assert len(set(two)) == 2 and two != dataset["prompt"][:2]
+    stream = rows.load_rows(str(tmp_path / "rows.jsonl"), "train", num_rows=2, streaming=True)
+    assert [row["prompt"] for row in stream] == ["p0", "p1"]
+
+
+def test_rows_that_are_not_there_are_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "p"}\n')
+    for name, split, message in (
+        ("./nowhere", "train", "there is no such file or folder"),
+        (str(tmp_path / "notes.txt"), "train", "a .txt file; give one of .jsonl"),
+        (str(tmp_path), "test", "has no split 'test'; it has train"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rows.load_rows(name, split)
+
+
+def test_rows_that_are_held_out_are_not_trained_on():
+    dataset = Dataset.from_list([{"prompt": f"p{i}"} for i in range(30)])
+    kept, held_out = rows.hold_out(dataset, 200, seed=0)
+    assert (len(kept), len(held_out)) == (27, 3)
+    assert sorted(kept["prompt"][:] + held_out["prompt"][:]) == sorted(dataset["prompt"][:])
+    assert len(rows.hold_out(dataset, 2, seed=0)[1]) == 2
+
+
+def test_columns_become_conversations_by_templates():
+    dataset = Dataset.from_list([{"question": "1 + 1?", "answer": "{2}", "id": 7}])
+    prompt, answer = {"role": "user", "content": "Solve: 1 + 1?"}, {"role": "assistant", "content": "{2}"}
+    both = rows.from_templates(dataset, "Solve: {question}", "{answer}")
+    assert both[:] == {"prompt": [[prompt]], "completion": [[answer]]}
+    assert rows.from_templates(dataset.to_iterable_dataset(), "Solve: {question}", None).column_names == ["prompt"]
+    for prompt_template, completion_template, message in (
+        ("{what}", None, r"prompt_template names \['what'\], and the rows have the columns \['question'"),
+        ("{question}", "fixed", "completion_template='fixed' names no column"),
+        (None, "{answer}", "needs a prompt_template"),
+        ("{question", None, "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rows.from_templates(dataset, prompt_template, completion_template)
+
+
+# The commands on tiny models
+
+
+MESSAGES = [{"role": "user", "content": "hello 世界"}, {"role": "assistant", "content": "hi 🎉"}]
+FORMS = {
+    "messages": {"messages": MESSAGES},
+    "prompts": {"prompt": MESSAGES[:1]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_of_any_form_is_trained_on_compared_and_reported(form, assets, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([json.dumps(FORMS[form])] * 20))
+    out = tmp_path / "out"
+    templates = {"prompt_template": "{question}", "completion_template": "{answer}"} if form == "columns" else {}
+    settings = {
+        **templates,
+        "dataset_name": file,
+        "output_dir": out,
+        "save_strategy": "no",
+        "draft_rows": 1,
+        "max_steps": 1,
+    }
+    code, output = run(["train", *arguments_for(assets, **settings)], capsys)
+    assert code == 0
+    assert "2 of its train rows are held out, 18 are left to train on" in output
+    assert "The student before and after, on 2 held-out prompts" in output
+    assert re.search(r"step 1/1  loss \d", output)
+    found = json.loads((out / "metrics.json").read_text())
+    assert ("rouge1_reference" in found["comparison"]["metrics"]) == (form != "prompts")
+    assert "draft_tokens_per_forward_greedy" in found["comparison"]["metrics"]
+    assert found["progress"] == {"step": 1, "num_steps": 1, "is_over": True}
+    assert (out / "samples.html").exists() and (out / "model.safetensors").exists()
+    assert f"| teacher | `{assets / 'teacher'}` |" in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_speckd_is_trained_without_a_comparison_where_none_is_wanted(assets, tmp_path, capsys):
+    out = tmp_path / "out"
+    settings = {"output_dir": out, "trainer": "speckd", "gate_top_k": 9, "compare": False, "max_steps": 1}
+    code, output = run(["train", *arguments_for(assets, **settings)], capsys)
+    assert code == 0 and "before" not in output
+    assert json.loads((out / "evaluation.json").read_text())["settings"]["gate_top_k"] == 9
+
+
+@pytest.mark.slow
+def test_two_checkpoints_are_compared_and_one_is_evaluated_with_the_same_figures(assets, tmp_path, capsys):
+    common = ["--teacher", assets / "teacher", "--dataset_name", assets / "text", "--max_new_tokens", "4"]
+    common += ["--metrics", "exact_match", "rouge", "--num_draft_tokens", "2"]
+    evaluated, compared = tmp_path / "one.json", tmp_path / "two.json"
+    code, output = run(["evaluate", "--student", assets / "student", *common, "--output_file", evaluated], capsys)
+    assert code == 0 and "KL on teacher's text" in output and "exact match teacher" in output
+    pair = ["--before", assets / "student", "--after", assets / "teacher"]
+    code, output = run(["compare", *pair, *common, "--output_file", compared], capsys)
+    assert code == 0 and "better" in output
+    one, two = (json.loads(path.read_text()) for path in (evaluated, compared))
+    for name, metric in two["comparison"]["metrics"].items():
+        assert metric["before"]["value"] == pytest.approx(one["metrics"][name])
+    assert two["comparison"]["metrics"]["kl_teacher_text"]["after"]["value"] == pytest.approx(0, abs=1e-6)
+    assert two["comparison"]["metrics"]["draft_accepted_greedy"]["after"]["value"] == 100
+    assert [row["before"] for row in two["examples"]] == [row["student"] for row in one["examples"]]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_what_its_report_needs(assets, tmp_path, capsys):
+    out = tmp_path / "out"
+    settings = {"output_dir": out, "save_strategy": "no", "max_steps": 3000, "draft_rows": 0, "log_fixed_prompts": 1}
+    command = [sys.executable, "-m", "skd_trl", "train", *arguments_for(assets, **settings)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while len(read_logs(out / "logs.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    code, output = run(["report", out], capsys)
+    assert code == 0 and output.count(str(out)) == 3
+    logs = read_logs(out / "logs.jsonl")
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["progress"] == {"step": len(logs), "num_steps": 3000, "is_over": False}
+    assert found["training"]["loss"]["last"] == logs[-1]["loss"]
+    page = (out / "samples.html").read_text()
+    assert f"step {len(logs)} of 3000" in page and 'id="progress"' in page and 'id="texts"' in page
+
+
+# Watching
+
+
+WATCHED = ["--prompt", "hello", "--accept_top_k", "60", "--num_draft_tokens", "3", "--max_new_tokens", "10"]
+WATCHED += ["--teacher_temperature", "1", "--teacher_top_p", "1"]
+
+
+def test_watching_shows_every_token_of_the_response_and_who_wrote_it(assets, capsys):
+    code, output = run(["watch", "--student", assets / "student", "--teacher", assets / "teacher", *WATCHED], capsys)
+    assert code == 0
+    tokens, accepted, replaced = (
+        int(re.search(pattern, output).group(1))
+        for pattern in (r"(\d+) tokens in", r"(\d+) accepted,", r"(\d+) replaced \(")
+    )
+    assert accepted + replaced == tokens
+    assert replaced > 0 and output.count(">⟦") >= replaced
+    code, again = run(
+        ["watch", "--student", assets / "student", "--teacher", assets / "teacher", *WATCHED, "--accept", "never"],
+        capsys,
+    )
+    assert code == 0 and "10 replaced" in again or "100%" in again
+
+
+def rounds_shown(marks) -> str:
+    tokenizer = byte_tokenizer()
+    a, b, c, d, e, f = tokenizer("abcdef").input_ids[:6]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(watch.rounds_table([([a, b, c], 1), ([e, f, a], 3)], [a, d, e, f], tokenizer, marks))
+    return console.export_text()
+
+
+def test_the_rounds_of_a_draft_show_what_was_accepted_replaced_and_dropped():
+    text = rounds_shown(watch.Marks.of(Console(force_terminal=True, color_system="truecolor")))
+    assert "a b>d c" in text and "1 of 3" in text
+    assert "e f" in text and EOS not in text
+
+
+def test_in_a_pipe_the_tokens_are_told_apart_without_colours():
+    text = rounds_shown(watch.Marks.of(Console(file=io.StringIO())))
+    assert "a ~b~>⟦d⟧ (c)" in text
+    assert "~proposed~>⟦replaced by the teacher⟧  (dropped)" in text
+
+
+def test_the_console_script_is_installed_where_the_package_is():
+    if shutil.which("skd") is None:
+        pytest.skip("the package was not installed again since it has a console script")
+    assert "train" in subprocess.run(["skd"], capture_output=True, text=True, timeout=120, check=True).stdout

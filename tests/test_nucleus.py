@@ -1,0 +1,110 @@
+"""The draw without a sort or scan of the vocabulary draws what the plain one draws."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skd_trl.sampling.nucleus import Nucleus
+from skd_trl.sampling.sampling_params import SamplingParams, draw, draw_from_probs, shaped_probs
+
+
+def cumulative_in_float64(logits, sampling):
+    """Of the shaped distribution, by sorting, one row at a time, in numpy."""
+    probs = np.exp(np.float64(logits) / sampling.temperature)
+    probs /= probs.sum()
+    if 0 < sampling.top_k < len(probs):
+        probs = np.where(probs >= np.sort(probs)[-sampling.top_k], probs, 0)
+        probs /= probs.sum()
+    if sampling.top_p < 1:
+        ordered = np.sort(probs)[::-1]
+        last = np.searchsorted(np.cumsum(ordered), sampling.top_p)
+        probs = np.where(probs >= ordered[min(last, len(ordered) - 1)], probs, 0)
+        probs /= probs.sum()
+    return np.cumsum(probs)
+
+
+SAMPLING = [
+    SamplingParams(),
+    SamplingParams(0.5, 0.5),
+    SamplingParams(top_p=0.9),
+    SamplingParams(0.7, 0.8, top_k=20),
+    SamplingParams(top_k=7),
+]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([5, 64, 512, 513, 640, 2000, 4100]),
+    st.sampled_from(SAMPLING),
+    st.floats(0, 8),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_draws_by_candidates_are_the_plain_draws_wherever_the_nucleus_fits(
+    vocab_size, sampling, scale, has_ties, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(8, vocab_size, generator=generator) * scale
+    if has_ties:
+        logits = logits.round()
+    uniforms = torch.rand(8, generator=generator)
+    nucleus, plain = Nucleus((20, 100)), draw(logits, sampling, uniforms)
+    for level in (0, 1, 2):
+        nucleus.level = level
+        nucleus.begin_round()
+        drawn = nucleus.draw(logits, sampling, uniforms)
+        missed = nucleus.missed(8)
+        if missed is None:
+            missed = torch.zeros(8, dtype=torch.bool)
+        assert level < 2 or not missed.any()
+        assert torch.equal(drawn[~missed], plain[~missed])
+        probs = nucleus.probs(logits, sampling)
+        assert torch.equal(probs[~missed], shaped_probs(logits, sampling)[~missed])
+    for row in range(8):
+        edges = cumulative_in_float64(logits[row].numpy(), sampling)
+        if np.abs(edges - uniforms[row].item()).min() > 1e-5:  # and no edge of the nucleus within rounding
+            ordered = np.sort(shaped_probs(logits[row : row + 1], SamplingParams(sampling.temperature))[0].numpy())[
+                ::-1
+            ]
+            if sampling.top_p == 1 or np.abs(np.cumsum(np.float64(ordered)) - sampling.top_p).min() > 1e-5:
+                if sampling.top_p == 1 or sampling.top_k == 0:
+                    assert plain[row] == np.searchsorted(edges, uniforms[row].item(), side="right")
+
+
+@pytest.mark.parametrize("vocab_size", [3, 512, 1000, 1280])
+def test_a_token_of_probability_zero_is_never_drawn_at_either_end_of_the_noise(vocab_size):
+    probs = torch.zeros(6, vocab_size)
+    probs[:, [1, vocab_size // 2]] = torch.tensor([0.3, 0.7]) * torch.tensor([1, 1e-30, 1e-3, 1, 3, 1e20])[:, None]
+    for dtype, last in ((torch.float32, 1 - 2**-24), (torch.float64, 1 - 2**-53)):
+        for noise, token in ((0.0, 1), (0.29, 1), (0.31, vocab_size // 2), (last, vocab_size // 2)):
+            assert draw_from_probs(probs, torch.full((6,), noise, dtype=dtype)).tolist() == [token] * 6
+
+
+def test_draws_follow_the_probabilities_across_blocks():
+    """The inverse CDF at 4,000 equally spaced numbers: each token as often as its probability says, within one."""
+    probs = torch.rand(1300, generator=torch.Generator().manual_seed(0)) ** 4
+    uniforms = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    counts = torch.bincount(draw_from_probs(probs.expand(4000, -1), uniforms), minlength=1300)
+    assert (counts - 4000 * probs / probs.sum()).abs().max() <= 1
+
+
+def test_probabilities_that_are_no_numbers_draw_some_id_of_the_vocabulary():
+    for size in (10, 1280):
+        logits = torch.full((2, size), float("nan"))
+        for sampling in SAMPLING:
+            assert (draw(logits, sampling, torch.rand(2)) < size).all()
+            assert (Nucleus((8,)).draw(logits, sampling, torch.rand(2)) < size).all()
+
+
+def test_more_candidates_are_kept_for_a_while():
+    nucleus, levels = Nucleus((64, 1024)), []
+    for missed in [1, 1, *[0] * 40]:
+        nucleus.observe(missed)
+        levels.append(nucleus.level)
+    assert levels[:2] == [1, 2] and levels[2:18] == [2] * 16 and levels[18] == 1 and levels[-1] == 0
+    assert nucleus.num_candidates(49152) == 64 and nucleus.num_candidates(2000) == 64
+    assert nucleus.num_candidates(1000) is None
+    nucleus.level = 2
+    assert nucleus.num_candidates(151936) is None

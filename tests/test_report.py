@@ -1,0 +1,189 @@
+"""The report of a run: what it reads, what the page shows, and what of it a killed run has."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from skd_trl.evaluation import page as pages
+from skd_trl.evaluation import report
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    history = [
+        {"step": step, "loss": 2.0 / step, "acceptance_rate": 0.5, "replaced_share": 0.5, "epoch": 0.1}
+        for step in range(1, 31)
+    ]
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": [*history, {"step": 30, "train_loss": 1.0}]})
+    )
+    (tmp_path / "completions").mkdir()
+    for step in range(1, 31):
+        row = {
+            "step": step,
+            "prompt": "<script>alert('prompt')</script>",
+            "response": "unused",
+            "tokens": ["<b>bold</b>", " plain", "\n", "&amp;", "<|im_end|>"],
+            "replaced": [True, False, False, True, False],
+            "proposals": ["<i>", " plain", "\n", " other", "<|im_end|>"],
+            "is_fixed": False,
+        }
+        pd.DataFrame([row] * 2).to_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+    return tmp_path
+
+
+def test_the_page_marks_replaced_tokens_and_escapes_every_text(run_dir):
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    assert "<script" not in page and "<b>bold" not in page
+    assert "&lt;script&gt;" in page
+    num_samples = pages.MAX_STEPS * 2
+    marked = re.findall(r'<span class="token replaced( special)?" title="[^"]*">([^<]*)</span>', page)
+    assert [text for _, text in marked] == ["&lt;b&gt;bold&lt;/b&gt;", "&amp;amp;"] * num_samples
+    assert page.count('<del class="proposal">') == 2 * num_samples
+    assert "in place of the student&#39;s “&lt;i&gt;”" in page
+
+
+@pytest.mark.parametrize("rollout, said", [("student", "the student alone"), ("interleaved", "together"), (None, "")])
+def test_the_page_says_who_wrote_the_responses(run_dir, rollout, said):
+    (run_dir / "evaluation.json").write_text(json.dumps({"settings": {"rollout": rollout}}))
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    assert said in page
+    assert ("together" in page) == (rollout == "interleaved")
+
+
+def test_the_page_knows_no_proposal_where_the_teacher_wrote_alone(run_dir):
+    for file in (run_dir / "completions").iterdir():
+        rows = pd.read_parquet(file)
+        rows.assign(proposals=None, replaced=[[True] * 5] * len(rows)).to_parquet(file)
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    assert '<del class="proposal">' not in page
+    assert page.count(': the teacher&#39;s"') == 5 * 2 * pages.MAX_STEPS
+
+
+def test_the_page_needs_no_network(run_dir):
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []
+    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+
+
+def test_the_page_shows_the_first_and_the_last_of_many_steps(run_dir):
+    report.write_report(run_dir)
+    steps = re.findall(r'id="step-(\d+)"', (run_dir / "samples.html").read_text())
+    assert len(steps) == pages.MAX_STEPS
+    assert steps[0] == "1" and steps[-1] == "30"
+
+
+def test_metrics_hold_first_last_and_mean_of_what_was_logged(run_dir):
+    report.write_report(run_dir)
+    training = json.loads((run_dir / "metrics.json").read_text())["training"]
+    assert training["loss"] == pytest.approx({"first": 2.0, "last": 2 / 30, "mean": np.mean(2 / np.arange(1, 31))})
+    assert training["train_loss"]["last"] == 1.0
+    assert "epoch" not in training
+
+
+def test_a_run_without_samples_or_evaluation_is_reported_from_its_newest_checkpoint(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"log_history": [{"step": step, "loss": float(step)}]}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    assert [path.name for path in report.write_report(tmp_path)] == ["metrics.json", "training.png", "samples.html"]
+    assert json.loads((tmp_path / "metrics.json").read_text())["training"]["loss"]["last"] == 10
+    assert (tmp_path / "training.png").stat().st_size > 1000
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no logs.jsonl and no trainer_state.json.*save_state"):
+        report.write_report(tmp_path)
+
+
+def test_what_convinces_comes_first_and_the_index_leads_to_all_of_it(run_dir):
+    (run_dir / "evaluation.json").write_text(json.dumps({"settings": {"seed": 1}, "examples": EXAMPLES}))
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    index = re.findall(r'<a href="#([a-z]+)">', page)
+    places = [page.index(f'id="{name}"') for name in index]
+    assert index == ["texts", "training", "samples", "settings"]
+    assert places == sorted(places)
+    assert "<details" not in page  # prompts are readable as they are
+    assert "Finished" not in page
+
+
+EXAMPLES = [{"prompt": "ask", "reference": "so", "teacher": "thus", "before": "eh", "after": "thus"}]
+
+
+def test_prompts_that_are_sampled_again_show_each_step_beside_the_other(run_dir):
+    for file in (run_dir / "completions").iterdir():
+        rows = pd.read_parquet(file)
+        pd.concat([rows.head(1).assign(is_fixed=True, prompt="again"), rows]).to_parquet(file)
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    progress = page[page.index('id="progress"') : page.index('id="samples"')]
+    assert progress.count("again") >= 1 and progress.count('<div class="prompt">') == 1
+    assert [int(step) for step in re.findall(r"<dt>step (\d+)<br>", progress)][:2] == [1, 4]
+    assert progress.count("2 of 5 replaced") == pages.MAX_STEPS
+
+
+def test_a_character_of_several_tokens_is_one_piece_and_marked_if_a_part_of_it_is_the_teachers():
+    row = {
+        "prompt": "p",
+        "tokens": ["a", "", "", "世", "", "🎉"],
+        "replaced": [False, False, True, False, False, False],
+        "proposals": ["a", "", "x", "世", "", "🎉"],
+    }
+    sample = pages.shown_sample(row)
+    assert [(piece["text"], piece["replaced"], piece["proposal"]) for piece in sample["pieces"]] == [
+        ("a", False, ""),
+        ("世", True, "x"),
+        ("🎉", False, ""),
+    ]
+    assert (sample["num_tokens"], sample["num_replaced"]) == (6, 1)
+    assert sample["pieces"][1]["title"].startswith("tokens 2 to 4: the teacher")
+
+
+def test_a_run_that_was_killed_at_a_third_is_reported_up_to_there(run_dir):
+    (run_dir / "trainer_state.json").unlink()
+    lines = [{"step": step, "loss": 2.0 / step, "teacher_rank": 3.0, "max_steps": 30} for step in range(1, 11)]
+    (run_dir / "logs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 11, "lo')
+    before = {"prompts": ["ask"], "references": [None], "teacher_texts": ["thus"], "responses": ["eh"], "values": {}}
+    (run_dir / "before.json").write_text(json.dumps(before))
+    report.write_report(run_dir)
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["progress"] == {"step": 10, "num_steps": 30, "is_over": False}
+    assert metrics["training"]["loss"] == pytest.approx(
+        {"first": 2, "last": 0.2, "mean": np.mean(2 / np.arange(1, 11))}
+    )
+    assert "max_steps" not in metrics["training"]
+    page = (run_dir / "samples.html").read_text()
+    assert "Not finished: step 10 of 30" in page
+    assert "<dd>eh</dd>" in page and "<dd>thus</dd>" in page and '<dt class="own">after</dt>' not in page
+    assert "<dt>reference</dt>" not in page
+    assert "Rank" in page and "Who wrote the tokens" not in page  # a panel for what the log has, and no other
+
+
+def test_the_log_that_goes_furthest_is_reported(run_dir):
+    (run_dir / "checkpoint-10").mkdir()
+    (run_dir / "checkpoint-10" / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 10, "loss": 1.0}]})
+    )
+    (run_dir / "logs.jsonl").write_text(json.dumps({"step": 12, "loss": 0.5}))
+    assert report.read_run(run_dir).last_step == 30
+    (run_dir / "trainer_state.json").unlink()
+    assert report.read_run(run_dir).history == [{"step": 12, "loss": 0.5}]
+
+
+def test_the_plots_of_the_page_are_drawn_in_its_colours(run_dir):
+    report.write_report(run_dir)
+    page = (run_dir / "samples.html").read_text()
+    plots = re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
+    assert len(plots) == 2  # loss, and who wrote the tokens
+    assert not any(re.search(r"#(?!\w*-)[0-9a-f]{6}\b", plot) for plot in plots)
+    assert all("currentColor" in plot for plot in plots) and "var(--blue)" in plots[0]
+    ids = [set(re.findall(r'id="(m[0-9a-f]+|p[0-9a-f]+)"', plot)) for plot in plots]
+    assert not ids[0] & ids[1]

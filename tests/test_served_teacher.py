@@ -1,0 +1,127 @@
+"""A teacher that sends its top k, against the same teacher in this process on the same noise."""
+
+import pytest
+import torch
+from local_scorer import LocalScorer
+from test_sampler import EOS, PROMPTS, V, left_padded, responses
+from tiny import tiny_model
+
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft, Judgement
+from skd_trl.sampling.interleaved import Execution, interleaved_sample
+from skd_trl.sampling.nucleus import Nucleus
+from skd_trl.sampling.participants import LocalParticipant
+from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
+from skd_trl.sampling.served_teacher import ServedTeacher
+from skd_trl.sampling.top_judgement import Scores, TopJudgement
+
+
+GREEDY, FREE = SamplingParams(temperature=0.0), SamplingParams()
+NUCLEI = Nucleus()  # finds them by sorting
+SHARP, NUCLEUS = SamplingParams(0.2, 0.5), SamplingParams(1.0, 0.7)
+MIXED = [PROMPTS[i % len(PROMPTS)] + [i] for i in range(7)]
+
+
+def sampled(teacher, rule, sampling, num_draft_tokens, **execution):
+    student = LocalParticipant(tiny_model("llama", seed=1), FREE)
+    teacher.sampling = sampling
+    return interleaved_sample(
+        student,
+        teacher,
+        *left_padded(MIXED),
+        accept=rule,
+        max_new_tokens=12,
+        eos_token_ids=[EOS, 7],
+        noise=torch.rand(len(MIXED), 12, 3, generator=torch.Generator().manual_seed(3)),
+        execution=Execution(num_draft_tokens, **execution),
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", seed=2)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 4])
+@pytest.mark.parametrize("execution", [{}, {"max_rows": 3}], ids=["all", "refilled"])
+@pytest.mark.parametrize(
+    ("rule", "sampling"),
+    [
+        (ACCEPTANCE_RULES["top_k"](k=100), GREEDY),
+        (ACCEPTANCE_RULES["top_k"](k=100), SHARP),
+        (ACCEPTANCE_RULES["top_k"](k=60), NUCLEUS),
+        (ACCEPTANCE_RULES["min_prob"](alpha=0.01), SHARP),
+        (ACCEPTANCE_RULES["top_p"](p=0.8), SHARP),
+        (ACCEPTANCE_RULES["mixture"](gamma=0.5), NUCLEUS),
+        (ACCEPTANCE_RULES["speculative"](), SHARP),
+        (ACCEPTANCE_RULES["never"](), NUCLEUS),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, AcceptanceRule) else str(value.temperature),
+)
+def test_a_teacher_that_sends_its_top_k_writes_the_text_of_one_in_this_process(
+    model, rule, sampling, num_draft_tokens, execution
+):
+    # The nucleus of this random teacher has up to 130 of the 259 tokens.
+    here = sampled(LocalParticipant(model), rule, sampling, num_draft_tokens, **execution)
+    served = sampled(ServedTeacher(LocalScorer(model, 200, V)), rule, sampling, num_draft_tokens, **execution)
+    assert responses(served, MIXED) == responses(here, MIXED)
+    assert torch.equal(served.replaced, here.replaced)
+    assert torch.equal(served.teacher_rank, here.teacher_rank)
+
+
+def test_each_text_is_sent_with_its_proposals_and_none_for_rows_that_ended(model):
+    scorer = LocalScorer(model, 30, V)
+    rollout = sampled(ServedTeacher(scorer), ACCEPTANCE_RULES["top_k"](k=20), GREEDY, 4, max_rows=3)
+    texts = [prompt + response for prompt, response in zip(MIXED, responses(rollout, MIXED), strict=True)]
+    for request in scorer.requests:
+        for text in request:
+            kept = text[:-4]
+            assert any(full[: len(kept)] == kept and len(kept) < len(full) for full in texts)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, FREE, SHARP, NUCLEUS, SamplingParams(1.5), SamplingParams(0.7, 0.9, 5)])
+def test_with_all_tokens_known_the_shaped_distribution_is_that_of_logits(sampling):
+    logits = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0)) * 3
+    tokens = torch.randint(40, (3, 2), generator=torch.Generator().manual_seed(1))
+    top, dense = top_judgement(logits, tokens, 40), Judgement(logits, {})
+    torch.testing.assert_close(top.shaped_probs(sampling, NUCLEI), shaped_probs(logits, sampling))
+    shaped = [judgement.shaped_probability(tokens, sampling, NUCLEI) for judgement in (top, dense)]
+    torch.testing.assert_close(*shaped)
+
+
+def test_with_some_tokens_known_the_shaped_distribution_is_close_to_that_of_logits():
+    logits = torch.randn(50, 1, 400, generator=torch.Generator().manual_seed(0)) * 4
+    tokens = torch.randint(400, (50, 1), generator=torch.Generator().manual_seed(1))
+    top, dense = top_judgement(logits, tokens, 64), Judgement(logits, {})
+    exact = shaped_probs(logits, FREE).gather(-1, top.scores.ids)
+    torch.testing.assert_close(top.shaped_probs(FREE, NUCLEI), exact)  # at temperature 1 what is outside is known
+    at_half = shaped_probs(logits, SamplingParams(0.5)).gather(-1, top.scores.ids)
+    torch.testing.assert_close(top.shaped_probs(SamplingParams(0.5), NUCLEI), at_half, rtol=0.05, atol=1e-3)
+    assert (top.shaped_probs(SamplingParams(0.5), NUCLEI) <= at_half + 1e-6).all()  # the bound is on one side
+    torch.testing.assert_close(top.probability(tokens), dense.probability(tokens))
+    assert (top.mass_above(tokens) <= dense.mass_above(tokens) + 1e-5).all()
+    inside = (top.scores.ids == tokens[..., None]).any(-1)
+    torch.testing.assert_close(top.mass_above(tokens)[inside], dense.mass_above(tokens)[inside])
+
+
+def test_a_rule_that_reads_logits_is_told_what_it_can_read_instead(model):
+    class ByLogits(AcceptanceRule):
+        def __call__(self, draft: Draft) -> torch.Tensor:
+            return draft.teacher_logits[..., 0] > 0
+
+    with pytest.raises(ValueError, match=r"30 most probable tokens. Use `draft.teacher_rank`"):
+        sampled(ServedTeacher(LocalScorer(model, 30, V)), ByLogits(), GREEDY, 2)
+
+
+def test_prompts_that_the_server_has_no_room_for_are_refused(model):
+    scorer = LocalScorer(model, 30, V)
+    scorer.max_length = 20
+    with pytest.raises(ValueError, match=r"needs 25 positions, but the teacher's server takes 20"):
+        sampled(ServedTeacher(scorer), ACCEPTANCE_RULES["top_k"](k=20), GREEDY, 2)
+
+
+def top_judgement(logits, tokens, k):
+    log_probs = logits.log_softmax(-1)
+    ids = log_probs.topk(k, dim=-1).indices.sort(dim=-1).values
+    own = log_probs.gather(-1, tokens[..., None])
+    scores = Scores(ids, log_probs.gather(-1, ids), own.squeeze(-1), (log_probs > own).sum(-1))
+    return TopJudgement(scores, logits.shape[-1])

@@ -1,0 +1,177 @@
+"""The client and its routes against servers that answer, and servers that do not."""
+
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from local_scorer import LocalScorer
+from teacher_server import TeacherServer, serving
+from test_sampler import EOS, PROMPTS, V, left_padded, responses
+from tiny import tiny_model
+
+from skd_trl.__main__ import main
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
+from skd_trl.sampling.interleaved import Execution, interleaved_sample
+from skd_trl.sampling.participants import LocalParticipant
+from skd_trl.sampling.sampling_params import SamplingParams
+from skd_trl.sampling.served_teacher import ServedTeacher
+from skd_trl.serving.client import Patience, TeacherClient, TeacherServerError
+from skd_trl.serving.wire import Request, pack_request, unpack_request
+
+
+TEXTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17, 18, 19], [20, 21, 22, 23]]
+QUICK = Patience(request_seconds=1.0, limit_seconds=1.5, first_pause=0.05, longest_pause=0.2)
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", seed=2)
+
+
+def assert_equal(scores, wanted):
+    for name, value in vars(wanted).items():
+        torch.testing.assert_close(getattr(scores, name), value, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["own", "generate", "completions"])
+@pytest.mark.parametrize("num_scored", [3, 0])
+def test_each_route_gives_the_scores_of_the_model(model, kind, num_scored):
+    with serving(model, kind=kind) as server:
+        client = TeacherClient(server.url, 20, patience=QUICK)
+        assert_equal(
+            client.score(TEXTS, num_scored, [0, 1, 2]), LocalScorer(model, 20, V).score(TEXTS, num_scored, [])
+        )
+        assert (client.vocab_size, client.max_length) == (V if kind == "own" else None, 512)
+
+
+def test_positions_from_vllms_prefix_cache_are_never_used(model):
+    grown = [text + [1, 2, 3] for text in TEXTS]
+    with serving(model, kind="generate") as server:
+        client = TeacherClient(server.url, 20, patience=QUICK)
+        client.score(TEXTS, 2, [0, 1, 2])
+        before = server.num_texts
+        assert_equal(client.score(grown, 3, [0, 1, 2]), LocalScorer(model, 20, V).score(grown, 3, []))
+        # Of 6, 9 and 4 tokens the cache holds 4, 8 and 0: no position that is asked for now.
+        assert server.num_texts - before == 3
+        assert_equal(client.score(grown, 5, [0, 1, 2]), LocalScorer(model, 20, V).score(grown, 5, []))
+        assert server.num_texts - before == 3 + 6  # now all of them reach into it: asked again without
+
+
+def test_a_server_that_does_not_say_what_was_cached_is_asked_without_the_cache(model, caplog):
+    with serving(model, kind="generate") as server:
+        server.says_cached = False
+        client = TeacherClient(server.url, 20, patience=QUICK)
+        for _ in range(2):
+            assert_equal(client.score(TEXTS, 2, [0, 1, 2]), LocalScorer(model, 20, V).score(TEXTS, 2, []))
+    assert caplog.text.count("--enable-prompt-tokens-details") == 1
+
+
+def test_the_routes_of_a_server_are_tried_from_the_best_to_the_slowest(model, caplog):
+    with serving(model, kind="completions") as server:
+        TeacherClient(server.url, 20, patience=QUICK)
+    assert "has only /v1/completions" in caplog.text
+    with serving(model, kind="none") as server, pytest.raises(ValueError, match="is no teacher's server"):
+        TeacherClient(server.url, 20, patience=QUICK)
+
+
+def test_without_a_server_the_error_names_the_address_and_the_command():
+    with pytest.raises(TeacherServerError, match=r"No teacher's server answers at http://127.0.0.1:9 .*skd_trl serve"):
+        TeacherClient("http://127.0.0.1:9", 20, patience=QUICK)
+
+
+def test_a_wrong_key_is_refused_at_once(model):
+    with serving(model, api_key="right") as server:
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="refuses the API key"):
+            TeacherClient(server.url, 20, "wrong", patience=Patience(limit_seconds=60))
+        assert time.monotonic() - start < 5
+        TeacherClient(server.url, 20, "right", patience=QUICK).score(TEXTS, 2, [0, 1, 2])
+
+
+def test_more_tokens_than_the_server_gives_are_refused(model):
+    with serving(model) as server, pytest.raises(ValueError, match=r"gives the teacher's 50 .* --top_k 60"):
+        TeacherClient(server.url, 60, patience=QUICK)
+
+
+def test_replicas_of_different_teachers_are_refused(model):
+    with (
+        serving(model) as one,
+        serving(model, name="another") as other,
+        pytest.raises(ValueError, match=r"do not serve the same teacher: .*model='another'"),
+    ):
+        TeacherClient([one.url, other.url], 20, patience=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [("hangs", "ReadTimeout"), ("nan", "holds NaN"), ("error", "500"), ("half", "has shape")]
+)
+def test_a_server_that_misbehaves_is_asked_again_and_given_up_at_the_limit(model, fault, words):
+    with serving(model) as server:
+        client = TeacherClient(server.url, 20, patience=QUICK)
+        server.fault = fault
+        with pytest.raises(
+            TeacherServerError, match=rf"has not answered for .*{words}.*resume from the last checkpoint"
+        ):
+            client.score(TEXTS, 2, [0, 1, 2])
+        server.fault = ""
+        client.score(TEXTS, 2, [0, 1, 2])
+
+
+def test_texts_of_a_replica_that_is_gone_go_to_the_other(model):
+    with serving(model) as one, serving(model) as other:
+        client = TeacherClient([one.url, other.url], 20, patience=QUICK)
+        client.score(TEXTS, 2, [0, 1, 2])
+        assert (one.num_texts, other.num_texts) == (2, 1)  # by key
+        one.stop()
+        assert_equal(client.score(TEXTS, 2, [0, 1, 2]), LocalScorer(model, 20, V).score(TEXTS, 2, []))
+
+
+def test_a_server_that_restarts_within_a_sampling_changes_no_text(model):
+    student = LocalParticipant(tiny_model("llama", seed=1), SamplingParams())
+    noise = torch.rand(len(PROMPTS), 12, 3, generator=torch.Generator().manual_seed(3))
+
+    def sampled(teacher):
+        rule, execution = ACCEPTANCE_RULES["top_k"](k=30), Execution(2)
+        arguments = {
+            "accept": rule,
+            "max_new_tokens": 12,
+            "eos_token_ids": [EOS],
+            "noise": noise,
+            "execution": execution,
+        }
+        return responses(interleaved_sample(student, teacher, *left_padded(PROMPTS), **arguments))
+
+    server = TeacherServer(model)
+    port, new = server.http.server_port, []
+    client = TeacherClient(server.url, 20, patience=Patience(2.0, 30.0, 0.05, 0.2))
+
+    def restart():
+        while server.num_texts < 2 * len(PROMPTS):
+            time.sleep(0.005)
+        server.stop()
+        time.sleep(0.3)
+        new.append(TeacherServer(model, port=port))
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    text = sampled(ServedTeacher(client, GREEDY))
+    thread.join()
+    assert new[0].num_texts > 0
+    new[0].stop()
+    assert text == sampled(LocalParticipant(model, GREEDY))
+
+
+def test_a_question_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="no request that this server knows"):
+        unpack_request(b"something else")
+    with pytest.raises(ValueError, match="needs a token before"):
+        unpack_request(pack_request(Request([[1, 2]], 2, 5)))
+
+
+def test_serving_without_vllm_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert main(["serve", "--model", "anything"]) == 2
+    assert "pip install vllm" in capsys.readouterr().out

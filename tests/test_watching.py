@@ -1,0 +1,226 @@
+"""What a person sees of a run while it goes on: lines, bars, completions in files and trackers, prompts sampled again, the card."""
+
+import importlib.util
+import io
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from test_skd_trainer import make_trainer
+from tiny import byte_tokenizer, tiny_model
+
+from skd_trl import Execution, SKDConfig, interleaved_sample
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
+from skd_trl.training import completions, console
+from skd_trl.training.run_files import LogFile, read_logs
+
+
+# Characters
+
+
+@pytest.mark.parametrize("text", ["世界 🎉", "plain", "é\n世", "", "👩‍👩‍👧 x"])
+def test_characters_of_several_tokens_stay_whole(text):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text).input_ids
+    texts, proposals = completions.token_texts(tokenizer, ids, ids)
+    assert "".join(texts) == text and proposals == texts
+    assert not any(completions.INCOMPLETE in piece for piece in texts)
+    marked = list(completions.whole_pieces(texts, [i == 1 for i in range(len(ids))]))
+    assert "".join(piece for piece, *_ in marked) == text
+    assert sum(is_replaced for _, is_replaced, *_ in marked) == (len(ids) > 1)
+    assert [start for *_, start, _ in marked[1:]] == [stop for *_, stop in marked[:-1]]
+
+
+def test_bytes_that_are_no_character_are_not_waited_for():
+    tokenizer = byte_tokenizer()
+    broken = tokenizer("世").input_ids[:1] * 6  # first bytes without the rest
+    texts, _ = completions.token_texts(tokenizer, broken + tokenizer("ab").input_ids, [-100] * 8)
+    assert texts[-2:] == ["a", "b"] or "".join(texts).endswith("ab")
+    assert "".join(texts).count(completions.INCOMPLETE) == 6
+
+
+def test_a_replaced_token_shows_the_proposal_as_it_would_have_read_there():
+    tokenizer = byte_tokenizer()
+    ids, proposed = tokenizer("世b").input_ids, tokenizer("世c").input_ids
+    assert completions.token_texts(tokenizer, ids, proposed)[1] == ["", "", "世", "c"]
+
+
+def record(step=1, prompt="<|im_start|>ask | this", is_fixed=False):
+    return {
+        "step": step,
+        "prompt": prompt,
+        "response": "a世 b",
+        "tokens": ["a", "", "", "世", " b"],
+        "replaced": [False, True, False, False, True],
+        "proposals": ["a", "", "", "x", " c"],
+        "is_fixed": is_fixed,
+    }
+
+
+def test_the_table_in_a_file_marks_whole_characters():
+    file = io.StringIO()
+    completions.print_completions([record()], 1, 1, Console(file=file, width=80))
+    assert "a⟦世⟧⟦ b⟧" in file.getvalue() and "40%" in file.getvalue()
+
+
+# Lines and bars
+
+
+def test_a_log_is_one_line_of_the_terminals_width_and_ends_with_the_time_left():
+    logs = {"loss": 1.2345, "acceptance_rate": 0.71, "replaced_share": 0.29, "tokens_per_second": 43.2, "draft_length": 3.0,
+            "teacher_rank": 2.5, "response_length": 28.0, "learning_rate": 2e-4}  # fmt: skip
+    line = console.log_line(logs, 12, 32, 83.0, width=100)
+    assert line.startswith("step 12/32  loss 1.234  accepted 71%  replaced 29%") or "loss 1.235" in line
+    assert line.endswith("1:23 left")
+    for width in (40, 60, 79):
+        short = console.log_line(logs, 12, 32, 83.0, width=width)
+        assert len(short) <= width and short.startswith("step 12/32") and short.endswith("1:23 left")
+    assert console.log_line({"total_flos": 1.0}, 1, 2, 0.0) == ""
+    assert [console.clock(seconds) for seconds in (7.2, 750, 3723)] == ["0:07", "12:30", "1:02:03"]
+
+
+def sampled(observe, num_rows=3):
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    prompts = torch.randint(3, 250, (num_rows, 4), generator=torch.Generator().manual_seed(0))
+    return interleaved_sample(
+        student,
+        teacher,
+        prompts,
+        torch.ones_like(prompts),
+        accept=ACCEPTANCE_RULES["top_k"](k=60),
+        max_new_tokens=6,
+        eos_token_ids=[257],
+        noise=torch.Generator().manual_seed(0),
+        execution=Execution(2, max_rows=2, observe=observe),
+    )
+
+
+def test_a_sampling_tells_after_each_round_how_much_is_written_and_by_whom():
+    seen = []
+    rollout = sampled(lambda written, live: seen.append((written, live)))
+    assert seen[-1] == ((rollout.labels != -100).sum(1).tolist(), [])
+    totals = [sum(written) for written, _ in seen]
+    assert totals == sorted(totals) and totals[0] > 0
+    assert all(len(live) <= 2 for _, live in seen)
+
+
+def test_the_bar_of_a_sampling_counts_rows_and_tokens_and_expects_the_rest_to_be_like_the_finished_ones(capsys):
+    with console.SamplingBar(10, "sampling ", disable=False, delay=0.0) as observe:
+        bar = observe.__self__.bar
+        observe([4, 3, 0], [0, 1])
+        assert (bar.n, bar.total) == (7, 7 + 6 + 7 + 10)
+        observe([6, 3, 0], [1])
+        assert (bar.n, bar.total) == (9, 9 + 3 + 6)
+        observe([6, 8, 0], [1])  # longer than any finished one: the limit is what is known
+        assert (bar.n, bar.total) == (14, 14 + 2 + 6)
+        bar.refresh()
+    assert "1/3 rows" in capsys.readouterr().err
+
+
+def test_there_is_no_bar_where_the_trainers_own_is_off(capsys):
+    with console.SamplingBar(10, "sampling ", disable=True, delay=0.0) as observe:
+        sampled(observe)
+    assert capsys.readouterr().err == ""
+
+
+# What a run leaves
+
+
+def test_the_logs_of_a_run_are_in_its_directory_while_it_goes_on_and_a_resumed_run_continues_them(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, logging_steps=1, save_steps=1, save_strategy="steps")
+    trainer.add_callback(LogFile())
+    trainer.train()
+    logs = read_logs(tmp_path / "out" / "logs.jsonl")
+    assert [entry["step"] for entry in logs if "loss" in entry] == [1, 2]
+    assert all(entry["max_steps"] == 2 for entry in logs)
+    with (tmp_path / "out" / "logs.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # killed while it wrote
+    again = make_trainer(tmp_path, max_steps=3, logging_steps=1, save_strategy="no")
+    again.add_callback(LogFile())
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert [entry["step"] for entry in read_logs(tmp_path / "out" / "logs.jsonl") if "loss" in entry] == [1, 2, 3]
+
+
+def test_the_same_prompts_are_sampled_again_with_the_same_noise(tmp_path):
+    trainer = make_trainer(
+        tmp_path, max_steps=2, logging_steps=1, log_completions=True, log_fixed_prompts=2, learning_rate=0.0
+    )
+    trainer.train()
+    first, second = (
+        pd.read_parquet(tmp_path / "out" / "completions" / f"completions_{step:05d}.parquet") for step in (1, 2)
+    )
+    for name in ("prompt", "response"):
+        assert first[first["is_fixed"]][name].tolist() == second[second["is_fixed"]][name].tolist()
+    assert first["is_fixed"].tolist() == [True, True] + [False] * (len(first) - 2)
+    assert first[~first["is_fixed"]]["response"].tolist() != second[~second["is_fixed"]]["response"].tolist()
+    assert read_logs(tmp_path / "out" / "logs.jsonl")  # for the report of a run that is not over
+
+
+def test_a_number_of_fixed_prompts_below_zero_is_refused():
+    with pytest.raises(ValueError, match="log_fixed_prompts=-1"):
+        SKDConfig(output_dir="unused", log_fixed_prompts=-1, use_cpu=True, bf16=False)
+
+
+def test_the_model_card_names_teacher_rule_draft_length_versions_and_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/skd", "train", "--config", "my run.yaml"])
+    trainer = make_trainer(tmp_path, accept="min_prob", accept_kwargs={"alpha": 0.3}, num_draft_tokens=4)
+    trainer._inner_teacher.config._name_or_path = "org/teacher"
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| teacher | `org/teacher` |" in card and "| acceptance rule | `min_prob` |" in card
+    assert "| parameters of the rule | `{'alpha': 0.3}` |" in card and "K of the rule" not in card
+    assert "| draft length | `4` |" in card and "skd_trl 0" in card
+    assert "skd train --config 'my run.yaml'" in card
+    assert card.index("### Distillation") < card.index("### Framework versions") < card.index("## Citations")
+
+
+# Trackers: read back from offline runs
+
+
+def test_completions_arrive_in_tensorboard_as_text(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        completions.send_completions([record(step=3)], 3, ["tensorboard"], writer)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (event,) = events.Tensors("completions/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 3
+    assert "| &lt;|im_start\\|>ask \\| this | a⟦世⟧⟦ b⟧ | 40% |".replace("&lt;|im", "&lt;\\|im") in text
+
+
+def test_completions_arrive_in_an_offline_run_of_weights_and_biases(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = wandb.init(project="test", dir=str(tmp_path), settings=wandb.Settings(console="off"))
+    completions.send_completions([record(step=3), record(step=3, is_fixed=True)], 3, ["wandb"])
+    run.finish()
+    (table,) = tmp_path.rglob("completions*.table.json")
+    content = json.loads(table.read_text())
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+    assert [row["marked"] for row in rows] == ["a⟦世⟧⟦ b⟧"] * 2
+    assert [(row["step"], row["is_fixed"]) for row in rows] == [(3, False), (3, True)]
+
+
+def test_completions_arrive_in_trackio(tmp_path):
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("trackio is not installed")
+    script = (
+        "import trackio; from test_watching import record; from skd_trl.training.completions import send_completions; "
+        "trackio.init(project='test', name='run', embed=False); send_completions([record(step=3)], 3, ['trackio']); trackio.finish()"
+    )
+    # Its folder is read from the environment when it is imported, which may have happened here.
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=200, capture_output=True)
+    with sqlite3.connect(tmp_path / "test.db") as connection:
+        ((stored,),) = connection.execute("select metrics from metrics")
+    (row,) = json.loads(stored)["completions"]["_value"]
+    assert (row["step"], row["marked"], row["completion"]) == (3, "a⟦世⟧⟦ b⟧", "a世 b")
