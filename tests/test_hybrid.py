@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from peft import LoraConfig
 from scipy.stats import chisquare
 from tape import Tape
 from test_round import HostWaits
@@ -14,8 +15,10 @@ from test_sampler import (
     responses,
     sample,
 )
+from test_skd_trainer import losses, make_trainer, update_of
 from tiny import HYBRIDS, tiny_model
 
+from skd_trl import SpecKDTrainer
 from skd_trl.sampling import interleaved, ragged_cache, recurrent_state
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
 from skd_trl.sampling.admission import prove
@@ -226,3 +229,50 @@ def test_padding_that_leaves_a_trace_is_not_used(monkeypatch):
     assert prove(student).padding is None
     rollout = sample(student, teacher, rule=ACCEPTANCE_RULES["always"](), student_sampling=GREEDY)
     assert responses(rollout) == [greedy_text(student, prompt, 12) for prompt in PROMPTS]
+
+
+# Training
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "interleaved", "student", "teacher"])
+def test_eight_rows_give_one_update_however_they_are_accumulated(tmp_path, rollout):
+    """Rows alone against one padded batch: padding leaves no trace in a loss or a gradient."""
+    settings = {"rollout": rollout, "max_grad_norm": 0.0, "shuffle_dataset": False, "seed": 3}
+
+    def trainer(batch_size, **more):
+        models = {"model": tiny_model("qwen3_5_text", seed=1), "teacher": tiny_model("qwen3_5_text", seed=2)}
+        cut = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
+        return make_trainer(tmp_path, **models, **cut, **settings, **more)
+
+    whole = trainer(8)
+    expected = update_of(whole)
+    assert expected.norm() > 0.1
+    for cut in (trainer(1), trainer(2, gradient_checkpointing=True)):
+        update = update_of(cut)
+        assert (update - expected).norm() < 1e-4 * expected.norm()
+        assert losses(cut)[0] == pytest.approx(losses(whole)[0], rel=1e-4)
+
+
+def test_an_adapter_on_the_mixers_projections_is_trained_and_drafts(tmp_path):
+    names = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"]
+    config = LoraConfig(target_modules=names, r=2, init_lora_weights=False)
+    models = {"model": tiny_model("qwen3_5_text", seed=1), "teacher": tiny_model("qwen3_5_text", seed=2)}
+    trainer = make_trainer(tmp_path, **models, peft_config=config, max_steps=2)
+    trainer.train()
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is not None]
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(before) == 2 * len(names) and all(torch.isfinite(torch.tensor(losses(trainer))))
+    # What the adapted student writes in blocks is what it writes without a cache.
+    student = trainer.model.eval()
+    text = sample(student, models["teacher"], rule=ACCEPTANCE_RULES["always"](), student_sampling=GREEDY)
+    assert responses(text) == [greedy_text(student, prompt, 12) for prompt in PROMPTS]
+    assert trained == [] or set(trained) <= set(before)
+
+
+def test_the_gate_weighs_the_tokens_of_a_hybrid_pair(tmp_path):
+    models = {"model": tiny_model("lfm2", seed=1), "teacher": tiny_model("qwen3_5_text", seed=2)}
+    settings = {"trainer_class": SpecKDTrainer, "rollout": "interleaved", "gate_top_k": 60, "max_steps": 2}
+    trainer = make_trainer(tmp_path, **models, **settings)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert 0 < entry["gate/accepted"] < 1 if "gate/accepted" in entry else entry["loss"] > 0

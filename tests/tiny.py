@@ -100,7 +100,6 @@ HYBRIDS = {
         "ssm_state_size": 8,
         "n_groups": 2,
         "chunk_size": 16,
-        "use_mamba_kernels": False,
     },
     "mamba2": {
         "attn_implementation": "eager",

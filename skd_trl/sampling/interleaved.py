@@ -155,9 +155,9 @@ def interleaved_sample(
             nucleus.observe(rows.num_missed)
             if execution.observe is not None:
                 execution.observe(list(rows.host_written), [prompt for prompt, _ in rows.live])
-            seconds = stopwatch.seconds()
+            *seconds, keep_seconds = stopwatch.seconds()
             draft_length.observe(
-                Round(len(shape[0]), num_draft, *seconds, rows.num_judged, rows.num_accepted, is_warm_up)
+                Round(len(shape[0]), num_draft, *seconds, rows.num_judged, rows.num_accepted, is_warm_up, keep_seconds)
             )
 
 
@@ -219,6 +219,7 @@ def interleave_round(
     count = rows.write(block, num_leading, draft, nucleus.missed(len(block)))
     student.keep(block, count)
     teacher.keep(block, count)
+    stopwatch.mark()
     return judgement.signal
 
 
