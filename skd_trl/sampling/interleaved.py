@@ -146,7 +146,7 @@ def interleaved_sample(
             if not rows.live:  # other ranks have some
                 for _ in range(num_draft):
                     student.idle()
-                teacher.idle()
+                teacher.idle(num_draft)
                 continue
             shape = rows.live, rows.num_in_use, num_draft
             stopwatch, signal, is_warm_up = run_round(student, teacher, rows, accept, nucleus, shape)
@@ -155,9 +155,9 @@ def interleaved_sample(
             nucleus.observe(rows.num_missed)
             if execution.observe is not None:
                 execution.observe(list(rows.host_written), [prompt for prompt, _ in rows.live])
-            of_student, of_teacher = stopwatch.seconds()
+            of_student, of_teacher, of_keep = stopwatch.seconds()
             counts = rows.num_judged, rows.num_accepted
-            draft_length.observe(Round(len(shape[0]), num_draft, of_student, of_teacher, *counts, is_warm_up))
+            draft_length.observe(Round(len(shape[0]), num_draft, of_student, of_teacher, *counts, is_warm_up, of_keep))
 
 
 def run_round(
@@ -218,6 +218,7 @@ def interleave_round(
     count = rows.write(block, num_leading, draft, nucleus.missed(len(block)))
     student.keep(block, count)
     teacher.keep(block, count)
+    stopwatch.mark()
     return judgement.signal
 
 

@@ -1,4 +1,7 @@
-"""Which prompts to prefill together: every forward has a fixed cost, and every prompt in it is padded to the longest."""
+"""Which prompts to prefill together: every forward has a fixed cost, and every prompt in it is padded to the longest.
+
+Shapes: N rows, Q tokens of a prefill.
+"""
 
 import math
 
@@ -45,6 +48,26 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
         groups.append(order[start:stop])
         stop = start
     return groups[::-1]
+
+
+def groups_of_equal_length(lengths: list[int], most_tokens: int = MOST_TOKENS) -> list[list[int]]:
+    """Prompts that need no padding, for models whose state would keep it: indices into `lengths`, the shortest first."""
+    groups = []
+    for length in sorted(set(lengths)):
+        same = [prompt for prompt, other in enumerate(lengths) if other == length]
+        size = max(1, most_tokens // max(1, length))
+        groups += [same[start : start + size] for start in range(0, len(same), size)]
+    return groups
+
+
+def left_padded(
+    tokens: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Moves the padding of right-padded `tokens` (N, Q) and their `positions` (N, Q) to the left, with its positions: what it writes
+    into the key/value cache still lies beyond the end of the prompt. Also returns a mask (N, Q), 0 at padding."""
+    column = torch.arange(tokens.shape[1], device=tokens.device) - (tokens.shape[1] - lengths)[:, None]
+    source = column % tokens.shape[1]
+    return tokens.gather(1, source), positions.gather(1, source), (column >= 0).long()
 
 
 def cost_of_forward(device: torch.device) -> int:
