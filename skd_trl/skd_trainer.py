@@ -28,6 +28,7 @@ from .data.batches import (
     DataCollatorForDistillation,
     Key,
     ResponseTokens,
+    check_collator,
     merge_prompts,
     model_inputs,
 )
@@ -285,6 +286,9 @@ class SKDTrainer(GKDTrainer):
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
         eval_dataset = self._prepare_eval(eval_dataset, base_model(student))
+
+        if data_collator is not None and isinstance(train_dataset, Dataset):
+            check_collator(data_collator, train_dataset[0], args.samples)
 
         # Adapters are initialised at random, and the oldest supported TRL seeds too late for that.
         set_seed(args.seed)

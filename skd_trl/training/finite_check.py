@@ -100,9 +100,8 @@ def _own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bad_anywhere(tensors: Iterable[torch.Tensor], accelerator: Accelerator, is_collective: bool) -> bool:
-    held = [
-        tensor for tensor in tensors if tensor.numel() > 0
-    ]  # DeepSpeed leaves no gradient, a process may hold no part
+    # DeepSpeed leaves no gradient, and a process may hold no part of a weight.
+    held = [tensor for tensor in tensors if tensor.numel() > 0]
     flag = torch.zeros((), device=accelerator.device)
     for value in torch._foreach_norm(held, float("inf")) if held else ():
         flag = flag + (~value.isfinite()).to(flag)
