@@ -100,8 +100,8 @@ class RaggedDecoder:
     @property
     def num_bytes(self) -> int:
         """What the cache holds."""
-        layers = (layer for layer in self.layers if layer.is_initialized)
-        return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+        held = (values for layer in self.layers for values in vars(layer).values())
+        return sum(values.nbytes for values in held if isinstance(values, torch.Tensor))
 
     def have_weights_moved(self) -> bool:
         """Whether weights are somewhere else than when this was last asked; new values in place are no move."""
