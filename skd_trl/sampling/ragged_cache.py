@@ -57,6 +57,7 @@ class RaggedDecoder:
         self.attn_implementation = sampling_attention(model)
         self.head_input = HeadInput(model, stays=compile)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = getattr(base, "_orig_mod", base)  # what torch.compile was given
         self.addresses: list[int] = []
         # Its name before transformers 5.24 or so, and of models that have it from elsewhere.
         renamed = "cache" in inspect.signature(base.forward).parameters
