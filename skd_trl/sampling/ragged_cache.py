@@ -54,6 +54,7 @@ class RaggedDecoder:
         self.window = _Window(torch.arange(num_rows, device=device))
         config = model.config.get_text_config()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = getattr(base, "_orig_mod", base)  # what torch.compile was given
         self.addresses: list[int] = []
         self.layers = _layers(config, num_rows, num_slots, self.window)
         self.attention_layers = [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
@@ -109,8 +110,8 @@ class RaggedDecoder:
     @property
     def num_bytes(self) -> int:
         """What the cache holds."""
-        layers = (layer for layer in self.attention_layers if layer.is_initialized)
-        of_attention = sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+        held = (values for layer in self.attention_layers for values in vars(layer).values())
+        of_attention = sum(values.nbytes for values in held if isinstance(values, torch.Tensor))
         return of_attention + (0 if self.states is None else self.states.num_bytes)
 
     def have_weights_moved(self) -> bool:

@@ -218,6 +218,8 @@ class Rounds:
             graph.capture(lambda: signals.append(play(stopwatch)))
         except Exception as error:  # whatever a forward or a rule may do that no graph can
             self.is_capturing, self.has_failed = False, True
+            while error.__context__ is not None:  # ending a capture that failed raises once more
+                error = error.__context__
             self._say_once(f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
             return
         self.graphs[key] = graph, stopwatch, signals[0]

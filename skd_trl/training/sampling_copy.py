@@ -32,6 +32,7 @@ class SamplingCopy:
         Raises:
             `ValueError`: if one of its modules has a forward that was set on the object: a copy would run the original's.
         """
+        student = getattr(student, "_orig_mod", student)  # what `torch_compile` was given
         if self._student is not student:
             self._model, self._pairs = _copied(student, dtype)
             self._student = student
@@ -77,4 +78,5 @@ def _copied(student: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[tup
 
 
 def _has_own_forwards(student: nn.Module) -> bool:
+    student = getattr(student, "_orig_mod", student)
     return any("forward" in vars(module) for module in student.modules() if module is not student)
