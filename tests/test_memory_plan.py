@@ -70,8 +70,8 @@ def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(tmp_path, settin
 
 
 def test_rows_that_do_not_fit_at_once_take_turns_and_the_texts_are_the_same(tmp_path, monkeypatch, caplog):
-    def responses(free):
-        monkeypatch.setattr(memory_plan, "free_bytes", lambda device, now=False: free)
+    def responses(free, free_now):
+        monkeypatch.setattr(memory_plan, "free_bytes", lambda device, now=False: free_now if now else free)
         trainer, written = trainer_of(tmp_path, per_device_train_batch_size=16, max_steps=1, num_draft_tokens=3), []
         original = trainer.training_step
         trainer.training_step = lambda model, inputs, *rest: (
@@ -81,9 +81,10 @@ def test_rows_that_do_not_fit_at_once_take_turns_and_the_texts_are_the_same(tmp_
         trainer.train()
         return plan, torch.cat(written)
 
-    roomy, all_at_once = responses(GIB)
+    roomy, all_at_once = responses(GIB, GIB)
     assert roomy.num_places == 16 and "written at once" not in caplog.text
-    tight, in_turns = responses(int((sum(roomy.held.values()) + sum(roomy.sampling.values())) * 0.8))
+    needed = sum(roomy.sampling.values())
+    tight, in_turns = responses(sum(roomy.held.values()) + needed, int(0.8 * needed))
     assert 1 < tight.num_places < 16 and sum(tight.sampling.values()) < 0.8 * sum(roomy.sampling.values())
     assert "are written at once" in caplog.text
     assert torch.equal(in_turns, all_at_once)
