@@ -142,9 +142,9 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
             Under DeepSpeed ZeRO-3 and FSDP2, whether the student's parameters are gathered while it samples. Faster,
             but each device then holds the whole student for that time.
-        shard_teacher (`bool`, *optional*, defaults to `False`):
-            Whether the teacher is spread over the devices under DeepSpeed ZeRO-1 and 2 as well, in a separate
-            ZeRO-3 engine. Under ZeRO-3 and FSDP2 it always is.
+        shard_teacher (`bool`, *optional*):
+            Whether the teacher is spread over the devices: under DeepSpeed in a ZeRO-3 engine, under FSDP2 by layers. A whole
+            one needs no communication while it judges. By default it is whole, unless it takes more than half of a device.
     """
 
     _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + [
@@ -323,11 +323,11 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
             "device then holds the whole student for that time."
         },
     )
-    shard_teacher: bool = field(
-        default=False,
+    shard_teacher: bool | None = field(
+        default=None,
         metadata={
-            "help": "Spread the teacher over the devices under DeepSpeed ZeRO-1 and 2 as well, in a separate ZeRO-3 "
-            "engine. Under ZeRO-3 and FSDP2 it always is."
+            "help": "Spread the teacher over the devices under DeepSpeed (in a ZeRO-3 engine) and FSDP2. A whole one needs no "
+            "communication while it judges. Default: whole, unless it takes more than half of a device."
         },
     )
 

@@ -5,6 +5,7 @@ Glue: who writes the responses is `sampling/interleaved.py`, what they cost is `
 """
 
 import itertools
+import logging
 import textwrap
 import time
 from collections.abc import Callable
@@ -69,7 +70,7 @@ from .training.console import SamplingBar
 from .training.distributed import (
     agree_on_maximum,
     bound_waits,
-    is_sharded,
+    forwards_are_collective,
     keyed_generator,
     prepare_teacher,
     student_for_sampling,
@@ -82,6 +83,14 @@ from .training.finite_check import FiniteCheck, GradientCheck, require_finite_we
 from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
+from .training.memory_plan import (
+    Window,
+    describe_plan,
+    fitted_plan,
+    out_of_memory_advised,
+    places_now,
+    shards_teacher,
+)
 from .training.metrics import (
     RatioMetrics,
     add_loss_by_teacher,
@@ -275,6 +284,7 @@ class SKDTrainer(GKDTrainer):
             needs_scores=self._is_recorded,
         )
         self._check_sampled_evaluation = partial(check_sampled_evaluation, max_new_tokens=args.max_new_tokens)
+        self._main_process_first = partial(args.main_process_first, desc="tokenizing")
         self._prepare = partial(
             prepare_dataset,
             tokenizer=tokenizer,
@@ -282,7 +292,8 @@ class SKDTrainer(GKDTrainer):
             formatting_func=formatting_func,
             length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
-        train_dataset = self._prepare(train_dataset, rules=self._rules, name="train")
+        with self._main_process_first():  # the others find what it has kept, of a data set on disk
+            train_dataset = self._prepare(train_dataset, rules=self._rules, name="train")
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
         eval_dataset = self._prepare_eval(eval_dataset, base_model(student))
@@ -348,10 +359,10 @@ class SKDTrainer(GKDTrainer):
                 check_rule(self.args.acceptance_rule(rollout), client.top_k, self.vocab_size)
             return RemoteTeacher(client)
         if self._teacher_names:
-            prepared = [prepare_teacher(one, self.accelerator, self.args.shard_teacher) for one in teachers]
+            prepared = [prepare_teacher(one, self.accelerator, self._is_spread(one)) for one in teachers]
             self.teacher_model = dict(zip(self._teacher_names, prepared, strict=True))
             self._inner_teacher = nn.ModuleList(teachers)  # for the messages of checks
-            is_collective = self.accelerator.num_processes > 1 and any(map(is_sharded, teachers))
+            is_collective = self.accelerator.num_processes > 1 and forwards_are_collective(*teachers)
             return TeachersByRow(teachers, prepared, is_collective)
         if kind is not None:
             check_self_teacher(kind, self.accelerator, self.model)
@@ -366,7 +377,7 @@ class SKDTrainer(GKDTrainer):
             self.add_callback(self._average)
         self._inner_teacher = teacher
         if kind is None:
-            self.teacher_model = prepare_teacher(teacher, self.accelerator, self.args.shard_teacher)
+            self.teacher_model = prepare_teacher(teacher, self.accelerator, self._is_spread(teacher))
         else:  # without its own engine, which would move the student's tensors
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return OneTeacher(teacher, self.teacher_model)
@@ -383,7 +394,8 @@ class SKDTrainer(GKDTrainer):
 
     def _prepare_eval_set(self, dataset, name: str, student: PreTrainedModel) -> Dataset | IterableDataset:
         rules = replace(self._rules, needs_response=self._is_recorded, reads_response=True)
-        prepared = self._prepare(dataset, rules=rules, name=name)
+        with self._main_process_first():
+            prepared = self._prepare(dataset, rules=rules, name=name)
         self._check_sampled_evaluation(prepared, name, student)
         return prepared
 
@@ -438,6 +450,7 @@ class SKDTrainer(GKDTrainer):
                 logger.warning(note)
         if self.model_init is None:
             stop_at(self._inner_student(), self.eos_token_ids)
+        self._log_plan()
         return super().train(*args, **kwargs)
 
     def call_model_init(self, trial=None):
@@ -587,10 +600,12 @@ class SKDTrainer(GKDTrainer):
             without_router_logits(self._inner_student(), *self._teacher.inner),
             # `torch_compile` is for the training step: every round has another shape, and would be compiled again.
             nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
+            out_of_memory_advised("sampling"),
         ):
-            collective = self.accelerator.num_processes > 1 and any(map(is_sharded, [student, *self._teacher.inner]))
+            collective = self.accelerator.num_processes > 1 and forwards_are_collective(student, *self._teacher.inner)
             if self._samples_with_a_copy(student):
                 student = self._sampling_copy.of(student, PRECISIONS[self.accelerator.mixed_precision])
+            num_places = self._places(student, prompts)
             return interleaved_sample(
                 LocalParticipant(
                     student,
@@ -608,7 +623,7 @@ class SKDTrainer(GKDTrainer):
                 noise=noise,
                 execution=Execution(
                     self._draft_length,
-                    self.args.rollout_batch_size,
+                    num_places,
                     agree_on_maximum(self.accelerator) if collective else None,
                     self._rounds,
                     observe=observe,
@@ -619,6 +634,33 @@ class SKDTrainer(GKDTrainer):
         if self.args.sampling_copy is None:
             return is_worth_copying(student, self.accelerator)
         return self.args.sampling_copy and can_be_copied(student, self.accelerator)
+
+    def _places(self, student: nn.Module, prompts: torch.Tensor) -> int | None:
+        """How many responses to `prompts` (B, P) are written at once: as configured, or fewer if only those fit."""
+        num_places = min(self.args.rollout_batch_size or len(prompts), len(prompts))
+        if not self._teacher.inner or num_places < 2:
+            return self.args.rollout_batch_size
+        window = Window(num_places, len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts))
+        return places_now(student, self._teacher.inner[0], self.accelerator, window)
+
+    def _is_spread(self, teacher: nn.Module) -> bool:
+        return shards_teacher(self.args.shard_teacher, teacher, self.accelerator)
+
+    def _log_plan(self) -> None:
+        """Logs what the training will hold on a GPU, as a warning if it does not fit."""
+        if self.accelerator.device.type == "cpu" or not self._teacher.inner:
+            return
+        rows = (
+            self.train_dataset["prompt_ids"]
+            if isinstance(self.train_dataset, Dataset)
+            else [range(self._rules.max_prompt_length or 1024)]
+        )
+        try:
+            plan = fitted_plan(self.model, self._teacher.inner[0], self.accelerator, self.args, max(map(len, rows)))
+        except Exception:  # whatever a model may do with tensors that hold nothing
+            logger.warning("The memory of this training could not be planned; it starts all the same.", exc_info=True)
+            return
+        logger.log(logging.INFO if plan.fits else logging.WARNING, describe_plan(plan, self.accelerator, self.args))
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
@@ -634,7 +676,8 @@ class SKDTrainer(GKDTrainer):
         start = time.perf_counter()
         num_tokens = int((inputs[Key.LABELS] != IGNORE_INDEX).sum())
         # GKDTrainer's own would sample once more.
-        loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        with out_of_memory_advised("training"):
+            loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         seconds = time.perf_counter() - start
         metrics = self._ratios["train"]
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)

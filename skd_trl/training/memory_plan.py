@@ -10,14 +10,15 @@ Shapes: R places, B rows of a micro-batch, S their columns, P longest prompt, T 
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import finalize
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -35,11 +36,23 @@ from ..sampling.ragged_cache import RaggedDecoder, eval_mode
 from .router_logits import without_router_logits
 
 
+logger = get_logger(__name__)
 GIB = 2**30
 # Of the memory that is free, what is left to the allocator and to libraries.
 RESERVE = 0.1
 # The longest draft that "auto" is likely to choose; logits of each of its tokens are held during a round.
 LIKELY_DRAFT = 5
+
+
+OPTIONS = {
+    "sampling": "The memory ran out while responses were sampled. Lower rollout_batch_size (responses written at once; their caches are "
+    "most of it), max_new_tokens or max_length; lower gradient_accumulation_steps (the teacher's hidden states of a whole step are "
+    "kept); with several GPUs set shard_teacher=True, or under ZeRO-3 and FSDP2 ds3_gather_for_generation=False; or load the teacher "
+    "quantised (teacher_model_init_kwargs).",
+    "training": "The memory ran out in a training step. Lower per_device_train_batch_size (and raise gradient_accumulation_steps as "
+    "much), set gradient_checkpointing=True, lower loss_chunk_size or max_length; train an adapter (peft_config); with several GPUs "
+    "spread the student (ZeRO-3, FSDP2) or the teacher (shard_teacher=True).",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class MemoryPlan:
     training: dict[str, int]
     per_place: int
     num_places: int
+    num_prompts: int
     free: int = 0
 
     @property
@@ -88,7 +102,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    student: nn.Module, teacher: nn.Module, accelerator: Accelerator, args, window: Window, shards_teacher: bool
+    student: nn.Module, teacher: nn.Module, accelerator: Accelerator, args, window: Window, is_spread: bool
 ) -> MemoryPlan:
     """
     The plan of a training.
@@ -101,11 +115,11 @@ def plan_memory(
         args ([`SKDConfig`]):
             For the options that cost memory: optimizer, checkpointing, chunks of the loss, gathering of the student.
         window ([`Window`]): the shapes of a step.
-        shards_teacher (`bool`): whether the teacher is spread over the processes.
+        is_spread (`bool`): whether the teacher is spread over the processes.
     """
     ranks, stage = accelerator.num_processes, zero_stage(accelerator)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    weights = _bytes(student)
+    weights = whole_bytes(student)
     # An engine of 16 bits trains copies of its weights in fp32.
     keeps_copies = stage > 0 and accelerator.mixed_precision != "no" and accelerator.distributed_type == "DEEPSPEED"
     states = trained * (_state_bytes(args) + (4 if keeps_copies else 0))
@@ -113,14 +127,14 @@ def plan_memory(
     held = {
         "student": weights // (ranks if stage == 3 else 1),
         "optimizer": states // (ranks if stage > 0 else 1),
-        "teacher": _bytes(teacher) // (ranks if shards_teacher else 1),
+        "teacher": whole_bytes(teacher) // (ranks if is_spread else 1),
     }
     sampling, per_place = _sampling(student, teacher, accelerator, window)
     if stage == 3 and args.ds3_gather_for_generation:
         sampling["gathered student"] = weights
-    if shards_teacher:
+    if is_spread:
         sampling["gathered layer of the teacher"] = 2 * _largest_layer(teacher)
-    if accelerator.device.type == "cuda" and stage < 3 and not shards_teacher:
+    if accelerator.device.type == "cuda" and stage < 3 and not is_spread:
         sampling["graphs"] = 64 * 2**20  # a pool that all share; their buffers are the caches
     hidden = window.num_prompts * window.max_new_tokens * _hidden_bytes(teacher, accelerator)
     sampling["hidden states"] = hidden
@@ -128,27 +142,78 @@ def plan_memory(
     training = {"hidden states": hidden, **_training(student, teacher, accelerator, args, window, gradients)}
     if stage == 3:
         training["gathered layer"] = 2 * _largest_layer(student)
-    return MemoryPlan(held, sampling, training, per_place, window.num_places, free_bytes(accelerator.device))
+    return MemoryPlan(
+        held, sampling, training, per_place, window.num_places, window.num_prompts, free_bytes(accelerator.device)
+    )
 
 
-def fitted(make: Callable[[int], MemoryPlan], num_places: int) -> tuple[int, MemoryPlan]:
-    """The most places, `num_places` at most, whose sampling fits what is free, and their plan; at least one. `make` plans a number of
-    places."""
-    plan = make(num_places)
-    room = plan.free * (1 - RESERVE) - sum(plan.held.values()) - sum(plan.sampling.values())
-    if plan.free == 0 or room >= 0 or num_places == 1:
-        return num_places, plan
-    fewer = max(1, num_places - math.ceil(-room / max(plan.per_place, 1)))
-    return fewer, make(fewer)
+def fitted_plan(
+    student: nn.Module, teacher: nn.Module, accelerator: Accelerator, args, longest_prompt: int
+) -> MemoryPlan:
+    """The plan of a training with these arguments, whose prompts have up to `longest_prompt` tokens. Where all rows of a step do not fit
+    at once, it is that of as many as do, at least one."""
+    rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    places = min(args.rollout_batch_size or rows * steps, rows * steps)
+    spread = shards_teacher(args.shard_teacher, teacher, accelerator)
+    window = Window(places, rows * steps, longest_prompt, args.max_new_tokens, rows, steps)
+    plan = plan_memory(student, teacher, accelerator, args, window, spread)
+    missing = sum(plan.held.values()) + sum(plan.sampling.values()) - plan.free * (1 - RESERVE)
+    if plan.free == 0 or missing <= 0 or places == 1:
+        return plan
+    places = max(1, places - math.ceil(missing / max(plan.per_place, 1)))
+    return plan_memory(student, teacher, accelerator, args, replace(window, num_places=places), spread)
 
 
-def places_now(window: Window, per_place: int, device: torch.device) -> int:
-    """How many rows can be written at once with what is free on `device` at this moment."""
-    room = free_bytes(device, now=True) * (1 - RESERVE)
-    return window.num_places if room == 0 else max(1, min(window.num_places, int(room // max(per_place, 1))))
+def describe_plan(plan: MemoryPlan, accelerator: Accelerator, args) -> str:
+    """The plan as a table, and below it what would make it fit, if it does not."""
+    text = plan.table()
+    if plan.num_places < min(args.rollout_batch_size or plan.num_prompts, plan.num_prompts):
+        text += (
+            f"\n  At most {plan.num_places} of {plan.num_prompts} responses fit at once: freed places are refilled."
+        )
+    if not plan.fits:
+        text += "\n  That does not fit. What saves most: " + "; ".join(advice(plan, accelerator, args)[:4]) + "."
+    return text
 
 
-def advice(plan: MemoryPlan, args, accelerator: Accelerator, shards_teacher: bool) -> list[str]:
+def places_now(student: nn.Module, teacher: nn.Module, accelerator: Accelerator, window: Window) -> int:
+    """How many rows of `window` can be written at once with what is free on the device at this moment; fewer than it asks for are
+    said in the log."""
+    slots, draft = window.longest_prompt + window.max_new_tokens + window.num_draft_tokens, window.num_draft_tokens
+    room = free_bytes(accelerator.device, now=True) * (1 - RESERVE)
+    room -= window.num_prompts * window.max_new_tokens * _hidden_bytes(teacher, accelerator)
+    rough = sum(_rough_bytes(model, slots, draft) for model in (student, teacher))
+    if 2 * rough * window.num_places <= room:  # there is no need to count
+        return window.num_places
+    parts, per_place = _sampling(student, teacher, accelerator, window)
+    fixed = max(sum(parts.values()) - per_place * window.num_places, 0)
+    places = max(1, min(window.num_places, int(max(room - fixed, 0) // max(per_place, 1))))
+    if places < window.num_places:
+        logger.warning(
+            f"{window.num_places} responses at once would need {_gib(per_place * window.num_places)} of the {_gib(room)} that are free: "
+            f"{places} are written at once, and the others take their places (rollout_batch_size={places}). The texts are the same."
+        )
+    return places
+
+
+def _rough_bytes(model: nn.Module, slots: int, draft: int) -> int:
+    """Bytes of a place, from the configuration; more than most caches take."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4 * (2 * config.num_hidden_layers * heads * size * slots + 2 * draft * config.vocab_size)
+
+
+@contextmanager
+def out_of_memory_advised(moment: str) -> Iterator[None]:
+    """An error of a device without memory left says which options lower what `moment` (`"sampling"` or `"training"`) takes."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{error}\n{OPTIONS[moment]}") from error
+
+
+def advice(plan: MemoryPlan, accelerator: Accelerator, args) -> list[str]:
     """What would make a plan smaller where it is largest, the most effective first."""
     found: list[tuple[int, str]] = []
     in_sampling = sum(plan.sampling.values()) > sum(plan.training.values())
@@ -164,7 +229,7 @@ def advice(plan: MemoryPlan, args, accelerator: Accelerator, shards_teacher: boo
         found.append((plan.training["activations"] * (size - size // 2) // size, half))
     if not in_sampling:
         found.append((plan.training["loss"] // 2, "a smaller loss_chunk_size"))
-    if not shards_teacher:
+    if "gathered layer of the teacher" not in plan.sampling:
         ranks = accelerator.num_processes
         spread = plan.held["teacher"] - plan.held["teacher"] // max(ranks, 2)
         found.append(
@@ -185,14 +250,14 @@ def advice(plan: MemoryPlan, args, accelerator: Accelerator, shards_teacher: boo
     return [f"{text} (saves about {_gib(size)})" for size, text in sorted(found, reverse=True) if size >= GIB / 1024]
 
 
-def shards_teacher(wish: bool | None, teacher_bytes: int, accelerator: Accelerator) -> bool:
+def shards_teacher(wish: bool | None, teacher: nn.Module, accelerator: Accelerator) -> bool:
     """Whether the teacher is spread over processes: as wished, and with `None` only where an engine can and the whole one would take
     more than half of a device. The same on all ranks, for it asks what a device has and not what is free."""
     if wish is not None:
         return wish
     if accelerator.num_processes == 1 or accelerator.distributed_type not in ("DEEPSPEED", "FSDP"):
         return False
-    return teacher_bytes > free_bytes(accelerator.device) / 2
+    return whole_bytes(teacher) > free_bytes(accelerator.device) / 2
 
 
 def free_bytes(device: torch.device, now: bool = False) -> int:
@@ -288,7 +353,8 @@ def _sampling(
     # Prompts are read before a round, whose logits are given back at its end.
     in_round = {"logits of a draft": logits, "a forward": of_blocks}
     worse = {"prompts": of_prompts} if of_prompts > logits + of_blocks else in_round
-    return {"caches": caches, **worse}, (caches + logits + of_blocks) // places
+    grows = of_prompts if places * window.longest_prompt <= MOST_TOKENS else 0  # else prompts take turns
+    return {"caches": caches, **worse}, (caches + max(logits + of_blocks, grows)) // places
 
 
 def _decoder(
@@ -318,18 +384,23 @@ def _training(
 ) -> dict[str, int]:
     """Bytes of a micro-batch at its worse moment. In the loss: what the forward left for the backward, and a chunk. In the backward:
     that and what it makes, the gradients, and those that the loss hands out."""
-    saved, backward = _backbone(accelerator.unwrap_model(student), accelerator, args, window)
-    chunk, handed = _loss(accelerator.unwrap_model(student), teacher, accelerator, args, window)
-    earlier = gradients if window.num_micro_batches > 1 else 0
+    inner = accelerator.unwrap_model(student)
+    accumulates = window.num_micro_batches > 1
+    saved, backward = _backbone(inner, accelerator, args, window, accumulates)
+    chunk, handed = _loss(inner, teacher, accelerator, args, window)
+    kept = gradients if accumulates else 0  # of the micro-batches before
     moments = (
-        {"activations": saved, "loss": chunk + handed, "gradients": earlier},
-        {"activations": backward, "loss": handed, "gradients": gradients},
+        {"activations": saved, "loss": chunk + handed, "gradients": kept},
+        {"activations": backward, "loss": handed, "gradients": kept},
     )
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
-def _backbone(student: nn.Module, accelerator: Accelerator, args, window: Window) -> tuple[int, int]:
-    """Bytes after the backbone's forward, and the most in its backward, weights and their gradients not among them."""
+def _backbone(
+    student: nn.Module, accelerator: Accelerator, args, window: Window, accumulates: bool
+) -> tuple[int, int]:
+    """Bytes after the backbone's forward, and the most in its backward, new gradients among them. Weights are not, nor what is in the
+    gradients already where it `accumulates`."""
     base = student.get_base_model() if hasattr(student, "get_base_model") else student
     body, columns = backbone(base), window.longest_prompt + window.max_new_tokens
     modes = {module: module.training for module in base.modules()}
@@ -339,12 +410,15 @@ def _backbone(student: nn.Module, accelerator: Accelerator, args, window: Window
     try:
         base.train()
         with _fake(body, accelerator.device, is_trained=True) as (_, allocations), accelerator.autocast():
+            if accumulates:
+                for parameter in body.parameters():
+                    parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            before = allocations.live
             ids = torch.zeros((window.num_rows, columns), dtype=torch.long, device=accelerator.device)
             hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
             saved = allocations.live
             hidden.backward(torch.empty_like(hidden))
-            own = sum(p.grad.untyped_storage().nbytes() for p in body.parameters() if p.grad is not None)
-            return saved, max(allocations.peak - own, saved)
+            return saved - before, max(allocations.peak, saved) - before
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -382,7 +456,7 @@ def _loss(student: nn.Module, teacher: nn.Module, accelerator: Accelerator, args
         return max(allocations.peak - before - own, 0), handed
 
 
-def _bytes(model: nn.Module) -> int:
+def whole_bytes(model: nn.Module) -> int:
     """Bytes of all weights and buffers, whole."""
     return sum(
         math.prod(getattr(t, "ds_shape", t.shape)) * t.element_size() for t in (*model.parameters(), *model.buffers())
@@ -392,8 +466,8 @@ def _bytes(model: nn.Module) -> int:
 def _largest_layer(model: nn.Module) -> int:
     """Bytes of the largest part that an engine gathers at once: a layer, or the embeddings and the head."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [_bytes(module) for module in model.modules() if type(module).__name__ in names]
-    rest = _bytes(model) - sum(layers)
+    layers = [whole_bytes(module) for module in model.modules() if type(module).__name__ in names]
+    rest = whole_bytes(model) - sum(layers)
     return max([*layers, rest])
 
 
