@@ -96,9 +96,9 @@ def _own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bad_anywhere(tensors: Iterable[torch.Tensor], accelerator: Accelerator, is_collective: bool) -> bool:
-    largest = torch._foreach_norm([t for t in tensors if t.numel() > 0], float("inf"))
+    held = [tensor for tensor in tensors if tensor.numel() > 0]  # DeepSpeed leaves no gradient, a process may hold no part
     flag = torch.zeros((), device=accelerator.device)
-    for value in largest:
+    for value in torch._foreach_norm(held, float("inf")) if held else ():
         flag = flag + (~value.isfinite()).to(flag)
     if is_collective and accelerator.num_processes > 1:
         flag = accelerator.reduce(flag, reduction="sum")
