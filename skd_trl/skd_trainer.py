@@ -104,11 +104,11 @@ from .training.metrics import (
 from .training.model_card import add_distillation, describe_distillation
 from .training.models import (
     base_model,
+    copied_arguments,
     disable_dropout,
     given_model,
     load_pair,
     named_teachers,
-    own_arguments,
     pad_token_id,
 )
 from .training.pair_check import check_launch, check_pair, check_teacher_differs, require
@@ -244,7 +244,7 @@ class SKDTrainer(GKDTrainer):
     ):
         check_overrides(self, SKDTrainer)
         model = given_model("model", model)
-        args = own_arguments(args, self._config_class, f"-{self._name}", model)
+        args = copied_arguments(args, self._config_class, f"-{self._name}", model)
         named = named_teachers(teacher_model, args)
         self._teacher_names = tuple(named)
         teacher_model, *others = named.values() if named else [given_model("teacher_model", teacher_model)]

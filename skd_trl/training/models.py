@@ -182,7 +182,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def own_arguments(
+def copied_arguments(
     args: "SKDConfig | None", config_class: "type[SKDConfig]", suffix: str, model: nn.Module | str
 ) -> "SKDConfig":
     """A copy of `args` that the trainer may change, the caller's stays as it was; the defaults if there are none.

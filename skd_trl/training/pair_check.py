@@ -145,7 +145,7 @@ def check_teacher_differs(kind: str, has_own_prompts: bool) -> Finding:
             f"teacher_model_kind={kind!r}: the teacher is the student that training starts from, {missing}. A new student equals it, "
             "and then nothing is learned: the loss is 0 and has no gradient.",
         )
-    return Finding(topic, Verdict.GOOD, f"The teacher is the student ({kind}) with prompts of its own.")
+    return Finding(topic, Verdict.GOOD, f"The teacher is the student ({kind}) with its own prompts.")
 
 
 def _check_placement(pair: Pair) -> tuple[Verdict, str]:
