@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": ("evaluate", "run_compare", "score two students of one teacher on the same prompts"),
     "watch": ("watch", "run", "show one response being written, round by round"),
     "report": ("report", "run", "figures, plots and a page of a run, also of one that is not over"),
+    "score": ("score", "run", "write a teacher's scores of given responses, for a training without it"),
     "serve": ("serve", "run", "a teacher on vLLM, for trainers on other machines"),
     "env": ("env", "run", "versions and devices, for issues"),
 }

@@ -18,6 +18,7 @@ from .sampling.draft_length import AUTO, DraftLength
 from .sampling.sampling_params import SamplingParams
 from .scheduled_numbers import ScheduledNumbers
 from .schedules import Schedule
+from .teacher_options import TeacherOptions
 
 
 ROLLOUTS = ("interleaved", "student", "teacher", "dataset")
@@ -54,11 +55,12 @@ DIVERGENCE = IdeaField(
 
 
 @dataclass
-class SKDConfig(ScheduledNumbers, GKDConfig):
+class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     """
     Configuration class for [`SKDTrainer`].
 
-    This class includes only the parameters that are specific to SKD training, and those of
+    This class includes only the parameters that are specific to SKD training (those about the teacher are in
+    [`~skd_trl.teacher_options.TeacherOptions`]), and those of
     [`~trl.experimental.gkd.GKDConfig`] whose default differs. Defaults are those of the paper (Xu et al., ICLR 2025,
     arXiv 2410.11325) and of its authors' settings, where they give any and the responses depend on them.
 
@@ -146,6 +148,7 @@ class SKDConfig(ScheduledNumbers, GKDConfig):
         "divergence_kwargs",
         "chat_template_kwargs",
         "schedules",
+        "teacher_models",
     ]
     _IDEA_FIELDS = ("accept", "divergence")
 
@@ -332,6 +335,7 @@ class SKDConfig(ScheduledNumbers, GKDConfig):
         if not isinstance(self.log_fixed_prompts, int) or self.log_fixed_prompts < 0:
             raise ValueError(f"log_fixed_prompts={self.log_fixed_prompts!r} must be a whole number, 0 (none) or more.")
         self._check_ideas()
+        self.check_teacher()
         check_inherited_options(self)
         self.draft_length()
         for name in ("max_new_tokens", "log_completions_steps", "num_completions_to_print"):

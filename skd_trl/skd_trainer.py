@@ -4,6 +4,7 @@ Glue: who writes the responses is `sampling/interleaved.py`, what they cost is `
 `training/`. Shapes: B rows of a micro-batch, P prompt, T response, N response tokens of a micro-batch, H hidden.
 """
 
+import itertools
 import textwrap
 import time
 from collections.abc import Callable
@@ -21,10 +22,18 @@ from torch import nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from ._compat import GKDTrainer
-from .data.batches import IGNORE_INDEX, DataCollatorForDistillation, Key, ResponseTokens, merge_prompts, model_inputs
-from .data.dataset import prepare_dataset
+from ._compat import GKDTrainer, get_config_model_id
+from .data.batches import (
+    IGNORE_INDEX,
+    DataCollatorForDistillation,
+    Key,
+    ResponseTokens,
+    merge_prompts,
+    model_inputs,
+)
+from .data.dataset import num_scored_tokens, prepare_dataset
 from .data.mixed_batches import mix_sampled_rows
+from .data.recorded_scores import has_scores
 from .data.tokenization import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
 from .inherited_options import (
@@ -39,10 +48,10 @@ from .loss.distillation_loss import DistillationLoss, distillation_loss
 from .loss.gates import Gate, GateWeights
 from .loss.lm_head import LMHead
 from .loss.response_facts import ResponseFacts
-from .loss.teacher_signal import HiddenStates
+from .loss.teacher_signal import HiddenStates, TeacherSignal, check_signal
+from .loss.token_distributions import FULL_VOCABULARY_STATISTICS
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant
-from .sampling.ragged_cache import eval_mode
 from .sampling.rollout import Rollout
 from .sampling.rounds import Rounds
 from .skd_config import SKDConfig
@@ -69,19 +78,37 @@ from .training.engine_lifetime import check_first_training, engine_for_evaluatio
 from .training.engine_settings import check_parallel_models, describe_offloading
 from .training.finite_check import FiniteCheck, GradientCheck, require_finite_weights
 from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
-from .training.last_hidden_states import last_hidden_states
-from .training.limits import response_limit, room_for_prompts, room_for_texts
+from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
-from .training.metrics import RatioMetrics, add_rollout, num_own_rows, with_prefix, without_filled_rows
+from .training.metrics import (
+    RatioMetrics,
+    add_loss_by_teacher,
+    add_rollout,
+    add_rollout_by_teacher,
+    names_by_teacher,
+    num_own_rows,
+    with_prefix,
+    without_filled_rows,
+)
 from .training.model_card import add_distillation, describe_distillation
-from .training.models import base_model, disable_dropout, given_model, load_pair, own_arguments, pad_token_id
-from .training.pair_check import check_launch, check_pair, require
+from .training.models import (
+    base_model,
+    disable_dropout,
+    given_model,
+    load_pair,
+    named_teachers,
+    own_arguments,
+    pad_token_id,
+)
+from .training.pair_check import check_launch, check_pair, check_teacher_differs, require
 from .training.quantised import keep_gradients
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
 from .training.sampled_batches import sampled_batches
 from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
 from .training.saved_weights import check_saved, describe_shards, whole_parameters, whole_weights, writes_shards
+from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
+from .training.teachers import OneTeacher, RecordedTeacher, Teacher, TeachersByRow, whole_signal
 
 
 if TYPE_CHECKING:
@@ -89,6 +116,14 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+# Of a batch, what keeps its own precision in every engine.
+EXACT = (
+    Key.GATE_UNIFORMS,
+    Key.COMPARED_UNIFORMS,
+    Key.GATE_WEIGHT,
+    Key.TEACHER_TOP_LOG_PROBS,
+    Key.TEACHER_LABEL_LOG_PROBS,
+)
 METRICS = (
     "acceptance_rate",
     "replaced_share",
@@ -124,14 +159,17 @@ class SKDTrainer(GKDTrainer):
             The student.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The teacher, or its name or path, loaded with `args.teacher_model_init_kwargs`. Defaults to
-            `args.teacher_model_name_or_path`.
+            `args.teacher_model_name_or_path`. A `dict` of names is several teachers, of which a row's `teacher_id` names its own.
+            None is needed with `args.teacher_model_kind` (the student is its own teacher), and for rows that have a teacher's
+            scores beside them (`python -m skd_trl score`).
         args ([`SKDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         data_collator ([`~transformers.DataCollator`], *optional*):
             Makes batches of prepared rows; defaults to [`DataCollatorForDistillation`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `messages`, with `prompt` and `completion`, or with `prompt` alone (enough where every response is
-            sampled); each a text or a conversation.
+            sampled); each a text or a conversation. With a `teacher_prompt`, or with a `privileged_context` for
+            `args.teacher_prompt_template`, the teacher reads that and the student its own prompt.
         eval_dataset (the same, or a `dict` of them, *optional*):
             Evaluated on reference responses; rows without one on a response that the student samples (its own text, drawn as the run
             draws it), where `eval_loss` is the divergence on the student's text.
@@ -177,7 +215,7 @@ class SKDTrainer(GKDTrainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
-        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | dict[str, PreTrainedModel | nn.Module | str] | None = None,
         args: SKDConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -191,23 +229,39 @@ class SKDTrainer(GKDTrainer):
         formatting_func: Callable | None = None,
     ):
         check_overrides(self, SKDTrainer)
-        model, teacher_model = given_model("model", model), given_model("teacher_model", teacher_model)
+        model = given_model("model", model)
         args = own_arguments(args, self._config_class, f"-{self._name}", model)
+        named = named_teachers(teacher_model, args)
+        self._teacher_names = tuple(named)
+        teacher_model, *others = named.values() if named else [given_model("teacher_model", teacher_model)]
         check_parallel_models(args, {"model": model, "teacher_model": teacher_model})
-        student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args)
-        require(check_pair(student, teacher, tokenizer, args, peft_config))
-        self.vocab_size = shared_vocab_size(student, teacher)
-        self.eos_token_ids = end_of_sequence_ids(student, teacher, tokenizer)
+        scored = train_dataset is not None and has_scores(train_dataset.column_names)
+        student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args, scored)
+        self._is_recorded = teacher is student and args.teacher_model_kind is None
+        if self._is_recorded and args.rollouts != {"dataset"}:
+            raise ValueError(
+                "There is no teacher but the scores beside the rows, which are of given responses and judge no others: set "
+                "rollout='dataset' (and lmbda and seq_kd at their defaults), or give a teacher_model."
+            )
+        teachers = [teacher, *(load_pair(student, other, tokenizer, args)[1] for other in others)]
+        for one in teachers:
+            require(check_pair(student, one, tokenizer, args, peft_config))
+        self.vocab_size = min(shared_vocab_size(student, one) for one in teachers)
+        self.eos_token_ids = sorted({i for one in teachers for i in end_of_sequence_ids(student, one, tokenizer)})
         self._rules = RowRules(
-            room_for_prompts(args, student, teacher),
+            smallest(room_for_prompts(args, student, one) for one in teachers),
             response_limit(args),
             needs_response="dataset" in args.rollouts,
             eos_token_ids=tuple(self.eos_token_ids),
             chat_template_kwargs=args.chat_template_kwargs or {},
-            max_text_length=room_for_texts(args, student, teacher),
+            max_text_length=smallest(room_for_texts(args, student, one) for one in teachers),
             num_ids=self.vocab_size,
             every_answer=args.every_answer,
             reads_response="dataset" in args.rollouts,
+            teacher_prompt_template=args.teacher_prompt_template,
+            **limits_of_teacher_prompts(args, teachers),
+            teacher_names=self._teacher_names,
+            needs_scores=self._is_recorded,
         )
         self._check_sampled_evaluation = partial(check_sampled_evaluation, max_new_tokens=args.max_new_tokens)
         self._prepare = partial(
@@ -255,12 +309,51 @@ class SKDTrainer(GKDTrainer):
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
-        require(check_launch(self._inner_student(), teacher, args, self.accelerator))
-        self._inner_teacher = teacher
-        self.teacher_model = prepare_teacher(teacher, self.accelerator, args.shard_teacher)
+        for one in teachers:
+            require(check_launch(self._inner_student(), one, args, self.accelerator))
+        self._teacher = self._make_teacher(teachers)
         bound_waits(args.ddp_timeout)
-        names = {"train": self._metric_names, "eval": (*self._metric_names, "loss", "sampled_share")}
-        self._ratios = {mode: RatioMetrics(names[mode], totals=("skipped_rows",)) for mode in names}
+        by_teacher = names_by_teacher(self._teacher_names)
+        own_names = (*self._metric_names, *itertools.chain(*by_teacher.values()))
+        names = {"train": own_names, "eval": (*own_names, "loss", "sampled_share")}
+        totals = ("skipped_rows", *by_teacher["num_tokens"])
+        self._ratios = {mode: RatioMetrics(names[mode], totals=totals) for mode in names}
+
+    def _make_teacher(self, teachers: list[PreTrainedModel]) -> Teacher:
+        teacher, kind = teachers[0], self.args.teacher_model_kind
+        self._average = self._shared = None
+        if self._is_recorded:
+            self.teacher_model = self._inner_teacher = None
+            self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
+            self._check_scores(num_scored_tokens(self.train_dataset, "train"))
+            return RecordedTeacher()
+        if self._teacher_names:
+            prepared = [prepare_teacher(one, self.accelerator, self.args.shard_teacher) for one in teachers]
+            self.teacher_model = dict(zip(self._teacher_names, prepared, strict=True))
+            self._inner_teacher = nn.ModuleList(teachers)  # for the messages of checks
+            is_collective = self.accelerator.num_processes > 1 and any(map(is_sharded, teachers))
+            return TeachersByRow(teachers, prepared, is_collective)
+        if kind is not None:
+            check_self_teacher(kind, self.accelerator, self.model)
+            teacher = self_teacher(self.model, kind)
+            self._shared = SharedTensors(teacher, self.model)
+            has_own_prompts = "teacher_prompt_ids" in (self.train_dataset.column_names or [])
+            require([check_teacher_differs(kind, has_own_prompts)])
+        if kind == "ema":
+            self._average = StudentAverage(
+                teacher, self.model, self.args.teacher_update_rate, self.args.teacher_sync_steps
+            )
+            self.add_callback(self._average)
+        self._inner_teacher = teacher
+        if kind is None:
+            self.teacher_model = prepare_teacher(teacher, self.accelerator, self.args.shard_teacher)
+        else:  # without its own engine, which would move the student's tensors
+            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        return OneTeacher(teacher, self.teacher_model)
+
+    def _check_scores(self, top_k: int) -> None:
+        """Refuses what k recorded tokens cannot give."""
+        check_signal(top_k, self.vocab_size, divergence=self.divergence, statistics=self._statistics)
 
     def _prepare_eval(self, dataset, student: PreTrainedModel):
         """Prepared evaluation sets: one, a dict of them, or none."""
@@ -269,7 +362,7 @@ class SKDTrainer(GKDTrainer):
         return None if dataset is None else self._prepare_eval_set(dataset, "eval", student)
 
     def _prepare_eval_set(self, dataset, name: str, student: PreTrainedModel) -> Dataset | IterableDataset:
-        rules = replace(self._rules, needs_response=False, reads_response=True)
+        rules = replace(self._rules, needs_response=self._is_recorded, reads_response=True)
         prepared = self._prepare(dataset, rules=rules, name=name)
         self._check_sampled_evaluation(prepared, name, student)
         return prepared
@@ -310,9 +403,8 @@ class SKDTrainer(GKDTrainer):
         if not any_on_any_process(is_missing, self.accelerator):
             return batch
         noise = row_noise((first + is_missing.nonzero().flatten()).tolist(), self.args.max_new_tokens, self.args.seed)
-        chosen = is_missing.to(batch[Key.PROMPTS].device)
-        some = {key: batch[key][chosen] for key in (Key.PROMPTS, Key.PROMPT_ATTENTION_MASK)}
-        rollout = self._write(*some.values(), "student", noise)
+        some = {name: values[is_missing.to(values.device)] for name, values in merge_prompts([batch]).items()}
+        rollout = self._write(some, "student", noise)
         metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
         metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
         return mix_sampled_rows([batch], sampled_batches(rollout, [some]), is_missing, self.data_collator)[0]
@@ -338,7 +430,13 @@ class SKDTrainer(GKDTrainer):
             )
         take_off_patches(model)
         keep_gradients(model)
-        require(check_pair(base_model(model), self._inner_teacher, self.processing_class, self.args))
+        if self.args.teacher_model_kind is not None:
+            raise ValueError(
+                f"teacher_model_kind={self.args.teacher_model_kind!r} is a teacher around the tensors of the first student, and a search "
+                "makes others. Search with the model as teacher_model, or construct a trainer for each trial."
+            )
+        for teacher in self._teacher.inner or [base_model(model)]:
+            require(check_pair(base_model(model), teacher, self.processing_class, self.args))
         if self.args.disable_dropout:
             disable_dropout(model)
         stop_at(base_model(model), self.eos_token_ids)
@@ -411,18 +509,22 @@ class SKDTrainer(GKDTrainer):
         """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
         row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
         key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
-        prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        is_sampled = torch.rand(len(prompts), generator=keyed_generator(*key)) < self._args_of_step.lmbda
-        chosen = is_sampled.to(prompts.device)
-        some = {Key.PROMPTS: prompts[chosen], Key.PROMPT_ATTENTION_MASK: mask[chosen]}
+        window = merge_prompts(batches)
+        chosen = torch.rand(len(window[Key.PROMPTS]), generator=keyed_generator(*key))
+        is_sampled = chosen < self._args_of_step.lmbda
+        some = {name: values[is_sampled.to(values.device)] for name, values in window.items()}
         sampled = self._sample([some], self.args.rollout)
         return mix_sampled_rows(batches, sampled, is_sampled, self.data_collator)
 
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
         start = time.perf_counter()
-        prompts, mask = merge_prompts([(batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]) for batch in batches])
-        noise = self._noise(len(prompts), "sampling", self.state.global_step, self.accelerator.process_index)
-        sampled = self._write(prompts, mask, rollout, noise)
+        window = merge_prompts(batches)
+        noise = self._noise(
+            len(window[Key.PROMPTS]), "sampling", self.state.global_step, self.accelerator.process_index
+        )
+        sampled = self._write(window, rollout, noise)
+        if self._teacher_names:
+            add_rollout_by_teacher(self._ratios["train"], sampled, window[Key.TEACHER_INDEX], self._teacher_names)
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled, rollout)
         return sampled_batches(sampled, batches)
@@ -432,29 +534,33 @@ class SKDTrainer(GKDTrainer):
         generator = keyed_generator(key[0], self.args.seed, *key[1:])
         return torch.rand((num_rows, self.args.max_new_tokens, 3), generator=generator)
 
-    def _write(self, prompts: torch.Tensor, mask: torch.Tensor, rollout: str, noise: torch.Tensor) -> Rollout:
-        """Sampled responses to left-padded prompts (B, P), of which a rank may have none, on noise (B, T, 3); collective where
-        the models are."""
+    def _write(self, window: dict[str, torch.Tensor], rollout: str, noise: torch.Tensor) -> Rollout:
+        """Sampled responses to the left-padded prompts (B, P) of both models, of which a rank may have none, on noise (B, T, 3);
+        collective where the models are."""
+        prompts, mask = window[Key.PROMPTS], window[Key.PROMPT_ATTENTION_MASK]
         is_shown = self.accelerator.is_main_process and not self.args.disable_tqdm
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        if self._shared is not None:
+            self._shared.check(self.accelerator.unwrap_model(self.model))
         with (
             SamplingBar(
                 self.args.max_new_tokens, f"step {self.state.global_step + 1}: sampling ", disable=not is_shown
             ) as observe,
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
             self.compute_loss_context_manager(),
-            without_router_logits(self._inner_student(), self._inner_teacher),
+            without_router_logits(self._inner_student(), *self._teacher.inner),
             # `torch_compile` is for the training step: every round has another shape, and would be compiled anew.
             nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
         ):
-            collective = self.accelerator.num_processes > 1 and (is_sharded(student) or is_sharded(teacher))
+            collective = self.accelerator.num_processes > 1 and any(map(is_sharded, [student, *self._teacher.inner]))
             return interleaved_sample(
                 LocalParticipant(
                     student,
                     self._args_of_step.student_sampling(),
                     vocab_size=self.vocab_size,
                 ),
-                LocalParticipant(teacher, self._args_of_step.teacher_sampling(), vocab_size=self.vocab_size),
+                self._teacher.participant(
+                    window, self._args_of_step.teacher_sampling(), self.vocab_size, self.accelerator
+                ),
                 prompts,
                 mask,
                 accept=self._args_of_step.acceptance_rule(rollout),
@@ -469,6 +575,12 @@ class SKDTrainer(GKDTrainer):
                     observe=observe,
                 ),
             )
+
+    def _prepare_inputs(self, inputs):
+        # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
+        exact = {name: inputs[name] for name in EXACT if name in inputs}
+        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in EXACT})
+        return {**prepared, **{name: value.to(self.args.device) for name, value in exact.items()}}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if any(
@@ -514,11 +626,15 @@ class SKDTrainer(GKDTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         save_draft_length(self._draft_length, output_dir, self.accelerator, self.args)
+        if self._average is not None and self.accelerator.is_main_process:
+            self._average.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_draft_length(self._draft_length, checkpoint, self.accelerator, self.args)
+        if checkpoint is not None and self._average is not None:
+            self._average.load(checkpoint)
 
     # The loss
 
@@ -527,7 +643,7 @@ class SKDTrainer(GKDTrainer):
         optimizer step on all processes (in evaluation: of the batch)."""
         mode = "train" if self.model.training else "eval"
         tokens = ResponseTokens.of(inputs)
-        teacher_hidden = self._teacher_hidden(inputs, tokens)
+        teacher = self._teacher.signal(inputs, tokens)
         outcome: list[DistillationLoss] = []
         divisor = torch.as_tensor(len(tokens.labels) if num_items_in_batch is None else num_items_in_batch)
         factor = 1 / torch.where(divisor > 0, divisor, 1).to(tokens.labels.device, torch.float32)
@@ -536,7 +652,7 @@ class SKDTrainer(GKDTrainer):
             factor = factor * (self.accelerator.num_processes // self.get_tp_size())
 
         def loss_fn(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-            outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher_hidden, inputs, tokens))
+            outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher, inputs, tokens))
             return {"loss": outcome[0].loss * factor}
 
         # FSDP2 in bf16 rounds what a forward returns: the gradient goes that way, as a 1, and the value does not.
@@ -558,12 +674,14 @@ class SKDTrainer(GKDTrainer):
         with self.accelerator.autocast(), loss_in_forward(self._inner_student(), self._compiled_backbone):
             return model(**model_inputs(inputs), loss_fn=loss_fn)
 
-    def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
-        """The loss at the N response tokens of a micro-batch, from both models' hidden states (N, H)."""
-        with self._heads() as (student_head, teacher_head):
+    def _distillation_loss(
+        self, student_hidden: torch.Tensor, teacher: TeacherSignal, inputs, tokens: ResponseTokens
+    ) -> DistillationLoss:
+        """The loss at the N response tokens of a micro-batch, from the student's hidden states (N, H) and the teacher's signal."""
+        with self._student_head() as student_head, whole_signal(teacher) as whole_teacher:
             return distillation_loss(
                 HiddenStates(student_hidden, student_head),
-                HiddenStates(teacher_hidden, teacher_head),
+                whole_teacher,
                 self._facts(inputs, tokens),
                 divergence=self.divergence,
                 gate=self._gate_for(inputs),
@@ -587,21 +705,10 @@ class SKDTrainer(GKDTrainer):
         """How much each token of a micro-batch counts: here all alike."""
         return None
 
-    def _teacher_hidden(self, inputs, tokens: ResponseTokens) -> torch.Tensor:
-        """The teacher's hidden states (N, H) that predict the response tokens: from the sampling, if it judged them."""
-        if Key.TEACHER_HIDDEN_STATES in inputs:
-            return tokens.pick(inputs[Key.TEACHER_HIDDEN_STATES])
-        with eval_mode(self.teacher_model):
-            hidden = last_hidden_states(self.teacher_model, self._inner_teacher, **model_inputs(inputs))
-        return tokens.predicted_by(hidden)
-
     @contextmanager
-    def _heads(self):
-        with (
-            whole_head(LMHead.of(self._inner_student()), trained=torch.is_grad_enabled()) as student_head,
-            whole_head(LMHead.of(self._inner_teacher)) as teacher_head,
-        ):
-            yield student_head, teacher_head
+    def _student_head(self):
+        with whole_head(LMHead.of(self._inner_student()), trained=torch.is_grad_enabled()) as head:
+            yield head
 
     def _inner_student(self) -> PreTrainedModel:
         return base_model(self.accelerator.unwrap_model(self.model))
@@ -612,7 +719,10 @@ class SKDTrainer(GKDTrainer):
         metrics = self._ratios[mode]
         if mode == "eval":
             metrics.add("loss", outcome.loss.detach(), len(tokens.labels))
-        for name in SKDTrainer._statistics:
+        if self._teacher_names:
+            which = inputs[Key.TEACHER_INDEX][tokens.rows]
+            add_loss_by_teacher(metrics, outcome, which, self._teacher_names)
+        for name in set(self._statistics) & set(SKDTrainer._statistics):
             metrics.add_mean(name, outcome.statistics[name])
 
     def _keep_completions(self, sampled: Rollout, rollout: str) -> None:
@@ -641,19 +751,26 @@ class SKDTrainer(GKDTrainer):
         dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         num_rows = self.args.log_fixed_prompts if self.accelerator.is_main_process else 0
-        rows = [torch.tensor([row["prompt_ids"]], device=self.args.device) for row in dataset.take(num_rows)]
-        if rows:
-            prompts, mask = merge_prompts([(ids, torch.ones_like(ids)) for ids in rows])
-        else:
-            prompts = mask = torch.zeros((0, 1), dtype=torch.long, device=self.args.device)
-        return self._write(prompts, mask, rollout, self._noise(len(prompts), "fixed prompts"))
+        batch = self.data_collator(list(dataset.take(max(num_rows, 1))))
+        window = {name: values[:num_rows].to(self.args.device) for name, values in merge_prompts([batch]).items()}
+        return self._write(window, rollout, self._noise(num_rows, "fixed prompts"))
 
     def create_model_card(self, *args, **kwargs):
         """As [`~transformers.Trainer.create_model_card`], with what this distillation was."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            section = describe_distillation(self, self._inner_teacher)
+            section = describe_distillation(self, self._describe_teacher())
             add_distillation(Path(self.args.output_dir) / "README.md", section)
+
+    def _describe_teacher(self) -> str:
+        """Who the teacher was, for people."""
+        if self._is_recorded:
+            return "recorded scores"
+        if self.args.teacher_model_kind is not None:
+            return f"the student itself ({self.args.teacher_model_kind})"
+        sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]
+        names = [f"{name}: " for name in self._teacher_names] or [""]
+        return ", ".join(name + source for name, source in zip(names, sources, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

@@ -15,20 +15,18 @@ from .data.vocabulary import describe_end_of_sequence_difference
 from .loss.distillation_loss import DistillationLoss, gate_weights
 from .loss.gates import Gate, GateWeights
 from .loss.response_facts import ResponseFacts
-from .loss.teacher_signal import HiddenStates
+from .loss.teacher_signal import HiddenStates, TeacherSignal, check_signal
 from .sampling.ragged_cache import eval_mode
 from .skd_trainer import METRICS, SKDTrainer
 from .speckd_config import SpecKDConfig
 from .training.distributed import gather_rows, keyed_generator
+from .training.teachers import whole_signal
 
 
 logger = get_logger(__name__)
 
 POSITION_BINS = ((0, 8), (8, 32), (32, 128), (128, None))
 POSITION_NAMES = tuple(f"token_acceptance_rate_{a}_{'on' if b is None else b - 1}" for a, b in POSITION_BINS)
-
-# Of a batch, what keeps its own precision in every engine.
-EXACT = (Key.GATE_UNIFORMS, Key.COMPARED_UNIFORMS, Key.GATE_WEIGHT)
 
 
 class SpecKDTrainer(SKDTrainer):
@@ -98,13 +96,19 @@ class SpecKDTrainer(SKDTrainer):
                 f"gate_warmup_steps={config.gate_warmup_steps} is not below max_steps={config.max_steps}: the gate never "
                 "closes fully. Shorten the warm-up."
             )
-        difference = describe_end_of_sequence_difference(
-            self._inner_student(), self._inner_teacher, self.processing_class
-        )
-        if difference and not config.gate_keep_eos:
+        student = self._inner_student()
+        differences = [
+            describe_end_of_sequence_difference(student, one, self.processing_class) for one in self._teacher.inner
+        ]
+        if any(differences) and not config.gate_keep_eos:
             logger.warning(
                 "The gate may reject every end of sequence, and the student would unlearn to stop: set gate_keep_eos=True."
             )
+
+    def _check_scores(self, top_k: int) -> None:
+        super()._check_scores(top_k)
+        for gate in filter(None, (self._gate, self._compared_gate)):
+            check_signal(top_k, self.vocab_size, gate=gate)
 
     # One optimizer step: its noise, and where the divisor depends on the weights, its weights
 
@@ -134,20 +138,20 @@ class SpecKDTrainer(SKDTrainer):
     def _weigh_window(self, batches: list[dict], num_tokens: torch.Tensor) -> torch.Tensor:
         """Weights of all micro-batches, from a forward without gradient each, and the divisor they make. A gate that
         compares tokens with each other compares those of the whole step, on all processes."""
-        hidden = []
+        hidden, signals = [], []
         with eval_mode(self.model), torch.no_grad(), self.compute_loss_context_manager():
             for batch in batches:
                 tokens = ResponseTokens.of(batch)
                 student = self._forward_with(
                     self.model_wrapped, batch, lambda states, tokens=tokens: {"hidden": tokens.predicted_by(states)}
                 )
-                teacher = self._teacher_hidden(batch, tokens)
-                batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(teacher)
-                hidden.append((student["hidden"], teacher))
-        student_hidden, teacher_hidden = map(torch.cat, zip(*hidden, strict=True))
+                hidden.append(student["hidden"])
+                signals.append(self._teacher.signal(batch, tokens))
+                self._teacher.keep(batch, tokens, signals[-1])
+        teacher = type(signals[0]).cat(signals)
         facts = ResponseFacts.cat([self._facts(batch, ResponseTokens.of(batch)) for batch in batches])
-        weights = self._weights(self._gate, student_hidden, teacher_hidden, facts)
-        sizes = [len(student) for student, _ in hidden]
+        weights = self._weights(self._gate, torch.cat(hidden), teacher, facts)
+        sizes = list(map(len, hidden))
         for batch, weight, accepted in zip(
             batches, weights.weight.split(sizes), weights.accepted.split(sizes), strict=True
         ):
@@ -155,12 +159,12 @@ class SpecKDTrainer(SKDTrainer):
         return self._divisor(weights, num_tokens)
 
     @torch.no_grad()
-    def _weights(self, gate: Gate, student_hidden, teacher_hidden, facts: ResponseFacts) -> GateWeights:
+    def _weights(self, gate: Gate, student_hidden, teacher: TeacherSignal, facts: ResponseFacts) -> GateWeights:
         """Weights (N,) of `gate`, without a loss."""
-        with self._heads() as (student_head, teacher_head):
+        with self._student_head() as student_head, whole_signal(teacher) as whole_teacher:
             return gate_weights(
                 HiddenStates(student_hidden, student_head),
-                HiddenStates(teacher_hidden, teacher_head),
+                whole_teacher,
                 facts,
                 gate=gate,
                 vocab_size=self.vocab_size,
@@ -182,12 +186,6 @@ class SpecKDTrainer(SKDTrainer):
         )
         return num_tokens
 
-    def _prepare_inputs(self, inputs):
-        # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
-        exact = {name: inputs[name] for name in EXACT if name in inputs}
-        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in EXACT})
-        return {**prepared, **{name: value.to(self.args.device) for name, value in exact.items()}}
-
     # The loss
 
     def _facts(self, inputs, tokens: ResponseTokens, noise: str = Key.GATE_UNIFORMS) -> ResponseFacts:
@@ -201,14 +199,14 @@ class SpecKDTrainer(SKDTrainer):
             else self._gate
         )
 
-    def _distillation_loss(self, student_hidden, teacher_hidden, inputs, tokens: ResponseTokens) -> DistillationLoss:
+    def _distillation_loss(self, student_hidden, teacher, inputs, tokens: ResponseTokens) -> DistillationLoss:
         if Key.GATE_WEIGHT not in inputs and not self.model.training:
             self._add_uniforms([inputs], "eval")  # of the last step's gate
-        outcome = super()._distillation_loss(student_hidden, teacher_hidden, inputs, tokens)
+        outcome = super()._distillation_loss(student_hidden, teacher, inputs, tokens)
         if self._compared_gate is not None:
             facts = self._facts(inputs, tokens, Key.COMPARED_UNIFORMS)
             inputs[Key.COMPARED_ACCEPTED] = self._weights(
-                self._compared_gate, student_hidden.detach(), teacher_hidden, facts
+                self._compared_gate, student_hidden.detach(), teacher, facts
             ).accepted
         return outcome
 

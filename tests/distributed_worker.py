@@ -202,7 +202,7 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     }
     if settings.get("rollout") not in ("dataset", "student", "teacher") and "gate" not in settings:
         defaults["accept_top_k"] = 80
-    from_path = settings.pop("from_path", False)
+    from_path, num_teachers = settings.pop("from_path", False), settings.pop("teachers", 1)
     if from_path:
         student, teacher = (str(directory / which) for which in ("student", "teacher"))
     else:  # before the arguments, from which on ZeRO-3 would shard new models before they have their weights
@@ -210,11 +210,13 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
         teacher = tiny_model("qwen2" if tied else "llama", seed=2, tie_word_embeddings=tied, **TEACHER)
     if quantized_teacher:
         quantize(teacher)
+    if num_teachers > 1:
+        teacher = {"a": teacher, "b": tiny_model("llama", seed=3, **STUDENT)}
     config_class, trainer_class = (SpecKDConfig, RecordingSpecKD) if "gate" in settings else (SKDConfig, RecordingSKD)
     args = config_class(**{**defaults, **settings})
     trainer = trainer_class(
         model=student,
-        teacher_model=teacher,
+        teacher_model=None if args.teacher_model_kind else teacher,
         args=args,
         train_dataset=Dataset.from_list(rows),
         eval_dataset=eval_rows and Dataset.from_list(eval_rows),

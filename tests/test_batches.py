@@ -50,7 +50,7 @@ def test_prompts_of_several_batches_are_one_left_padded_batch():
     batches = [
         collator([{"prompt_ids": ids, "response_ids": [1]} for ids in part]) for part in ([[5], [6, 7]], [[8, 9, 4]])
     ]
-    ids, mask = merge_prompts([(batch["prompts"], batch["prompt_attention_mask"]) for batch in batches])
+    ids, mask = merge_prompts(batches).values()
     assert ids.tolist() == [[0, 0, 5], [0, 6, 7], [8, 9, 4]]
     assert mask.tolist() == [[0, 0, 1], [0, 1, 1], [1, 1, 1]]
 

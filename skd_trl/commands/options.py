@@ -154,7 +154,13 @@ OF_COMMANDS = {
     ),
     "model": ("student", "teacher", "before", "after", "trust_remote_code"),
 }  # fmt: skip
-OF_CLASS = {"SKDConfig": "skd", "SpecKDConfig": "speckd", "TrainingArguments": "trainer", "ScriptArguments": "data"}
+OF_CLASS = {
+    "SKDConfig": "skd",
+    "TeacherOptions": "skd",
+    "SpecKDConfig": "speckd",
+    "TrainingArguments": "trainer",
+    "ScriptArguments": "data",
+}
 # Where a field's name says more than its class.
 OF_NAME = {
     "watching": ("log_", "num_completions"),

@@ -28,6 +28,11 @@ class Key(StrEnum):
     # The data collator: left-padded prompts to sample responses for, `torch.long`, (B, P)
     PROMPTS = "prompts"
     PROMPT_ATTENTION_MASK = "prompt_attention_mask"
+    # The same of the teacher, where rows have a prompt for it, (B, its own P); the student's prompt in rows that have none
+    TEACHER_PROMPTS = "teacher_prompts"
+    TEACHER_PROMPT_ATTENTION_MASK = "teacher_prompt_attention_mask"
+    # The data collator: which of several teachers a row belongs to, (B,)
+    TEACHER_INDEX = "teacher_index"
     # The data collator, of streams: unusable rows before each row, (B,)
     SKIPPED_ROWS = "skipped_rows"
     # The sampling: where the teacher's token is, `torch.bool`, (B, T), and the rank of the student's proposal among the teacher's
@@ -36,6 +41,11 @@ class Key(StrEnum):
     TEACHER_RANK = "teacher_rank"
     # The teacher's last hidden states: from the sampling, where it judged the responses, (B, T, H)
     TEACHER_HIDDEN_STATES = "teacher_hidden_states"
+    # The data collator, of rows with recorded scores: the teacher's k most probable tokens, `torch.long`, (B, T, k), their
+    # log-probabilities (B, T, k), and those of the response's tokens, (B, T)
+    TEACHER_TOP_IDS = "teacher_top_ids"
+    TEACHER_TOP_LOG_PROBS = "teacher_top_log_probs"
+    TEACHER_LABEL_LOG_PROBS = "teacher_label_log_probs"
     # SpecKD: noise of its gates, (N, U), weights of a window that is weighed as a whole, (N,), what the compared gate accepts (N,)
     GATE_UNIFORMS = "gate_uniforms"
     COMPARED_UNIFORMS = "compared_uniforms"
@@ -63,7 +73,8 @@ class DataCollatorForDistillation:
 
     Returns (of a call):
         `dict`: `input_ids`, `attention_mask`, `labels` (B, S), `prompts`, `prompt_attention_mask` (B, P), all
-        `torch.long`; and for streamed rows `skipped_rows` (B,): how many unusable rows were passed over before each.
+        `torch.long`; recorded scores of rows that have them; `teacher_prompts` and `teacher_prompt_attention_mask` where a row has `teacher_prompt_ids`; `teacher_index` (B,) where there are several teachers; and for
+        streamed rows `skipped_rows` (B,): how many unusable rows were passed over before each.
     """
 
     pad_token_id: int
@@ -82,19 +93,15 @@ class DataCollatorForDistillation:
         texts = [[*row["prompt_ids"], *row["response_ids"]] for row in rows]
         multiple = self.pad_to_multiple_of or 1
         num_columns = -(-max(map(len, texts)) // multiple) * multiple
-        num_prompt_columns = max(len(row["prompt_ids"]) for row in rows)
         input_ids = torch.full((len(rows), num_columns), self.pad_token_id)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         attention_mask = torch.zeros_like(input_ids)
-        prompts = torch.full((len(rows), num_prompt_columns), self.pad_token_id)
-        prompt_attention_mask = torch.zeros_like(prompts)
         for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
             start, end = len(row["prompt_ids"]), len(text)
             input_ids[i, :end] = torch.as_tensor(text)
             labels[i, start:end] = input_ids[i, start:end]
             attention_mask[i, :end] = 1
-            prompts[i, num_prompt_columns - start :] = input_ids[i, :start]
-            prompt_attention_mask[i, num_prompt_columns - start :] = 1
+        prompts, prompt_attention_mask = self._left_padded([row["prompt_ids"] for row in rows])
         batch: dict[str, torch.Tensor] = {
             Key.INPUT_IDS: input_ids,
             Key.ATTENTION_MASK: attention_mask,
@@ -102,18 +109,90 @@ class DataCollatorForDistillation:
             Key.PROMPTS: prompts,
             Key.PROMPT_ATTENTION_MASK: prompt_attention_mask,
         }
-        if Key.SKIPPED_ROWS in rows[0]:
-            batch[Key.SKIPPED_ROWS] = torch.tensor([row[Key.SKIPPED_ROWS] for row in rows], dtype=torch.long)
+        if any(row.get("teacher_prompt_ids") for row in rows):
+            own = [row.get("teacher_prompt_ids") or row["prompt_ids"] for row in rows]
+            batch[Key.TEACHER_PROMPTS], batch[Key.TEACHER_PROMPT_ATTENTION_MASK] = self._left_padded(own)
+        if Key.TEACHER_TOP_IDS in rows[0]:
+            batch |= _scores(rows, max(len(row["response_ids"]) for row in rows))
+        for name in (Key.TEACHER_INDEX, Key.SKIPPED_ROWS):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.long)
         return batch
 
+    def _left_padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        num_columns = max(map(len, prompts))
+        ids = torch.full((len(prompts), num_columns), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, num_columns - len(prompt) :] = torch.as_tensor(prompt)
+            mask[i, num_columns - len(prompt) :] = 1
+        return ids, mask
 
-def merge_prompts(prompts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The left-padded prompts and masks, (B, P) each, of several batches as one batch."""
-    width = max(ids.shape[1] for ids, _ in prompts)
-    ids, masks = zip(
-        *((torch.nn.functional.pad(x, (width - x.shape[1], 0)) for x in pair) for pair in prompts), strict=True
-    )
-    return torch.cat(ids), torch.cat(masks)
+
+def _scores(rows: list[dict[str, Any]], num_positions: int) -> dict[str, torch.Tensor]:
+    """The recorded scores of rows, right-padded with 0."""
+    k = max((len(ids) for row in rows for ids in row[Key.TEACHER_TOP_IDS]), default=1)
+    shape = (len(rows), num_positions)
+    scores: dict[str, torch.Tensor] = {
+        Key.TEACHER_TOP_IDS: torch.zeros((*shape, k), dtype=torch.long),
+        Key.TEACHER_TOP_LOG_PROBS: torch.zeros((*shape, k)),
+        Key.TEACHER_LABEL_LOG_PROBS: torch.zeros(shape),
+    }
+    for i, row in enumerate(rows):
+        for name, values in scores.items():
+            if len(row["response_ids"]) > 0:
+                values[i, : len(row["response_ids"])] = torch.as_tensor(row[name], dtype=values.dtype)
+    return scores
+
+
+def teacher_prompts_of(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The left-padded prompts that the teacher reads, and their mask, (B, P) each."""
+    if Key.TEACHER_PROMPTS in batch:
+        return batch[Key.TEACHER_PROMPTS], batch[Key.TEACHER_PROMPT_ATTENTION_MASK]
+    return batch[Key.PROMPTS], batch[Key.PROMPT_ATTENTION_MASK]
+
+
+def as_teacher_reads(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with the teacher's prompts in the place of the student's: the same response tokens in the same order, in other
+    columns."""
+    if Key.TEACHER_PROMPTS not in batch:
+        return batch
+    prompts, prompt_mask = teacher_prompts_of(batch)
+    tokens = ResponseTokens.of(batch)
+    num_prompt, num_response = prompt_mask.sum(dim=1), (batch[Key.LABELS] != IGNORE_INDEX).sum(dim=1)
+    width, total = prompts.shape[1], num_prompt + num_response
+    # Prompts end at one column, as responses begin at one: a shift to the left by a row's padding lays it out.
+    together = torch.cat([prompts, tokens.as_rows(tokens.labels)], dim=1)
+    column = torch.arange(int(total.max()) if len(total) else 0, device=prompts.device)
+    source = (column + (width - num_prompt)[:, None]).clamp(max=together.shape[1] - 1)
+    is_token, is_prompt = column < total[:, None], column < num_prompt[:, None]
+    input_ids = together.gather(1, source)
+    return {
+        Key.INPUT_IDS: input_ids.masked_fill(~is_token, 0),
+        Key.ATTENTION_MASK: is_token.long(),
+        Key.LABELS: input_ids.masked_fill(~is_token | is_prompt, IGNORE_INDEX),
+    }
+
+
+PROMPT_KEYS = ((Key.PROMPTS, Key.PROMPT_ATTENTION_MASK), (Key.TEACHER_PROMPTS, Key.TEACHER_PROMPT_ATTENTION_MASK))
+
+
+def merge_prompts(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The left-padded prompts and masks, (B, P) each, of several batches as one batch; the teacher's if any has its own, and which
+    of several teachers each row has."""
+    merged: dict[str, torch.Tensor] = {}
+    has_own = any(Key.TEACHER_PROMPTS in batch for batch in batches)
+    for keys in PROMPT_KEYS if has_own else PROMPT_KEYS[:1]:
+        pairs = [
+            (batch[keys[0]], batch[keys[1]]) if keys[0] in batch else teacher_prompts_of(batch) for batch in batches
+        ]
+        width = max(ids.shape[1] for ids, _ in pairs)
+        for i, key in enumerate(keys):
+            parts = [torch.nn.functional.pad(pair[i], (width - pair[i].shape[1], 0)) for pair in pairs]
+            merged[key] = torch.cat(parts)
+    if Key.TEACHER_INDEX in batches[0]:
+        merged[Key.TEACHER_INDEX] = torch.cat([batch[Key.TEACHER_INDEX] for batch in batches])
+    return merged
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
+from .recorded_scores import TOKENIZER_COLUMN, has_scores, vocabulary_digest
+from .teacher_prompts import COLUMNS as TEACHER_COLUMNS
 from .tokenization import RowRules, tokenize_row
 
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = {"prompt_ids": Sequence(Value("int32")), "response_ids": Sequence(Value("int32"))}
+COLUMNS = {name: Sequence(Value("int32")) for name in ("prompt_ids", "response_ids", "teacher_prompt_ids")}
+SCORE_COLUMNS = {
+    "teacher_top_ids": Sequence(Sequence(Value("int32"))),
+    "teacher_top_log_probs": Sequence(Sequence(Value("float32"))),
+    "teacher_label_log_probs": Sequence(Value("float32")),
+}
 REPORT_COLUMNS = {
     "row": Value("int64"),
     "problem": Value("string"),
@@ -34,9 +42,22 @@ REPORT_COLUMNS = {
 PROBLEMS = {
     "form": "cannot be used",
     "no_prompt": "have no prompt, and there is nothing to answer. Fill in or remove these rows",
+    "no_teacher_prompt": (
+        "have a column that says what the teacher reads, and nothing in it. Fill in or remove these rows, or remove the column: the "
+        "teacher then reads the student's prompt"
+    ),
     "no_response": (
         "have no reference response, and this run trains on reference responses (rollout='dataset', or lmbda below 1). Fill in or "
         "remove these rows, or train on sampled responses only"
+    ),
+    "unknown_teacher": "name none of the teachers in `teacher_id`, so nobody judges them. Fill in or remove these rows",
+    "no_scores": (
+        "have no scores of a teacher, and this run has no other teacher. Fill in or remove these rows, or give a teacher_model"
+    ),
+    "bad_scores": "have scores of a teacher that cannot be right. Score them again, or remove these rows",
+    "unlike_scores": (
+        "have scores of other texts than they would be trained on, so each score would be compared with another token. Score them "
+        "again with this tokenizer and chat template, or train with the settings that they were scored with"
     ),
     "unreadable": "cannot be turned into tokens. Change or remove these rows",
     "unknown_id": (
@@ -51,7 +72,11 @@ PROBLEMS = {
     "long_prompt": "have a prompt over max_prompt_length={limits.max_prompt_length} and are left out (a cut prompt is "
     "no longer what its template means). Raise max_prompt_length to keep them, or max_length, from which it is taken by default; "
     "the models' positions are a limit too",
+    "long_teacher_prompt": "have a prompt for the teacher over its limit and are left out. Raise max_teacher_prompt_length, which "
+    "is by default what the teacher's positions leave beside the response, or shorten these rows",
 }
+# A row with one of these is left out; each other problem is an error.
+LEFT_OUT = ("long_prompt", "long_teacher_prompt")
 # What was changed in a usable row, and what to do about it.
 NOTES = {
     "not_prefix": (
@@ -89,6 +114,9 @@ NOTES = {
     "several_turns": (
         "the completion has several turns; the first is the reference response and the others are not used. Set "
         "every_answer=True to make each answer a row"
+    ),
+    "unscored_end": (
+        "the end of sequence has no score, so it is left out of the response: nothing teaches the student to stop"
     ),
     "unanswered": (
         "the conversation ends with a question that has no answer; its answers are rows, the question is left out, as this run needs "
@@ -165,8 +193,8 @@ def prepare_dataset(
             A column more, of the tokens of prompt and reference, for samplers that group rows by length. Not of streams.
 
     Returns:
-        `Dataset` or `IterableDataset`: columns `prompt_ids` and `response_ids` (empty for a prompt alone), and for
-        streams `skipped_rows`: how many unusable rows were passed over since the row before.
+        `Dataset` or `IterableDataset`: columns `prompt_ids` and `response_ids` (empty for a prompt alone),
+        `teacher_prompt_ids` if the rows say that the teacher reads something else (`teacher_prompts.py`), and for streams `skipped_rows`: how many unusable rows were passed over since the row before.
 
     Raises:
         `ValueError`: for a map-style data set if it is empty, if rows have no prompt, no reference where one is
@@ -180,6 +208,8 @@ def prepare_dataset(
         )
     rules = _narrowed(rules, tokenizer)
     arguments = {"tokenizer": tokenizer, "rules": rules, "formatting_func": formatting_func}
+    if rules.needs_scores:
+        _check_scores(dataset, tokenizer, name)
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, arguments, name)
     if dataset.format["type"] == "custom":
@@ -195,7 +225,7 @@ def prepare_dataset(
         with_indices=True,
         batched=True,
         remove_columns=dataset.column_names,
-        features=Features(**COLUMNS, **REPORT_COLUMNS),
+        features=Features(**COLUMNS, **_extra_columns(rules), **REPORT_COLUMNS),
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
@@ -203,8 +233,56 @@ def prepare_dataset(
     if length_column is not None:
         lengths = [len(p) + len(r) for p, r in zip(tokenized["prompt_ids"], tokenized["response_ids"], strict=True)]
         tokenized = tokenized.add_column(length_column, lengths)
-    tokenized = tokenized.select_columns([*COLUMNS, *([length_column] if length_column else [])])
+    columns = [name for name in COLUMNS if name != "teacher_prompt_ids" or _longest(tokenized, name) > 0]
+    columns += _extra_columns(rules)
+    tokenized = tokenized.select_columns([*columns, *([length_column] if length_column else [])])
     return tokenized if len(usable) == len(tokenized) else tokenized.select(usable)
+
+
+def _extra_columns(rules: RowRules) -> dict[str, Any]:
+    """What rows have besides ids: which of several teachers is theirs, and the scores of one that is not there."""
+    index = {"teacher_index": Value("int32")} if rules.teacher_names else {}
+    return index | (SCORE_COLUMNS if rules.needs_scores else {})
+
+
+def _check_scores(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuses a data set without scores, or with those of another tokenizer (if it says so)."""
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not has_scores(columns):
+        raise ValueError(
+            f"The {name} data set has no scores of a teacher (`teacher_top_ids` and others), and there is no teacher. Score it "
+            "(`python -m skd_trl score`), or give a teacher_model."
+        )
+    if TOKENIZER_COLUMN in columns:
+        is_map = isinstance(dataset, Dataset)
+        found = dataset.unique(TOKENIZER_COLUMN) if is_map else [next(iter(dataset))[TOKENIZER_COLUMN]]
+        if found and set(found) != {vocabulary_digest(tokenizer)}:
+            raise ValueError(
+                f"The {name} data set was scored with another tokenizer ({', '.join(map(str, found))}; the student's is "
+                f"{vocabulary_digest(tokenizer)}), whose ids are other tokens. Use a teacher and a student of one tokenizer."
+            )
+
+
+def num_scored_tokens(dataset: Dataset | IterableDataset, name: str) -> int:
+    """How many tokens a prepared data set knows at each position (k), of a stream in its first row.
+
+    Raises:
+        `ValueError`: if rows know different numbers of them.
+    """
+    if not isinstance(dataset, Dataset):
+        return max(map(len, next(iter(dataset))["teacher_top_ids"]), default=1)
+    column = dataset.with_format("arrow")[:]["teacher_top_ids"] if len(dataset) else None
+    lengths = pc.unique(pc.list_value_length(pc.list_flatten(column))).to_pylist()  # type: ignore[attr-defined]
+    if len(lengths) != 1:
+        raise ValueError(
+            f"Rows of the {name} data set have scores of {sorted(lengths)} tokens at a position, and the loss needs one number for "
+            "all. Cut them to the smallest."
+        )
+    return lengths[0]
+
+
+def _longest(dataset: Dataset, column: str) -> int:
+    return pc.max(pc.list_value_length(dataset.data.column(column))).as_py() or 0  # type: ignore[attr-defined]
 
 
 def _narrowed(rules: RowRules, tokenizer: PreTrainedTokenizerBase) -> RowRules:
@@ -223,7 +301,8 @@ def _tokenize_rows(batch: dict[str, list], indices: list[int], **arguments: Any)
     for i, number in enumerate(indices):
         row = {key: values[i] for key, values in batch.items()}
         results += [{**result, "row": number} for result in tokenize_row(row, **arguments)]
-    return {column: [result[column] for result in results] for column in (*COLUMNS, *REPORT_COLUMNS)}
+    columns = [*COLUMNS, *_extra_columns(arguments["rules"]), *REPORT_COLUMNS]
+    return {column: [result.get(column, ()) for result in results] for column in columns}
 
 
 def _report(tokenized: Dataset, num_rows: int, rules: RowRules, name: str) -> list[int]:
@@ -240,7 +319,7 @@ def _report(tokenized: Dataset, num_rows: int, rules: RowRules, name: str) -> li
             text = text.format(limits=rules)
             detail = f"row {named[0]}: {tokenized[found[0]]['detail']}"
             message = f"{len(named)} of {num_rows} rows of the {name} data set {text}. {_name(named)} ({detail})"
-            if problem != "long_prompt" or not usable:
+            if problem not in LEFT_OUT or not usable:
                 raise ValueError(message if usable else f"{message} No usable row is left.")
             warn(message)
     if rules.every_answer:
@@ -271,21 +350,24 @@ def _prepare_stream(dataset: IterableDataset, arguments: dict[str, Any], name: s
     first = tokenize_row(first_row, **arguments)[0]
     if first["problem"] == "form":
         raise ValueError(f"The {name} data set cannot be used. Row 0: {first['detail']}")
+    teachers = any(column in (dataset.column_names or first_row) for column in TEACHER_COLUMNS)
+    columns = {key: value for key, value in COLUMNS.items() if key != "teacher_prompt_ids" or teachers}
+    columns |= _extra_columns(arguments["rules"])
     return dataset.map(
-        _StreamTokenizer(arguments, name),
+        _StreamTokenizer(arguments, name, list(columns)),
         with_indices=True,
         batched=True,
         batch_size=1,
         remove_columns=dataset.column_names or list(first_row),
-        features=Features(**COLUMNS, skipped_rows=Value("int32")),
+        features=Features(**columns, skipped_rows=Value("int32")),
     )
 
 
 class _StreamTokenizer:
     """`tokenize_row` for `IterableDataset.map(batched=True, batch_size=1)`: gives the usable ones of its results."""
 
-    def __init__(self, arguments: dict[str, Any], name: str):
-        self.arguments = arguments
+    def __init__(self, arguments: dict[str, Any], name: str, columns: list[str]):
+        self.arguments, self.columns = arguments, columns
         self.name = name
         self.num_pending = 0  # unusable rows since the last usable one
         self.counts: Counter[str] = Counter()
@@ -293,7 +375,7 @@ class _StreamTokenizer:
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         row = {key: values[0] for key, values in batch.items()}
         usable = [result for result in tokenize_row(row, **self.arguments) if self._is_usable(result, indices[0])]
-        columns: dict[str, list] = {column: [result[column] for result in usable] for column in COLUMNS}
+        columns: dict[str, list] = {column: [result[column] for result in usable] for column in self.columns}
         return columns | {"skipped_rows": [result["skipped_rows"] for result in usable]}
 
     def _is_usable(self, result: dict[str, Any], row: int) -> bool:

@@ -7,12 +7,14 @@ Shapes: R rows of all micro-batches, B rows of one, P prompt, T response.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from .batches import IGNORE_INDEX, Key
 
 
+COLLATED = ("prompt_ids", "response_ids", "teacher_prompt_ids", Key.TEACHER_INDEX)
 # What sampling says of each response token, and its value in a reference response.
 SAMPLED_FACTS = {Key.REPLACED: False, Key.TEACHER_RANK: -1}
 
@@ -30,7 +32,8 @@ def mix_sampled_rows(
         batches (`list` of batches): as the data collator made them.
         sampled (`list` of batches): the rows with a sampled response, in their order.
         is_sampled (`torch.BoolTensor` of shape `(R,)`): which rows of `batches` these are.
-        collate (`Callable`): makes a batch of rows `{"prompt_ids": list, "response_ids": list}`.
+        collate (`Callable`): makes a batch of rows `{"prompt_ids": list, "response_ids": list}`, and `teacher_prompt_ids` where
+            the teacher reads another prompt.
 
     Returns:
         `list` of batches of the same sizes: the collator's entries, and `replaced` (B, T) and `teacher_rank` (B, T) where
@@ -40,7 +43,7 @@ def mix_sampled_rows(
     flags, mixed = iter(is_sampled.tolist()), []
     for batch in batches:
         rows = [next(new_rows) if next(flags) else row for row in _rows_of(batch)]
-        own = collate([{name: row[name] for name in ("prompt_ids", "response_ids")} for row in rows])
+        own = collate([{name: row[name] for name in COLLATED if name in row} for row in rows])
         longest = max(len(row["response_ids"]) for row in rows)
         for name, fill in SAMPLED_FACTS.items():
             if not sampled or name in sampled[0]:
@@ -51,13 +54,18 @@ def mix_sampled_rows(
     return mixed
 
 
-def _rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, list]]:
+def _rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Prompt ids, response ids, and of a sampled batch the facts of each response token, row by row."""
     rows = []
     for i, labels in enumerate(batch[Key.LABELS]):
         response_ids = labels[labels != IGNORE_INDEX].tolist()
         row = {"prompt_ids": batch[Key.PROMPTS][i][batch[Key.PROMPT_ATTENTION_MASK][i] == 1].tolist()}
         row["response_ids"] = response_ids
+        if Key.TEACHER_PROMPTS in batch:
+            is_token = batch[Key.TEACHER_PROMPT_ATTENTION_MASK][i] == 1
+            row["teacher_prompt_ids"] = batch[Key.TEACHER_PROMPTS][i][is_token].tolist()
+        if Key.TEACHER_INDEX in batch:
+            row[Key.TEACHER_INDEX] = int(batch[Key.TEACHER_INDEX][i])
         for name in SAMPLED_FACTS:
             if name in batch:
                 row[name] = batch[name][i, : len(response_ids)].tolist()

@@ -6,7 +6,7 @@ where it begins. The functions are pure and see one row: they count nothing and 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ from .conversations import (
     turns_of,
     with_system_column,
 )
+from .recorded_scores import scores_of
+from .teacher_prompts import DEFAULT_TEMPLATE, teacher_row
 from .templates import held_by, make_renderer, missing_from
 
 
@@ -41,6 +43,11 @@ class RowRules:
         every_answer (`bool`): makes a conversation of n answers n rows, each answer after what came before it. A last question
             without an answer is a row more where no references are needed.
         reads_response (`bool`): whether anything is computed on reference responses. Where it is not, nothing is noted about them.
+        teacher_prompt_template (`str`): how the teacher's prompt is made of a `privileged_context`; see `teacher_prompts.py`.
+        max_teacher_prompt_length (`int` or `None`): rows with a longer prompt for the teacher are left out.
+        max_teacher_text_length (`int` or `None`): reference responses are cut where that prompt and they have so many together.
+        teacher_names (`tuple[str, ...]`): several teachers, one of which each row names in `teacher_id`.
+        needs_scores (`bool`): whether a row without a teacher's scores is an error; see `recorded_scores.py`.
     """
 
     max_prompt_length: int | None
@@ -52,9 +59,14 @@ class RowRules:
     num_ids: int | None = None
     every_answer: bool = False
     reads_response: bool = True
+    teacher_prompt_template: str = DEFAULT_TEMPLATE
+    max_teacher_prompt_length: int | None = None
+    max_teacher_text_length: int | None = None
+    teacher_names: tuple[str, ...] = ()
+    needs_scores: bool = False
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
-    version: int = 3
+    version: int = 4
 
 
 # Notes that are about the prompt, and so matter in every run.
@@ -62,8 +74,10 @@ NOTES_OF_PROMPTS = ("lost_turn", "lost_tools")
 KINDS = {"reasoning": "reasoning", "text": "a text", "calls": "calls of tools"}
 # Prompt, answer (None: to be sampled), and the note about turns after it that are not used ("" if there are none).
 Example = tuple[list[dict], dict | None, str]
-# Of one example: adds to the notes it is given, and returns the ids of the prompt and of the response.
-Encoder = Callable[[list[str]], tuple[list[int], list[int]]]
+# Of one example: adds to the notes it is given, and returns the ids of the prompt, of the response, and of the teacher's prompt if
+# it has its own.
+Encoder = Callable[[list[str]], tuple[list[int], list[int], list[int]]]
+PairEncoder = Callable[[list[str]], tuple[list[int], list[int]]]
 
 
 def tokenize_row(
@@ -77,8 +91,8 @@ def tokenize_row(
     Ids of one row, or why it has none: one result, and with `rules.every_answer` one for each answer.
 
     Returns:
-        `list` of `dict`: `prompt_ids` and `response_ids` (lists of ids; the response is empty for a prompt-only row), `problem`
-        (a key of `dataset.PROBLEMS`, empty for a usable row), `detail` (its text) and `notes` (keys of `dataset.NOTES`:
+        `list` of `dict`: `prompt_ids` and `response_ids` (lists of ids; the response is empty for a prompt-only row),
+        `teacher_prompt_ids` (empty where the teacher reads the student's prompt), `problem` (a key of `dataset.PROBLEMS`, empty for a usable row), `detail` (its text) and `notes` (keys of `dataset.NOTES`:
         what was changed in a usable row).
     """
     try:
@@ -86,6 +100,10 @@ def tokenize_row(
     except UnusableRow as problem:
         return [_unusable(problem)]
     results = [_result(encode, rules) for encode in encoders]
+    if rules.teacher_names:
+        results = [_with_teacher_index(row, result, rules.teacher_names) for result in results]
+    if rules.needs_scores:
+        results = [_with_scores(row, result, rules, len(results)) for result in results]
     for number, result in enumerate(results, start=1):
         if result["problem"] and len(results) > 1:
             result["detail"] = f"answer {number} of {len(results)}: {result['detail']}"
@@ -95,16 +113,24 @@ def tokenize_row(
 def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
     notes: list[str] = []
     try:
-        prompt_ids, response_ids = encode(notes)
+        prompt_ids, response_ids, teacher_prompt_ids = encode(notes)
         _check(prompt_ids, response_ids, rules)
-        _check_ids([*prompt_ids, *response_ids], rules)
+        _check_ids([*prompt_ids, *response_ids, *teacher_prompt_ids], rules)
     except UnusableRow as problem:
         return _unusable(problem)
     limit = rules.max_response_length
     if limit is not None and len(response_ids) > limit:
         notes.append("cut_response")
         response_ids = response_ids[:limit]
-    room = None if rules.max_text_length is None else rules.max_text_length - len(prompt_ids)
+    rooms = [
+        longest - len(ids)
+        for longest, ids in (
+            (rules.max_text_length, prompt_ids),
+            (rules.max_teacher_text_length, teacher_prompt_ids or prompt_ids),
+        )
+        if longest is not None
+    ]
+    room = min(rooms, default=None)
     if room is not None and len(response_ids) > room:
         notes.append("cut_text")
         response_ids = response_ids[:room]
@@ -112,11 +138,35 @@ def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
         notes = [note for note in notes if note in NOTES_OF_PROMPTS]
     elif not response_ids:
         notes.append("to_sample")
-    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "problem": "", "detail": "", "notes": notes}
+    ids = {"prompt_ids": prompt_ids, "response_ids": response_ids, "teacher_prompt_ids": teacher_prompt_ids}
+    return {**ids, "problem": "", "detail": "", "notes": notes}
+
+
+def _with_teacher_index(row: dict[str, Any], result: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    if result["problem"] or row.get("teacher_id") in names:
+        return result | {"teacher_index": -1 if result["problem"] else names.index(row["teacher_id"])}
+    found = f"its `teacher_id` is {row['teacher_id']!r}" if "teacher_id" in row else "it has no `teacher_id`"
+    problem = UnusableRow("unknown_teacher", f"{found}; the teachers are {', '.join(names)}.")
+    return _unusable(problem) | {"teacher_index": -1}
+
+
+def _with_scores(row: dict[str, Any], result: dict[str, Any], rules: RowRules, num_results: int) -> dict[str, Any]:
+    try:
+        if result["problem"]:
+            return result
+        if num_results > 1:
+            raise UnusableRow(
+                "form",
+                "it has scores of one response, and several answers. Give one row for each answer, or every_answer=False.",
+            )
+        return result | scores_of(row, result, rules.num_ids)
+    except UnusableRow as problem:
+        return _unusable(problem)
 
 
 def _unusable(problem: UnusableRow) -> dict[str, Any]:
-    return {"prompt_ids": [], "response_ids": [], "problem": problem.kind, "detail": str(problem), "notes": []}
+    ids = {"prompt_ids": [], "response_ids": [], "teacher_prompt_ids": []}
+    return {**ids, "problem": problem.kind, "detail": str(problem), "notes": []}
 
 
 def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
@@ -131,10 +181,15 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
                 "`prompt` alone.",
             )
     if {"prompt_ids", "response_ids"} <= row.keys():
-        return [lambda notes: (list(row["prompt_ids"] or []), list(row["response_ids"] or []))]
+        given = list(row["prompt_ids"] or []), list(row["response_ids"] or [])
+        if "teacher_prompt_ids" in row:
+            return [lambda notes: (*given, list(row["teacher_prompt_ids"] or []))]
+        return [_with_teacher(lambda notes: given, row, None, tokenizer, rules)]
     if "input_ids" in row:
         examples = _split_tokenized(row, rules)
-        return [partial(_cut_tokenized, *example, tokenizer, rules) for example in examples]
+        _refuse_one_for_several(row, examples)
+        encoders = [partial(_cut_tokenized, *example, tokenizer, rules) for example in examples]
+        return [_with_teacher(encode, row, None, tokenizer, rules) for encode in encoders]
     if images := {"image", "images"} & row.keys():
         raise UnusableRow("form", f"it has a column {images.pop()!r}. Only text is supported: remove the column.")
     for column in ("messages", "conversations"):
@@ -157,12 +212,48 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
         raise UnusableRow("no_prompt", "its prompt is missing or empty.")
     if isinstance(row["prompt"], str):
         refuse_system_column(row)
-        return [partial(_encode_text, row["prompt"], row.get("completion"), tokenizer, rules)]
+        encode = partial(_encode_text, row["prompt"], row.get("completion"), tokenizer, rules)
+        return [_with_teacher(encode, row, row["prompt"], tokenizer, rules)]
     if isinstance(row.get("completion"), str) and row["completion"]:
         raise UnusableRow("unreadable", "its prompt is a conversation and its completion is a text: use one form.")
     prompt = with_system_column(row, turns_of(row["prompt"], "prompt"))
     completion = turns_of(row.get("completion") or None, "completion")
     return _chat_encoders(row, _examples_of_completion(prompt, completion, rules), tokenizer, rules)
+
+
+def _with_teacher(encode: PairEncoder, row, prompt: str | list[dict] | None, tokenizer, rules: RowRules) -> Encoder:
+    """`encode` and what the teacher reads, if that is not the `prompt`."""
+
+    def encode_both(notes: list[str]) -> tuple[list[int], list[int], list[int]]:
+        own = encode(notes)
+        other = teacher_row(row, prompt, rules.teacher_prompt_template)
+        if other is None:
+            return *own, []
+        try:
+            (encode_teacher,) = _encoders(other, tokenizer, replace(rules, needs_response=False), None)
+            teacher_prompt_ids = encode_teacher([])[0]
+        except UnusableRow as problem:
+            raise UnusableRow(problem.kind, f"of what its teacher reads: {problem}") from problem
+        if not teacher_prompt_ids:
+            raise UnusableRow("no_teacher_prompt", "what its teacher reads has no tokens.")
+        limit = rules.max_teacher_prompt_length
+        if limit is not None and len(teacher_prompt_ids) > limit:
+            raise UnusableRow(
+                "long_teacher_prompt",
+                f"its teacher's prompt has {len(teacher_prompt_ids)} tokens, and there is room for {limit}.",
+            )
+        return *own, teacher_prompt_ids
+
+    return encode_both
+
+
+def _refuse_one_for_several(row: dict[str, Any], examples: list) -> None:
+    if len(examples) > 1 and row.get("teacher_prompt"):
+        raise UnusableRow(
+            "unreadable",
+            f"it has one `teacher_prompt` for {len(examples)} answers. Give `privileged_context`, which is put into the prompt of "
+            "each, or one row for each answer.",
+        )
 
 
 def _check(prompt_ids: list[int], response_ids: list[int], rules: RowRules) -> None:
@@ -242,7 +333,8 @@ def _chat_encoders(row, examples: list[Example], tokenizer, rules) -> list[Encod
     functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools or []]
     tool_names = [str(function.get("name") or "") for function in functions]
     encode = partial(_encode_chat, render=render, tool_names=tool_names, tokenizer=tokenizer, rules=rules)
-    return [partial(encode, *example) for example in examples]
+    _refuse_one_for_several(row, examples)
+    return [_with_teacher(partial(encode, *example), row, example[0], tokenizer, rules) for example in examples]
 
 
 def _examples_of_messages(turns: list[dict], rules: RowRules) -> list[Example]:

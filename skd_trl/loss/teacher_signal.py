@@ -10,9 +10,9 @@ Shapes: N positions, H hidden, V vocabulary, k known tokens, K outcomes. p is th
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,15 @@ class TeacherSignal(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: slice) -> "TeacherSignal": ...
+
+    @classmethod
+    @abstractmethod
+    def cat(cls, signals: "Sequence[Any]") -> "TeacherSignal":
+        """The signals of several micro-batches of one teacher, in their order."""
+
+    def with_heads(self, change: Callable[[LMHead], LMHead]) -> "TeacherSignal":
+        """The same signal, with each head that it has replaced by what `change` makes of it."""
+        return self
 
     @abstractmethod
     def prepared(self, vocab_size: int) -> "TeacherSignal":
@@ -75,6 +84,13 @@ class HiddenStates(TeacherSignal):
 
     def __getitem__(self, rows: slice) -> "HiddenStates":
         return HiddenStates(self.states[rows], self.head)
+
+    @classmethod
+    def cat(cls, signals: "Sequence[HiddenStates]") -> "HiddenStates":
+        return replace(signals[0], states=torch.cat([signal.states for signal in signals]))
+
+    def with_heads(self, change: Callable[[LMHead], LMHead]) -> "HiddenStates":
+        return replace(self, head=change(self.head))
 
     @torch.no_grad()
     def prepared(self, vocab_size: int) -> "HiddenStates":
@@ -125,6 +141,11 @@ class TopLogProbs(TeacherSignal):
 
     def __getitem__(self, rows: slice) -> "TopLogProbs":
         return TopLogProbs(self.ids[rows], self.log_probs[rows], self.label_log_probs[rows])
+
+    @classmethod
+    def cat(cls, signals: "Sequence[TopLogProbs]") -> "TopLogProbs":
+        columns = ([getattr(s, name) for s in signals] for name in ("ids", "log_probs", "label_log_probs"))
+        return cls(*map(torch.cat, columns))
 
     @torch.no_grad()
     def prepared(self, vocab_size: int) -> "TopLogProbs":

@@ -177,7 +177,7 @@ def check_engine(accelerator: Accelerator, shard_teacher: bool, compile_student:
             "no engine that shards. Launch with DeepSpeed or FSDP2 (examples/accelerate/zero2.yaml, zero3.yaml, "
             "fsdp2.yaml), or leave shard_teacher False."
         )
-    if compile_student and _shards_the_student(accelerator):
+    if compile_student and shards_the_student(accelerator):
         raise ValueError(
             "compile_student=True cannot take a student that ZeRO-3 or FSDP2 shards: its parameters come and go. Train it "
             "under DDP, ZeRO-1 or ZeRO-2 (with shard_teacher=True for a large teacher), or leave it False."
@@ -214,7 +214,7 @@ def _prepare_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Mod
     return teacher
 
 
-def _shards_the_student(accelerator: Accelerator) -> bool:
+def shards_the_student(accelerator: Accelerator) -> bool:
     """Whether the student's parameters will be spread over ranks: known before anything is."""
     kind = accelerator.distributed_type
     return kind == "FSDP" or (kind == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3)
@@ -226,7 +226,7 @@ def check_head(head: LMHead, name: str, accelerator: Accelerator) -> None:
     Raises:
         `ValueError`: for a head under LoRA, under ZeRO-3 or FSDP.
     """
-    if _shards_the_student(accelerator) and head.module is not None:
+    if shards_the_student(accelerator) and head.module is not None:
         raise ValueError(
             f"The {name}'s head is a {type(head.module).__name__}, whose parts ZeRO-3 and FSDP gather and release one by "
             "one, while the loss needs it whole for a pass over all positions. Leave the head out of the adapter's "

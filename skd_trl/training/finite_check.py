@@ -24,11 +24,12 @@ class FiniteCheck:
 
     def add(self, outcome: DistillationLoss) -> None:
         """Takes the loss and both models' entropies of a micro-batch into account; nothing is waited for."""
-        values = [outcome.loss.detach(), *(outcome.statistics[f"{name}_entropy"] for name in ("student", "teacher"))]
+        entropies = [outcome.statistics.get(f"{name}_entropy", outcome.weight[:0]) for name in ("student", "teacher")]
+        values = [outcome.loss.detach(), *entropies]
         flags = torch.stack([(~value.isfinite()).any() for value in values])
         self.flags = flags if self.flags is None else self.flags | flags
 
-    def require(self, step: int, student: nn.Module, teacher: nn.Module, accelerator: Accelerator) -> None:
+    def require(self, step: int, student: nn.Module, teacher: nn.Module | None, accelerator: Accelerator) -> None:
         """Ends the optimizer step `step` (1 is the first); collective.
 
         Raises:
@@ -110,9 +111,9 @@ def _names(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     return f" ({', '.join(names[:2])}{more})" if names else ""
 
 
-def _where(model: nn.Module) -> str:
+def _where(model: nn.Module | None) -> str:
     """The parameters that are not finite, if this process holds them."""
-    if is_sharded(model):
+    if model is None or is_sharded(model):
         return ""
     return _names((name, p) for name, p in model.named_parameters() if p.is_floating_point()).replace(
         "(", "(weights ", 1

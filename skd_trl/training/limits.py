@@ -4,10 +4,17 @@ Where responses are sampled, a prompt leaves room for `max_new_tokens`. Where no
 unless one of them has a limit of its own. `None` is no limit.
 """
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedModel
 
 from ..sampling.admission import positions_of
 from ..skd_config import SKDConfig
+
+
+def smallest(limits: Iterable[int | None]) -> int | None:
+    """The smallest of several limits, of which `None` is none."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
@@ -34,6 +41,16 @@ def room_for_texts(args: SKDConfig, student: PreTrainedModel, teacher: PreTraine
     own = _text_limit(args)
     limits = [] if own is None else [own]
     return min([*limits, *_positions(args, student, teacher).values()], default=None)
+
+
+def limits_of_teacher_prompts(args: SKDConfig, teachers: list[PreTrainedModel]) -> dict[str, int | None]:
+    """What `RowRules` says of the lengths of prompts that the teacher alone reads."""
+    positions = smallest(_positions(args, teacher, teacher).get("teacher") for teacher in teachers)
+    room = None if positions is None else positions - (args.max_new_tokens if args.samples else 1)
+    return {
+        "max_teacher_prompt_length": smallest((args.max_teacher_prompt_length, room)),
+        "max_teacher_text_length": positions,
+    }
 
 
 def _positions(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, int]:

@@ -4,12 +4,13 @@ An average of averages weighs a short response's tokens more than a long one's. 
 numerator and denominator, kept on the device and divided once, when the trainer logs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 
 from ..data.batches import IGNORE_INDEX, Key
+from ..loss.distillation_loss import DistillationLoss
 from ..sampling.rollout import Rollout
 
 
@@ -96,3 +97,35 @@ def add_rollout(metrics: RatioMetrics, rollout: Rollout, seconds: float, num_pro
     judged = rollout.teacher_rank >= 0
     metrics.add_mean("acceptance_rate", ~rollout.replaced[judged])
     metrics.add_mean("teacher_rank", rollout.teacher_rank[judged])
+
+
+OF_EACH_TEACHER = ("acceptance_rate", "replaced_share", "teacher_entropy", "divergence", "num_tokens")
+
+
+def names_by_teacher(teachers: Sequence[str]) -> dict[str, list[str]]:
+    """The metrics of each of several teachers: `acceptance_rate_NAME` and others, over its rows."""
+    return {metric: [f"{metric}_{name}" for name in teachers] for metric in OF_EACH_TEACHER}
+
+
+def add_rollout_by_teacher(
+    metrics: RatioMetrics, rollout: Rollout, which: torch.Tensor, teachers: Sequence[str]
+) -> None:
+    """What each of several teachers did in sampled responses; `which` (B,) says whose each row is."""
+    names, judged = names_by_teacher(teachers), rollout.teacher_rank >= 0
+    is_token = torch.arange(judged.shape[1], device=judged.device) < (rollout.labels != -100).sum(dim=1, keepdim=True)
+    for i in range(len(teachers)):
+        own = (which == i)[:, None]
+        metrics.add_mean(names["acceptance_rate"][i], ~rollout.replaced[judged & own])
+        metrics.add_mean(names["replaced_share"][i], rollout.replaced[is_token & own])
+
+
+def add_loss_by_teacher(
+    metrics: RatioMetrics, outcome: DistillationLoss, which: torch.Tensor, teachers: Sequence[str]
+) -> None:
+    """The loss by teacher; `which` (N,) says whose each response token is."""
+    names = names_by_teacher(teachers)
+    for i in range(len(teachers)):
+        own = which == i
+        metrics.add_mean(names["divergence"][i], outcome.divergence[own])
+        metrics.add_mean(names["teacher_entropy"][i], outcome.statistics["teacher_entropy"][own])
+        metrics.add(names["num_tokens"][i], own.sum())

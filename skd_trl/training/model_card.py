@@ -4,7 +4,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from .._compat import get_config_model_id
 from .run_files import run_settings
 
 
@@ -28,9 +27,9 @@ ROWS = {
 }
 
 
-def describe_distillation(trainer, teacher) -> str:
-    """The section of the card, as Markdown."""
-    settings = {"teacher": get_config_model_id(teacher.config) or "unnamed", **run_settings(trainer)}
+def describe_distillation(trainer, teacher: str) -> str:
+    """The section of the card, as Markdown; `teacher` says who it was."""
+    settings = {"teacher": teacher, **run_settings(trainer)}
     if settings["rollout"] != "interleaved":
         settings = {name: value for name, value in settings.items() if not name.startswith("accept")}
     elif settings["accept"] != "top_k":

@@ -26,19 +26,34 @@ def load_pair(
     teacher_model: PreTrainedModel | nn.Module | str | None,
     processing_class: PreTrainedTokenizerBase | None,
     args: "SKDConfig",
+    has_scores: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """Student, teacher and tokenizer, loaded where names were given.
 
     Raises:
         `ValueError`: if one of them is missing, or both are one object, or both an object and ways to load it were given.
+
+    Where there is no second model the teacher is the student, the same object: with `args.teacher_model_kind`, and without a teacher
+    for data that have a teacher's scores beside them (`has_scores`).
     """
     if model is None:
         raise ValueError("model is None: give the student, a model or its name or path.")
+    has_teacher = teacher_model is not None or args.teacher_model_name_or_path is not None
+    if args.teacher_model_kind is not None or (has_scores and not has_teacher):
+        if teacher_model is not None:
+            raise ValueError(
+                f"teacher_model_kind={args.teacher_model_kind!r} makes the student its own teacher, and a teacher_model was given "
+                "too. Drop one of them."
+            )
+        tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
+        student = _load_student(model, args) if isinstance(model, str) else model
+        take_off_patches(student)
+        return student, student, tokenizer
     teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
     if teacher_model is None:
         raise ValueError(
             "There is no teacher: teacher_model is None and args.teacher_model_name_or_path is not set. Give one of them. "
-            "(A student cannot be its own teacher: it would change while it is learnt from.)"
+            "(For the student as its own teacher set args.teacher_model_kind; for none, score the data: python -m skd_trl score.)"
         )
     if teacher_model is model and not isinstance(model, str):
         raise ValueError(
@@ -58,6 +73,32 @@ def load_pair(
     return student, teacher, tokenizer
 
 
+def named_teachers(teacher_model: Any, args: "SKDConfig") -> dict[str, PreTrainedModel | nn.Module | str]:
+    """Several teachers by their names, from a dict that was given or `args.teacher_models`; empty where there is one, or none.
+
+    Raises:
+        `ValueError`: for a dict without an entry, or several teachers beside one.
+        `TypeError`: for an entry that is no model, name or path.
+    """
+    is_dict = isinstance(teacher_model, dict)
+    given = teacher_model if is_dict else args.teacher_models
+    if given is None:
+        return {}
+    others = {
+        "teacher_model": None if is_dict else teacher_model,
+        "args.teacher_model_name_or_path": args.teacher_model_name_or_path,
+    }
+    others |= {
+        "args.teacher_models": args.teacher_models if is_dict else None,
+        "args.teacher_model_kind": args.teacher_model_kind,
+    }
+    if beside := [name for name, other in others.items() if other is not None]:
+        raise ValueError(f"There are several teachers by name, and {beside[0]} beside them. Drop one of them.")
+    if not given:
+        raise ValueError("teacher_models is empty: give names and models, or one teacher_model.")
+    return {str(name): given_model(f"teacher {name!r}", model) for name, model in given.items()}
+
+
 def given_model(name: str, model: Any) -> Any:
     """What was given as `name`: a model, its name or path, or nothing.
 
@@ -69,7 +110,7 @@ def given_model(name: str, model: Any) -> Any:
     if model is not None and not isinstance(model, (str, nn.Module)):
         raise TypeError(
             f"{name} is a {type(model).__name__}, which is no model to run. Give one causal language model, or its name or path"
-            f"{' (of several choose one: this trainer has one teacher)' if isinstance(model, (list, tuple, dict)) else ''}."
+            f"{' (several teachers are a dict of their names)' if isinstance(model, (list, tuple)) else ''}."
         )
     return model
 

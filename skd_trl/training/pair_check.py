@@ -128,7 +128,30 @@ class Pair:
         return {"student": self.student, "teacher": self.teacher}
 
 
+def check_teacher_differs(kind: str, has_own_prompts: bool) -> Finding:
+    """Whether a student that is its own teacher (`teacher_model_kind`) has anything to learn from it."""
+    topic, missing = "teacher", "and no row says that it reads another prompt (`privileged_context`, `teacher_prompt`)"
+    if kind == "live" and not has_own_prompts:
+        return Finding(
+            topic,
+            Verdict.REFUSED,
+            f"teacher_model_kind='live': the teacher is the student as it is, {missing}, so the two never differ and every loss is 0. "
+            "Add one of these columns, or choose 'base' or 'ema'.",
+        )
+    if not has_own_prompts:
+        return Finding(
+            topic,
+            Verdict.WARNING,
+            f"teacher_model_kind={kind!r}: the teacher is the student that training starts from, {missing}. A new student equals it, "
+            "and then nothing is learned: the loss is 0 and has no gradient.",
+        )
+    return Finding(topic, Verdict.GOOD, f"The teacher is the student ({kind}) with prompts of its own.")
+
+
 def _check_placement(pair: Pair) -> tuple[Verdict, str]:
+    if pair.teacher is pair.student:
+        check_one_device("The student", pair.student)
+        return Verdict.GOOD, "The student is its own teacher, on one device."
     of_student = {id(parameter) for parameter in pair.student.parameters()}
     if any(id(parameter) in of_student for parameter in pair.teacher.parameters()):
         raise ValueError(

@@ -5,7 +5,7 @@ Shapes: B rows of a micro-batch, S columns, T the longest response.
 
 import torch
 
-from ..data.batches import IGNORE_INDEX, Key
+from ..data.batches import IGNORE_INDEX, PROMPT_KEYS, Key
 from ..sampling.rollout import Rollout
 
 
@@ -25,8 +25,12 @@ def sampled_batches(rollout: Rollout, batches: list[dict[str, torch.Tensor]]) ->
         num_positions = int((rollout.labels[rows] != IGNORE_INDEX).sum(dim=1).max()) if size > 0 else 0
         sampled.append(
             {
-                Key.PROMPTS: batch[Key.PROMPTS],
-                Key.PROMPT_ATTENTION_MASK: batch[Key.PROMPT_ATTENTION_MASK],
+                **{
+                    name: batch[name]
+                    for pair in (*PROMPT_KEYS, (Key.TEACHER_INDEX,))
+                    for name in pair
+                    if name in batch
+                },
                 **{name: values[rows, :num_columns] for name, values in by_column.items()},
                 **{name: values[rows, :num_positions] for name, values in by_position.items()},
             }

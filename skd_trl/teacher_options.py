@@ -1,0 +1,102 @@
+"""Fields of the configurations that say who the teacher is and what it reads; their checks, which need no model.
+
+Names that TRL's SDFT has are those of SDFT, with their meaning and defaults.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .data.teacher_prompts import DEFAULT_TEMPLATE, check_template
+
+
+SELF_TEACHERS = ("base", "ema", "live")
+
+
+@dataclass
+class TeacherOptions:
+    """
+    What [`SKDConfig`] says of the teacher.
+
+    Args:
+        teacher_models (`dict`, *optional*):
+            Several teachers, in the place of one: names and where each is loaded from. A row's `teacher_id` says which is its own.
+            (The trainer's `teacher_model` may also be such a dict, of models too.)
+        teacher_model_kind (`str`, *optional*):
+            Makes the student its own teacher, in the place of a `teacher_model`: `"base"`, as training started (with an adapter:
+            the model without it), `"ema"`, an average of what it has been, `"live"`, as it is. Frozen weights are shared.
+        teacher_update_rate (`float`, *optional*, defaults to `0.05`):
+            The share of its distance to the student that an `ema` teacher moves; 1 makes it the student of that moment.
+        teacher_sync_steps (`int`, *optional*, defaults to `1`):
+            After how many optimizer steps it moves.
+        teacher_prompt_template (`str`, *optional*, defaults to `"{prompt}\\n\\n{privileged_context}"`):
+            How the teacher's prompt is made of rows with a `privileged_context`: the text of the last user turn and the context.
+        max_teacher_prompt_length (`int`, *optional*):
+            Rows whose `teacher_prompt`, or prompt with context, is longer are left out. By default what the teacher's positions
+            leave beside the response.
+    """
+
+    teacher_models: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers, in the place of one: names and paths, such as {'code': 'path', 'prose': 'path'}. A row's "
+            "`teacher_id` says which is its own."
+        },
+    )
+    teacher_model_kind: str | None = field(
+        default=None,
+        metadata={
+            "help": "Makes the student its own teacher: 'base' (as training started; with an adapter the model without it), 'ema' (an "
+            "average of what it has been) or 'live' (as it is).",
+            "choices": list(SELF_TEACHERS),
+        },
+    )
+    teacher_update_rate: float = field(
+        default=0.05,
+        metadata={"help": "The share of its distance to the student that an ema teacher moves, above 0 and up to 1."},
+    )
+    teacher_sync_steps: int = field(
+        default=1, metadata={"help": "After how many optimizer steps an ema teacher moves."}
+    )
+    teacher_prompt_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={
+            "help": "How the teacher's prompt is made of rows with a `privileged_context` column: {prompt} is the text of the last "
+            "user turn, {privileged_context} what only the teacher reads."
+        },
+    )
+    max_teacher_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows with a longer prompt for the teacher are left out. Default: what its positions leave beside the "
+            "response."
+        },
+    )
+
+    def check_teacher(self) -> None:
+        """
+        Raises:
+            `ValueError`: for values that cannot work.
+        """
+        check_template(self.teacher_prompt_template)
+        if self.max_teacher_prompt_length is not None and self.max_teacher_prompt_length < 1:
+            raise ValueError(f"max_teacher_prompt_length={self.max_teacher_prompt_length} must be at least 1.")
+        if self.teacher_models is not None and not isinstance(self.teacher_models, dict):
+            raise ValueError(f"teacher_models={self.teacher_models!r} is not a dict of names and paths.")
+        kind = self.teacher_model_kind
+        if kind is not None and kind not in SELF_TEACHERS:
+            raise ValueError(f"teacher_model_kind={kind!r} is unknown; choose one of {', '.join(SELF_TEACHERS)}.")
+        for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs", "shard_teacher"):
+            if kind is not None and getattr(self, name):
+                raise ValueError(
+                    f"teacher_model_kind={kind!r} makes the student its own teacher, and {name}={getattr(self, name)!r} is about "
+                    "another one. Drop one of them."
+                )
+        if not 0 < self.teacher_update_rate <= 1:
+            raise ValueError(f"teacher_update_rate={self.teacher_update_rate} must be above 0 and at most 1.")
+        if not isinstance(self.teacher_sync_steps, int) or self.teacher_sync_steps < 1:
+            raise ValueError(f"teacher_sync_steps={self.teacher_sync_steps!r} must be a whole number of at least 1.")
+        for name in ("teacher_update_rate", "teacher_sync_steps"):
+            if kind != "ema" and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} would have no effect: it belongs to teacher_model_kind='ema', which is {kind!r}."
+                )
