@@ -256,7 +256,10 @@ SIZES = {
     "Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
     "Qwen3-8B": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
     "Qwen3-32B": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    "Qwen3.5-2B": ("qwen3_5_text", 2048, 6144, 24, 8, 2, 256, 248320, True),
+    "Qwen3.5-9B": ("qwen3_5_text", 4096, 12288, 32, 16, 4, 256, 248320, False),
 }
+MORE_SIZES = {"Qwen3.5-2B": {"linear_num_value_heads": 16}}
 SIZE_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
               "vocab_size", "tie_word_embeddings")  # fmt: skip
 
@@ -264,7 +267,9 @@ SIZE_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atte
 def billions(name: str) -> float:
     """Parameters of a model, built on the meta device."""
     architecture, *sizes = SIZES[name]
-    config = AutoConfig.for_model(architecture, **dict(zip(SIZE_NAMES, sizes, strict=True)))
+    config = AutoConfig.for_model(
+        architecture, **dict(zip(SIZE_NAMES, sizes, strict=True)), **MORE_SIZES.get(name, {})
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters()) / 1e9
@@ -293,6 +298,7 @@ def test_what_a_recipe_says_of_its_memory_is_right(config):
 def test_there_is_a_recipe_for_each_task_of_the_paper_and_for_the_pairs_of_today():
     assert {path.stem for path in RECIPES} == {
         "gsm8k_qwen2", "flores_gemma", "ultrainteract_qwen2", "qwen3_8b_to_0.6b", "qwen3_8b_to_1.7b", "qwen3_32b_to_4b",
+        "qwen3.5_9b_to_2b",
     }  # fmt: skip
 
 

@@ -259,14 +259,12 @@ def test_an_adapter_on_the_mixers_projections_is_trained_and_drafts(tmp_path):
     models = {"model": tiny_model("qwen3_5_text", seed=1), "teacher": tiny_model("qwen3_5_text", seed=2)}
     trainer = make_trainer(tmp_path, **models, peft_config=config, max_steps=2)
     trainer.train()
-    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is not None]
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert len(before) == 2 * len(names) and all(torch.isfinite(torch.tensor(losses(trainer))))
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(names) and all(loss > 0 for loss in losses(trainer))
     # What the adapted student writes in blocks is what it writes without a cache.
     student = trainer.model.eval()
     text = sample(student, models["teacher"], rule=ACCEPTANCE_RULES["always"](), student_sampling=GREEDY)
     assert responses(text) == [greedy_text(student, prompt, 12) for prompt in PROMPTS]
-    assert trained == [] or set(trained) <= set(before)
 
 
 def test_the_gate_weighs_the_tokens_of_a_hybrid_pair(tmp_path):
@@ -274,5 +272,4 @@ def test_the_gate_weighs_the_tokens_of_a_hybrid_pair(tmp_path):
     settings = {"trainer_class": SpecKDTrainer, "rollout": "interleaved", "gate_top_k": 60, "max_steps": 2}
     trainer = make_trainer(tmp_path, **models, **settings)
     trainer.train()
-    entry = trainer.state.log_history[0]
-    assert 0 < entry["gate/accepted"] < 1 if "gate/accepted" in entry else entry["loss"] > 0
+    assert all(entry["loss"] > 0 and 0 < entry["gate_weight"] < 1 for entry in trainer.state.log_history[:2])

@@ -21,6 +21,7 @@ from .prefill import left_padded
 from .ragged_cache import (
     CHUNKED,
     FULL,
+    INDEXED,
     SLIDING,
     WITHOUT_ATTENTION,
     HeadInput,
@@ -103,7 +104,7 @@ def check_kind(model: nn.Module) -> None:
     check_one_device(name, model)
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise ValueError(f"{name} does not say how many layers it has (num_hidden_layers). {WAY_OUT}")
-    known = {FULL, SLIDING, CHUNKED, "attention"}  # the last is its name in transformers 5.0
+    known = {FULL, SLIDING, CHUNKED, INDEXED, "attention"}  # the last is its name in transformers 5.0
     unknown = set(getattr(config, "layer_types", None) or []) - known - STATEFUL_KINDS - WITHOUT_ATTENTION
     if unknown:
         raise ValueError(
@@ -300,18 +301,20 @@ def _hidden_states(model: nn.Module, text: list[int]) -> torch.Tensor:
 
 @contextmanager
 def _short_windows(model: nn.Module):
-    """Windows and chunks of three tokens, in the masks of models that make them from their configuration when they run."""
+    """Windows and chunks of three tokens, and indexed attention to three, in models that make masks from these when they run."""
     config = model.config.get_text_config()
-    names = ("sliding_window", "attention_chunk_size")
-    sizes = {name: getattr(config, name, None) for name in names}
-    sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
-    for name, size in sizes.items():
-        setattr(config, name, min(size, 3))
+    names = ("sliding_window", "attention_chunk_size", "index_topk")
+    owners = [(config, name) for name in names]
+    owners += [(module, "index_topk") for module in model.modules() if "index_topk" in module.__dict__]
+    sizes = [(owner, name, getattr(owner, name, None)) for owner, name in owners]
+    sizes = [(owner, name, size) for owner, name, size in sizes if isinstance(size, int)]
+    for owner, name, size in sizes:
+        setattr(owner, name, min(size, 3))
     try:
         yield
     finally:
-        for name, size in sizes.items():
-            setattr(config, name, size)
+        for owner, name, size in sizes:
+            setattr(owner, name, size)
 
 
 def _name(model: nn.Module) -> str:
@@ -321,7 +324,5 @@ def _name(model: nn.Module) -> str:
 def _hint(model: nn.Module) -> str:
     """Why it may be so, where the class says something about it."""
     if getattr(model, "_is_stateful", False):
-        return "It has recurrent or linear-attention layers, whose state cannot go back to an earlier token when a draft is rejected. "
-    if getattr(model.config.get_text_config(), "alibi", False) or model.config.get_text_config().model_type == "bloom":
-        return "Its ALiBi biases are made from a two-dimensional mask, and rows here have different lengths. "
+        return "It has recurrent state of a kind that the sampler does not keep. "
     return ""

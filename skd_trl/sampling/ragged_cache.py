@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
+from .alibi import alibi_over_slots
 from .packed_attention import packed_query_groups
 from .recurrent_state import Reading, RecurrentStates, cache_argument, is_stateful, new_cache
 
 
 # Attention that can be expressed as a 4D mask over slots.
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+FULL, SLIDING, CHUNKED, INDEXED = "full_attention", "sliding_attention", "chunked_attention", "indexed_attention"
 # Layers without attention.
 WITHOUT_ATTENTION = {"linear_attention", "conv", "recurrent", "moe", "mlp"}
 # Shapes of rounds that are compiled for one model; rounds of others run as they are.
@@ -54,7 +55,7 @@ class RaggedDecoder:
         self.window = _Window(torch.arange(num_rows, device=device))
         config = model.config.get_text_config()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base = getattr(base, "_orig_mod", base)  # what torch.compile was given
+        self.base = base = getattr(base, "_orig_mod", base)  # what torch.compile was given
         self.addresses: list[int] = []
         self.layers = _layers(config, num_rows, num_slots, self.window)
         self.attention_layers = [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
@@ -91,6 +92,7 @@ class RaggedDecoder:
         with (
             attention_implementation(self.model, self.attn_implementation),
             packed_query_groups(),
+            alibi_over_slots(self.base),
             nullcontext() if self.states is None else self.states.reading(self.window.rows, tokens.shape, reading),
         ):
             return self._run(tokens, positions, masks, without_logits)
@@ -176,6 +178,7 @@ class RaggedLayer(CacheLayerMixin):
     def __init__(self, num_rows: int, num_slots: int, window: "_Window"):
         super().__init__()
         self.num_rows, self.num_slots, self.window = num_rows, num_slots, window
+        self.indexer_keys: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -196,15 +199,27 @@ class RaggedLayer(CacheLayerMixin):
         )  # under autocast not the keys'
         return self.keys[self.window.rows, :, :stop], self.values[self.window.rows, :, :stop]
 
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """The keys (N, L, size) by which indexed attention chooses what it sees, kept as the others are."""
+        if self.indexer_keys is None:
+            _, _, size = indexer_key_states.shape
+            self.indexer_keys = indexer_key_states.new_zeros(self.num_rows, self.num_slots, size)
+        self.indexer_keys[self.window.index, self.window.positions] = indexer_key_states.to(self.indexer_keys.dtype)
+        return self.indexer_keys[self.window.rows, : self.window.num_slots_in_use]
+
     def move_row(self, source: int, target: int) -> None:
         if self.is_initialized:
             self.keys[target] = self.keys[source]
             self.values[target] = self.values[source]
+        if self.indexer_keys is not None:
+            self.indexer_keys[target] = self.indexer_keys[source]
 
     def spread_first_row(self, num_slots: int) -> None:
         if self.is_initialized:
             for states in (self.keys, self.values):
                 states[1:, :, :num_slots] = states[:1, :, :num_slots]
+        if self.indexer_keys is not None:
+            self.indexer_keys[1:, :num_slots] = self.indexer_keys[:1, :num_slots]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.window.num_slots_in_use, 0
