@@ -96,8 +96,7 @@ def _own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bad_anywhere(tensors: Iterable[torch.Tensor], accelerator: Accelerator, is_collective: bool) -> bool:
-    held = [t for t in tensors if t.numel() > 0]  # none where DeepSpeed has taken the gradients
-    largest = torch._foreach_norm(held, float("inf")) if held else ()
+    largest = torch._foreach_norm([t for t in tensors if t.numel() > 0], float("inf"))
     flag = torch.zeros((), device=accelerator.device)
     for value in largest:
         flag = flag + (~value.isfinite()).to(flag)
