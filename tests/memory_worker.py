@@ -5,7 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from datasets import load_dataset
 from distributed_worker import STUDENT, TEACHER, enter, make_trainer, without_compiler
@@ -63,11 +62,15 @@ def tokenized_rows(directory: Path) -> int:
     """How many rows this process turns into tokens, of a data set on disk."""
     counted, original = [], dataset_module.tokenize_row
     dataset_module.tokenize_row = lambda *args, **kwargs: counted.append(1) or original(*args, **kwargs)
-    rows = load_dataset("json", data_files=str(directory / "rows.jsonl"), split="train", cache_dir=str(directory / "cache"))
+    rows = load_dataset(
+        "json", data_files=str(directory / "rows.jsonl"), split="train", cache_dir=str(directory / "cache")
+    )
     SKDTrainer(
         model=tiny_model(seed=1, **STUDENT),
         teacher_model=tiny_model(seed=2, **TEACHER),
-        args=SKDConfig(output_dir=str(directory / "out"), use_cpu=True, bf16=False, report_to=[], max_length=128, max_new_tokens=8),
+        args=SKDConfig(
+            output_dir=str(directory / "out"), use_cpu=True, bf16=False, report_to=[], max_length=128, max_new_tokens=8
+        ),
         train_dataset=rows,
         processing_class=byte_tokenizer(),
     )

@@ -14,7 +14,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     directory = tmp_path_factory.mktemp("memory")
-    rows = [{"messages": [{"role": "user", "content": "q" * i}, {"role": "assistant", "content": "ab"}]} for i in range(4, 12)]
+    rows = [
+        {"messages": [{"role": "user", "content": "q" * i}, {"role": "assistant", "content": "ab"}]}
+        for i in range(4, 12)
+    ]
     (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     torchrun(["tests/memory_worker.py", str(directory)], timeout=250)
     return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in (0, 1)]
