@@ -96,7 +96,9 @@ def _own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bad_anywhere(tensors: Iterable[torch.Tensor], accelerator: Accelerator, is_collective: bool) -> bool:
-    held = [tensor for tensor in tensors if tensor.numel() > 0]  # DeepSpeed leaves no gradient, a process may hold no part
+    held = [
+        tensor for tensor in tensors if tensor.numel() > 0
+    ]  # DeepSpeed leaves no gradient, a process may hold no part
     flag = torch.zeros((), device=accelerator.device)
     for value in torch._foreach_norm(held, float("inf")) if held else ():
         flag = flag + (~value.isfinite()).to(flag)
