@@ -5,6 +5,7 @@ Glue: who writes the responses is `sampling/interleaved.py`, what they cost is `
 """
 
 import itertools
+import logging
 import textwrap
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from .data.batches import (
     DataCollatorForDistillation,
     Key,
     ResponseTokens,
+    check_collator,
     merge_prompts,
     model_inputs,
 )
@@ -54,6 +56,7 @@ from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant
 from .sampling.rollout import Rollout
 from .sampling.rounds import Rounds
+from .serving.client import TeacherClient, TeacherServerError
 from .skd_config import SKDConfig
 from .training.checkpoints import load_draft_length, save_draft_length
 from .training.completions import (
@@ -67,7 +70,7 @@ from .training.console import SamplingBar
 from .training.distributed import (
     agree_on_maximum,
     bound_waits,
-    is_sharded,
+    forwards_are_collective,
     keyed_generator,
     prepare_teacher,
     student_for_sampling,
@@ -80,6 +83,14 @@ from .training.finite_check import FiniteCheck, GradientCheck, require_finite_we
 from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
+from .training.memory_plan import (
+    Window,
+    describe_plan,
+    fitted_plan,
+    out_of_memory_advised,
+    places_now,
+    shards_teacher,
+)
 from .training.metrics import (
     RatioMetrics,
     add_loss_by_teacher,
@@ -93,11 +104,11 @@ from .training.metrics import (
 from .training.model_card import add_distillation, describe_distillation
 from .training.models import (
     base_model,
+    copied_arguments,
     disable_dropout,
     given_model,
     load_pair,
     named_teachers,
-    own_arguments,
     pad_token_id,
 )
 from .training.pair_check import check_launch, check_pair, check_teacher_differs, require
@@ -106,8 +117,10 @@ from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
 from .training.sampled_batches import sampled_batches
 from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
+from .training.sampling_copy import PRECISIONS, SamplingCopy, can_be_copied, is_worth_copying
 from .training.saved_weights import check_saved, describe_shards, whole_parameters, whole_weights, writes_shards
 from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
+from .training.served import RemoteTeacher, check_rule, check_server, connect
 from .training.teachers import OneTeacher, RecordedTeacher, Teacher, TeachersByRow, whole_signal
 
 
@@ -134,6 +147,7 @@ METRICS = (
     "truncated_share",
     "student_entropy",
     "teacher_entropy",
+    "teacher_mass_outside",
     "sampling_seconds",
     "training_seconds",
     "tokens_per_second",
@@ -168,7 +182,7 @@ class SKDTrainer(GKDTrainer):
             Makes batches of prepared rows; defaults to [`DataCollatorForDistillation`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `messages`, with `prompt` and `completion`, or with `prompt` alone (enough where every response is
-            sampled); each a text or a conversation. With a `teacher_prompt`, or with a `privileged_context` for
+            sampled); each plain text or a conversation. With a `teacher_prompt`, or with a `privileged_context` for
             `args.teacher_prompt_template`, the teacher reads that and the student its own prompt.
         eval_dataset (the same, or a `dict` of them, *optional*):
             Evaluated on reference responses; rows without one on a response that the student samples (its own text, drawn as the run
@@ -230,14 +244,15 @@ class SKDTrainer(GKDTrainer):
     ):
         check_overrides(self, SKDTrainer)
         model = given_model("model", model)
-        args = own_arguments(args, self._config_class, f"-{self._name}", model)
+        args = copied_arguments(args, self._config_class, f"-{self._name}", model)
         named = named_teachers(teacher_model, args)
         self._teacher_names = tuple(named)
         teacher_model, *others = named.values() if named else [given_model("teacher_model", teacher_model)]
         check_parallel_models(args, {"model": model, "teacher_model": teacher_model})
         scored = train_dataset is not None and has_scores(train_dataset.column_names)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args, scored)
-        self._is_recorded = teacher is student and args.teacher_model_kind is None
+        self._is_served = args.teacher_model_server_url is not None
+        self._is_recorded = teacher is student and args.teacher_model_kind is None and not self._is_served
         if self._is_recorded and args.rollouts != {"dataset"}:
             raise ValueError(
                 "There is no teacher but the scores beside the rows, which are of given responses and judge no others: set "
@@ -247,6 +262,11 @@ class SKDTrainer(GKDTrainer):
         for one in teachers:
             require(check_pair(student, one, tokenizer, args, peft_config))
         self.vocab_size = min(shared_vocab_size(student, one) for one in teachers)
+        client = None
+        if self._is_served:
+            client = connect(args.teacher_model_server_url, args.teacher_top_k, args.teacher_server_patience)
+            check_server(client, tokenizer, self.vocab_size)
+            self.vocab_size = min(self.vocab_size, client.vocab_size or self.vocab_size)
         self.eos_token_ids = sorted({i for one in teachers for i in end_of_sequence_ids(student, one, tokenizer)})
         self._rules = RowRules(
             smallest(room_for_prompts(args, student, one) for one in teachers),
@@ -264,6 +284,7 @@ class SKDTrainer(GKDTrainer):
             needs_scores=self._is_recorded,
         )
         self._check_sampled_evaluation = partial(check_sampled_evaluation, max_new_tokens=args.max_new_tokens)
+        self._main_process_first = partial(args.main_process_first, desc="tokenizing")
         self._prepare = partial(
             prepare_dataset,
             tokenizer=tokenizer,
@@ -271,14 +292,18 @@ class SKDTrainer(GKDTrainer):
             formatting_func=formatting_func,
             length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
-        train_dataset = self._prepare(train_dataset, rules=self._rules, name="train")
+        with self._main_process_first():  # the others find what it has kept, of a data set on disk
+            train_dataset = self._prepare(train_dataset, rules=self._rules, name="train")
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
         eval_dataset = self._prepare_eval(eval_dataset, base_model(student))
 
+        if data_collator is not None and isinstance(train_dataset, Dataset):
+            check_collator(data_collator, train_dataset[0], args.samples)
+
         # Adapters are initialised at random, and the oldest supported TRL seeds too late for that.
         set_seed(args.seed)
-        # GKDTrainer's own __init__ is passed over: it changes `args`, refuses padded vocabularies and missing arguments,
+        # GKDTrainer's own __init__ is skipped: it changes `args`, refuses padded vocabularies and missing arguments,
         # replaces LoRA's dropout by none, and leaves the teacher whole on every rank under FSDP. What it sets up is below.
         base = base_model(student)
         with forward_kept(base), adapters_on_heads_pass(base), router_settings_kept(base):
@@ -300,18 +325,19 @@ class SKDTrainer(GKDTrainer):
             self.add_callback(LogFile())
         if args.disable_dropout:
             disable_dropout(self.model)
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts the response tokens of a step
         self._set_attributes()
         self._enter_step(0, 1)
         self._has_adapter = base_model(self.model) is not self.model
         self._finite_check = FiniteCheck()
         self.add_callback(GradientCheck(self))
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
+        self._sampling_copy = SamplingCopy()
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
         for one in teachers:
             require(check_launch(self._inner_student(), one, args, self.accelerator))
-        self._teacher = self._make_teacher(teachers)
+        self._teacher = self._make_teacher(teachers, client)
         bound_waits(args.ddp_timeout)
         by_teacher = names_by_teacher(self._teacher_names)
         own_names = (*self._metric_names, *itertools.chain(*by_teacher.values()))
@@ -319,19 +345,24 @@ class SKDTrainer(GKDTrainer):
         totals = ("skipped_rows", *by_teacher["num_tokens"])
         self._ratios = {mode: RatioMetrics(names[mode], totals=totals) for mode in names}
 
-    def _make_teacher(self, teachers: list[PreTrainedModel]) -> Teacher:
+    def _make_teacher(self, teachers: list[PreTrainedModel], client: TeacherClient | None) -> Teacher:
         teacher, kind = teachers[0], self.args.teacher_model_kind
         self._average = self._shared = None
-        if self._is_recorded:
+        if self._is_recorded or client is not None:
             self.teacher_model = self._inner_teacher = None
             self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
-            self._check_scores(num_scored_tokens(self.train_dataset, "train"))
-            return RecordedTeacher()
+            if client is None:
+                self._check_scores(num_scored_tokens(self.train_dataset, "train"))
+                return RecordedTeacher()
+            self._check_scores(client.top_k)
+            for rollout in self.args.rollouts - {"dataset", "student"}:
+                check_rule(self.args.acceptance_rule(rollout), client.top_k, self.vocab_size)
+            return RemoteTeacher(client)
         if self._teacher_names:
-            prepared = [prepare_teacher(one, self.accelerator, self.args.shard_teacher) for one in teachers]
+            prepared = [prepare_teacher(one, self.accelerator, self._is_spread(one)) for one in teachers]
             self.teacher_model = dict(zip(self._teacher_names, prepared, strict=True))
             self._inner_teacher = nn.ModuleList(teachers)  # for the messages of checks
-            is_collective = self.accelerator.num_processes > 1 and any(map(is_sharded, teachers))
+            is_collective = self.accelerator.num_processes > 1 and forwards_are_collective(*teachers)
             return TeachersByRow(teachers, prepared, is_collective)
         if kind is not None:
             check_self_teacher(kind, self.accelerator, self.model)
@@ -346,7 +377,7 @@ class SKDTrainer(GKDTrainer):
             self.add_callback(self._average)
         self._inner_teacher = teacher
         if kind is None:
-            self.teacher_model = prepare_teacher(teacher, self.accelerator, self.args.shard_teacher)
+            self.teacher_model = prepare_teacher(teacher, self.accelerator, self._is_spread(teacher))
         else:  # without its own engine, which would move the student's tensors
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return OneTeacher(teacher, self.teacher_model)
@@ -363,7 +394,8 @@ class SKDTrainer(GKDTrainer):
 
     def _prepare_eval_set(self, dataset, name: str, student: PreTrainedModel) -> Dataset | IterableDataset:
         rules = replace(self._rules, needs_response=self._is_recorded, reads_response=True)
-        prepared = self._prepare(dataset, rules=rules, name=name)
+        with self._main_process_first():
+            prepared = self._prepare(dataset, rules=rules, name=name)
         self._check_sampled_evaluation(prepared, name, student)
         return prepared
 
@@ -418,6 +450,7 @@ class SKDTrainer(GKDTrainer):
                 logger.warning(note)
         if self.model_init is None:
             stop_at(self._inner_student(), self.eos_token_ids)
+        self._log_plan()
         return super().train(*args, **kwargs)
 
     def call_model_init(self, trial=None):
@@ -475,9 +508,26 @@ class SKDTrainer(GKDTrainer):
         rollout = self._rollout_of_step(self.state.global_step)
         if rollout in ("dataset", "mixed") and not self._rules.needs_response:
             self._check_references(batches)
-        if batches and rollout != "dataset":
-            batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
+        with self._server_awaited():
+            if batches and rollout != "dataset":
+                batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
+            for batch in batches if self._is_served else []:
+                tokens = ResponseTokens.of(batch)
+                self._teacher.keep(batch, tokens, self._teacher.signal(batch, tokens))
         return batches, self._get_num_items_in_batch(batches, device)
+
+    @contextmanager
+    def _server_awaited(self):
+        """The time in which a teacher's server is asked. If one process gives it up, all of them write a checkpoint and end."""
+        failure = None
+        try:
+            yield
+        except TeacherServerError as error:
+            failure = error
+        if self._is_served and agree_on_maximum(self.accelerator)(int(failure is not None))[0]:
+            if self.state.global_step > 0:
+                self._save_checkpoint(self.model, trial=None)
+            raise failure or TeacherServerError("Another process has given up the teacher's server.")
 
     def _enter_step(self, step: int, num_steps: int) -> None:
         """Sets what the configuration's schedules, and callbacks, say of an optimizer step (0 is the first)."""
@@ -548,10 +598,14 @@ class SKDTrainer(GKDTrainer):
             student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
             self.compute_loss_context_manager(),
             without_router_logits(self._inner_student(), *self._teacher.inner),
-            # `torch_compile` is for the training step: every round has another shape, and would be compiled anew.
+            # `torch_compile` is for the training step: every round has another shape, and would be compiled again.
             nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
+            out_of_memory_advised("sampling"),
         ):
-            collective = self.accelerator.num_processes > 1 and any(map(is_sharded, [student, *self._teacher.inner]))
+            collective = self.accelerator.num_processes > 1 and forwards_are_collective(student, *self._teacher.inner)
+            if self._samples_with_a_copy(student):
+                student = self._sampling_copy.of(student, PRECISIONS[self.accelerator.mixed_precision])
+            num_places = self._places(student, prompts)
             return interleaved_sample(
                 LocalParticipant(
                     student,
@@ -569,12 +623,44 @@ class SKDTrainer(GKDTrainer):
                 noise=noise,
                 execution=Execution(
                     self._draft_length,
-                    self.args.rollout_batch_size,
+                    num_places,
                     agree_on_maximum(self.accelerator) if collective else None,
                     self._rounds,
                     observe=observe,
                 ),
             )
+
+    def _samples_with_a_copy(self, student: nn.Module) -> bool:
+        if self.args.sampling_copy is None:
+            return is_worth_copying(student, self.accelerator)
+        return self.args.sampling_copy and can_be_copied(student, self.accelerator)
+
+    def _places(self, student: nn.Module, prompts: torch.Tensor) -> int | None:
+        """How many responses to `prompts` (B, P) are written at once: as configured, or fewer if only those fit."""
+        num_places = min(self.args.rollout_batch_size or len(prompts), len(prompts))
+        if not self._teacher.inner or num_places < 2:
+            return self.args.rollout_batch_size
+        window = Window(num_places, len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts))
+        return places_now(student, self._teacher.inner[0], self.accelerator, window)
+
+    def _is_spread(self, teacher: nn.Module) -> bool:
+        return shards_teacher(self.args.shard_teacher, teacher, self.accelerator)
+
+    def _log_plan(self) -> None:
+        """Logs what the training will hold on a GPU, as a warning if it does not fit."""
+        if self.accelerator.device.type == "cpu" or not self._teacher.inner:
+            return
+        rows = (
+            self.train_dataset["prompt_ids"]
+            if isinstance(self.train_dataset, Dataset)
+            else [range(self._rules.max_prompt_length or 1024)]
+        )
+        try:
+            plan = fitted_plan(self.model, self._teacher.inner[0], self.accelerator, self.args, max(map(len, rows)))
+        except Exception:  # whatever a model may do with tensors that hold nothing
+            logger.warning("The memory of this training could not be planned; it starts all the same.", exc_info=True)
+            return
+        logger.log(logging.INFO if plan.fits else logging.WARNING, describe_plan(plan, self.accelerator, self.args))
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
@@ -590,7 +676,8 @@ class SKDTrainer(GKDTrainer):
         start = time.perf_counter()
         num_tokens = int((inputs[Key.LABELS] != IGNORE_INDEX).sum())
         # GKDTrainer's own would sample once more.
-        loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        with out_of_memory_advised("training"):
+            loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         seconds = time.perf_counter() - start
         metrics = self._ratios["train"]
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
@@ -722,6 +809,9 @@ class SKDTrainer(GKDTrainer):
         if self._teacher_names:
             which = inputs[Key.TEACHER_INDEX][tokens.rows]
             add_loss_by_teacher(metrics, outcome, which, self._teacher_names)
+        if Key.TEACHER_TOP_LOG_PROBS in inputs:
+            known = tokens.pick(inputs[Key.TEACHER_TOP_LOG_PROBS]).exp().sum(-1)
+            metrics.add_mean("teacher_mass_outside", (1 - known).clamp(min=0))
         for name in set(self._statistics) & set(SKDTrainer._statistics):
             metrics.add_mean(name, outcome.statistics[name])
 
@@ -766,6 +856,8 @@ class SKDTrainer(GKDTrainer):
         """Who the teacher was, for people."""
         if self._is_recorded:
             return "recorded scores"
+        if self._is_served:
+            return f"{self._teacher.scorer.model} behind a server, its {self.args.teacher_top_k} most probable tokens"
         if self.args.teacher_model_kind is not None:
             return f"the student itself ({self.args.teacher_model_kind})"
         sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 import yaml
 from assets import arguments_for, save_assets
 from datasets import Dataset
+from processes import accelerate_launch
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -343,22 +342,16 @@ def test_the_script_trains_compares_and_reports(tiny_assets, capsys):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_compare_the_same_prompts_as_one(tiny_assets):
+def test_two_processes_that_share_both_models_compare_the_same_prompts_as_one(tiny_assets):
     one, two = tiny_assets / "run-1", tiny_assets / "run-2"
-    run_script(arguments_for(tiny_assets, output_dir=one))
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(str(EXAMPLES / "train_summarization.py"), *arguments_for(tiny_assets, output_dir=two)),
-        ],
-        check=True,
-        timeout=200,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
-    )
+    settings = {"save_strategy": "no", "log_fixed_prompts": 1}
+    run_script(arguments_for(tiny_assets, output_dir=one, **settings))
+    script = [str(EXAMPLES / "train_summarization.py"), *arguments_for(tiny_assets, output_dir=two, **settings)]
+    accelerate_launch("fsdp2", script, timeout=200)
     one, two = (json.loads((run / "evaluation.json").read_text()) for run in (one, two))
     assert two["settings"]["processes"] == 2
     assert [row["before"] for row in two["examples"]] == [row["before"] for row in one["examples"]]
-    for name in ("kl_teacher_text", "rougeL_teacher", "rouge1_reference"):
+    for name in ("kl_teacher_text", "rougeL_teacher", "rouge1_reference", "draft_accepted_sampled"):
         found, expected = (outcome["comparison"]["metrics"][name]["before"] for outcome in (two, one))
         assert found == pytest.approx(expected, rel=1e-4)
 

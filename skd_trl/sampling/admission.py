@@ -5,7 +5,7 @@ single steps, a row that moves, a place that is refilled. What its head is given
 shortened for it: their ends are then within these few tokens. What differs is refused with the figure. Names
 remain only where so few tokens cannot show the trouble (`positions_of`).
 
-Shapes: N rows, Q tokens, S tokens of a text, H hidden.
+Shapes: N rows, Q tokens, S tokens of a row, H hidden.
 """
 
 import math
@@ -48,8 +48,8 @@ class Proof:
     Attributes:
         error (`float`): the largest difference to the same texts without a cache.
         limit (`float`): what rounding explains: half the digits of the type that is computed in, or eight times what the model
-            itself differs by when it reads the beginning of a text alone, or twice what it differs by when it writes with
-            transformers' own cache.
+            itself differs by when it reads the beginning of a row alone, or twice what it differs by when it writes with
+            transformers' cache.
         padding (`str`, *optional*): on which side prompts of different lengths are padded in one forward: `"right"`, `"left"` where a
             recurrent state would keep what comes last, `None` where it keeps padding on either side.
         continues (`bool`): whether several tokens at once can be read on what was read before.
@@ -137,8 +137,8 @@ def check_adapter(peft_config) -> None:
 def positions_of(config) -> int | None:
     """Positions that sampled texts may use (`None`: no limit known): the model's, and with longrope (Phi-3's long contexts) those
     of its short factors. Beyond them a forward turns every row of the batch by other angles than its cached keys. Llama 4 scales its
-    queries by a position that it reads from the cache, from `floor_scale` positions on. GPT-Neo's local layers take a block for the
-    last tokens of every row, which shows from `window_size` positions on."""
+    queries by a position that it reads from the cache, from `floor_scale` positions on. GPT-Neo's local layers assume that a block is
+    at the end of every row, which shows from `window_size` positions on."""
     room = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
@@ -293,7 +293,7 @@ class _Trial:
 
 
 def _hidden_states(model: nn.Module, text: list[int]) -> torch.Tensor:
-    """What the head is given for a text that is read alone and without a cache, (S, H)."""
+    """The input of the head for a row that is read alone and without a cache, (S, H)."""
     with attention_implementation(model, sampling_attention(model)), HeadInput(model) as head_input:
         model(input_ids=torch.tensor([text], device=next(model.parameters()).device), use_cache=False)
     return head_input.value[0].float()

@@ -3,8 +3,8 @@
 A round of N rows and draft length G costs G student forwards of N tokens and one teacher forward of N G tokens, and from G = 2 on
 going back: nothing in a key/value cache, a copy of each row's state in a recurrent model. A row that
 needs at most R more tokens gets 1 + a + ... + a^(min(G, R) - 1) of them, with a the share of proposals accepted. The best G
-has the lowest cost per token. The choice changes the cost, not the distribution of the texts, so that it may follow a
-stopwatch; ranks that disagree take the longest wish. Blocks of another shape do round differently, so that a policy has a
+has the lowest cost per token. The choice changes the cost, not the distribution of the texts, so it may follow a
+stopwatch; ranks that disagree take the longest choice. Blocks of another shape do round differently, so a policy has a
 state, to be saved with a run that is to repeat itself.
 
 A forward's time is taken to be a line in its number of tokens, fitted to what the first rounds measured: a fixed part
@@ -29,7 +29,7 @@ class DraftLength:
 
     def __init__(self, num_draft_tokens: int):
         self.longest = num_draft_tokens  # what buffers have to hold
-        self.unjudged = num_draft_tokens  # where every proposal stands
+        self.unjudged = num_draft_tokens  # where every proposal is accepted
         self.few = (num_draft_tokens,)  # to which lengths are rounded up where few different ones are worth more
 
     def choose(self, remaining: list[int]) -> int:
@@ -48,7 +48,7 @@ class DraftLength:
 
     @staticmethod
     def of(num_draft_tokens: "int | str | DraftLength") -> "DraftLength":
-        """The policy that a number, `"auto"` or a policy stands for.
+        """The policy of a number, of `"auto"`, or the given policy itself.
 
         Raises:
             `ValueError`: for anything else.

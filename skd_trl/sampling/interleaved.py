@@ -83,7 +83,7 @@ def interleaved_sample(
             Who writes and who judges. A causal language model of transformers is taken as `LocalParticipant(model)`, which
             draws at temperature 1 from its whole vocabulary.
         prompt_ids, prompt_mask (`torch.LongTensor` of shape `(B, P)`):
-            Left-padded prompts: the student's, and the teacher's unless it has prompts of its own.
+            Left-padded prompts: the student's, and the teacher's unless it has its own.
         accept ([`AcceptanceRule`]):
             Such as `ACCEPTANCE_RULES["top_k"](k=25)`. Rules judge raw logits.
         max_new_tokens (`int`):
@@ -155,10 +155,9 @@ def interleaved_sample(
             nucleus.observe(rows.num_missed)
             if execution.observe is not None:
                 execution.observe(list(rows.host_written), [prompt for prompt, _ in rows.live])
-            *seconds, keep_seconds = stopwatch.seconds()
-            draft_length.observe(
-                Round(len(shape[0]), num_draft, *seconds, rows.num_judged, rows.num_accepted, is_warm_up, keep_seconds)
-            )
+            of_student, of_teacher, of_keep = stopwatch.seconds()
+            counts = rows.num_judged, rows.num_accepted
+            draft_length.observe(Round(len(shape[0]), num_draft, of_student, of_teacher, *counts, is_warm_up, of_keep))
 
 
 def run_round(

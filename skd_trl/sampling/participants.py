@@ -1,6 +1,6 @@
 """Who takes part in writing responses: a participant owns its model, prompts, positions and cache, and how it goes back.
 
-The student's part is `step`, the teacher's `judge`; both are told with `keep` what became of a block. Between
+The student's part is `step`, the teacher's `judge`; both are told with `keep` what happened to a block. Between
 `begin_round` and `keep` a participant neither asks the device for a number nor makes a tensor whose shape depends on data:
 a round can be captured. What decides shapes (`admit`, `prefill`, `move_row`, `begin_round`) is outside it.
 
@@ -23,7 +23,7 @@ from .admission import positions_of, prove
 from .nucleus import Nucleus
 from .prefill import cost_of_forward, groups_of_equal_length, left_padded, prefill_groups
 from .prompts import Prompts
-from .ragged_cache import eval_mode
+from .ragged_cache import eval_mode, is_sharded
 from .recurrent_state import Reading
 from .rounds import Rounds
 from .sampling_params import SamplingParams
@@ -133,7 +133,7 @@ class LocalParticipant(Participant):
         own = prompts if self.own_prompts is None else self.own_prompts
         if len(own) != len(prompts):
             raise ValueError(
-                f"The {name} has {len(own)} prompts of its own for {len(prompts)} rows. Give one for each row."
+                f"The {name} has {len(own)} separate prompts for {len(prompts)} rows. Give one for each row."
             )
         config = self.model.config.get_text_config()
         if not 0 < self.vocab_size <= config.vocab_size:
@@ -249,7 +249,9 @@ class LocalParticipant(Participant):
         for values in (self.last, self.length):
             values[target] = values[source]
 
-    can_be_captured = True
+    @property
+    def can_be_captured(self) -> bool:
+        return not is_sharded(self.model)
 
     def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
         super().begin_round(rows, num_rows, num_draft)

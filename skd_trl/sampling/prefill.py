@@ -1,4 +1,4 @@
-"""Which prompts to prefill together: every forward costs something of its own, and every prompt in it is padded to the longest.
+"""Which prompts to prefill together: every forward has a fixed cost, and every prompt in it is padded to the longest.
 
 Shapes: N rows, Q tokens of a prefill.
 """
@@ -8,7 +8,7 @@ import math
 import torch
 
 
-# Tokens in one forward, so that a window of many long prompts does not decide the peak of memory.
+# Tokens in one forward, so a window of many long prompts does not decide the peak of memory.
 MOST_TOKENS = 16384
 
 
@@ -16,7 +16,7 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
     """
     Cuts prompts into groups with the lowest cost: for each group `cost_of_forward`, and its size times its longest length.
 
-    The best groups are runs of the sorted lengths, so that the cheapest cut of the first prompts follows from the cheapest
+    The best groups are runs of the sorted lengths, so the cheapest cut of the first prompts follows from the cheapest
     cuts of fewer.
 
     Args:
@@ -38,7 +38,7 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
         most = max(1, most_tokens // max(1, longest))
         starts = range(max(0, stop - most), stop)
         if stop < len(order) and lengths[order[stop]] == longest:
-            # Of two prompts of one length the later costs this group no more than the one after it: only a full group parts them.
+            # Of prompts of equal length a later one costs this group no more than the next: only a full group parts them.
             starts = starts[:1] if len(starts) == most else starts[:0]
         costs = ((cuts[start][0] + cost_of_forward + (stop - start) * longest, start) for start in starts)
         cuts.append(min(costs, default=(math.inf, 0)))

@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
@@ -53,7 +54,9 @@ class RaggedDecoder:
         self.slots = torch.arange(num_slots, device=device)
         self.window = _Window(torch.arange(num_rows, device=device))
         config = model.config.get_text_config()
-        self.base = base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base = getattr(base, "_orig_mod", base)  # what torch.compile was given
+        self.addresses: list[int] = []
         self.layers = _layers(config, num_rows, num_slots, self.window)
         self.attention_layers = [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
         self.cache = new_cache(base, self.layers)
@@ -109,9 +112,15 @@ class RaggedDecoder:
     @property
     def num_bytes(self) -> int:
         """What the cache holds."""
-        layers = (layer for layer in self.attention_layers if layer.is_initialized)
-        of_attention = sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+        held = (values for layer in self.attention_layers for values in vars(layer).values())
+        of_attention = sum(values.nbytes for values in held if isinstance(values, torch.Tensor))
         return of_attention + (0 if self.states is None else self.states.num_bytes)
+
+    def have_weights_moved(self) -> bool:
+        """Whether weights are somewhere else than when this was last asked; new values in place are no move."""
+        before, model = self.addresses, self.model
+        self.addresses = [tensor.data_ptr() for part in (model.parameters(), model.buffers()) for tensor in part]
+        return before != self.addresses
 
     def masks(
         self, positions: torch.Tensor, num_slots: int, padding: torch.Tensor | None = None
@@ -294,6 +303,11 @@ class HeadInput:
         """Takes the hook off the head."""
         if self.handle is not None:
             self.handle.remove()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights are spread over ranks (ZeRO-3, FSDP2), and come and go in a forward."""
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
 
 
 def sampling_attention(model: nn.Module) -> str:
