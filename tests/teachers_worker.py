@@ -1,7 +1,7 @@
 """What each of two processes runs for the tests of teachers: several trainings in one start, results as JSON.
 
 `torchrun ... teachers_worker.py two DIR` writes `DIR/<case>-<rank>.json` and, of the trained student, `DIR/<case>.pt`; `single`
-does the same in one process, on the same rows of each step.
+does the same in one process, on the same rows of each step. A third argument runs the cases alone whose names hold it.
 """
 
 import os
@@ -56,7 +56,10 @@ def main() -> None:
                 run(directory, name.replace("ddp", "single"), **settings)
         return
     without_compiler()
+    only = sys.argv[3] if len(sys.argv) > 3 else ""
     for name, settings in matrix().items():
+        if only not in name:
+            continue
         enter(name.split("-")[0])
         run(directory, name, **settings)
         print(name, flush=True)

@@ -15,6 +15,7 @@ from test_teacher_prompt import ROWS as OWN_PROMPTS
 from tiny import byte_tokenizer, tiny_model
 
 from skd_trl import SKDTrainer, SpecKDTrainer
+from skd_trl.__main__ import main
 from skd_trl.data.recorded_scores import SCORES
 from skd_trl.loss.teacher_signal import top_log_probs
 from skd_trl.training import score as scoring
@@ -202,6 +203,41 @@ def test_the_command_scores_a_file_in_two_processes(tmp_path):
     assert rows.to_list() == scored(tmp_path / "here").to_list()
     outcome = launch(["skd_trl", "score", *command[2:], "--top_k", "0"], timeout=60, expect_failure=True)
     assert outcome.returncode == 2 and "top_k=0" in outcome.output
+
+
+def test_a_folder_that_was_scored_into_is_a_data_set_of_the_train_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, seed in (("student", 1), ("teacher", 2)):
+        tiny_model(seed=seed).save_pretrained(tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
+    paths = {name: str(tmp_path / name) for name in ("student", "teacher", "rows.jsonl", "scores", "out")}
+    arguments = ["--model", paths["teacher"], "--dataset", paths["rows.jsonl"], "--output_dir", paths["scores"]]
+    assert main(["score", *arguments, "--top_k", "5", "--rows_per_file", "3"]) == 0
+    command = [
+        "train",
+        "--model_name_or_path",
+        paths["student"],
+        "--dataset_name",
+        paths["scores"],
+        "--rollout",
+        "dataset",
+    ]
+    command += [
+        "--output_dir",
+        paths["out"],
+        "--max_steps",
+        "1",
+        "--bf16",
+        "false",
+        "--use_cpu",
+        "true",
+        "--report_to",
+        "none",
+    ]
+    command += ["--per_device_train_batch_size", "8", "--save_strategy", "no"]
+    assert main([*command, "--compare", "false"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 # What is refused

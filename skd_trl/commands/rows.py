@@ -5,6 +5,8 @@ from string import Formatter
 
 from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
 
+from ..training.score import scored_files
+
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -23,7 +25,7 @@ def load_rows(
 
     Args:
         name (`str`): a data set of the hub; a `.jsonl`, `.json`, `.parquet` or `.csv` file, which is one split; a folder with a
-            file of that kind for each split, such as `train.jsonl`; or a folder written by `save_to_disk`.
+            file of that kind for each split, such as `train.jsonl`; or a folder written by `save_to_disk` or `skd score`.
         split (`str`): its name. A file has the one split "train".
         config (`str`, *optional*): configuration of the hub's data set.
         num_rows (`int`): size of a random sample to take (of a stream the first rows); 0 takes all rows.
@@ -37,7 +39,9 @@ def load_rows(
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits) or 'none'}.")
     path = Path(name)
-    if path.is_dir() and _is_saved(path):
+    if path.is_dir() and (scored := scored_files(path)):
+        rows = load_dataset("parquet", data_files=list(map(str, scored)), split="train", streaming=streaming)
+    elif path.is_dir() and _is_saved(path):
         saved = load_from_disk(name)
         rows = saved[split] if isinstance(saved, DatasetDict) else saved
         rows = rows.to_iterable_dataset() if streaming else rows
@@ -65,6 +69,8 @@ def split_names(name: str, config: str | None = None) -> list[str]:
             raise ValueError(f"{name} is a {path.suffix or 'nameless'} file; give one of {', '.join(READERS)}.")
         return ["train"]
     if path.is_dir():
+        if scored_files(path):
+            return ["train"]
         if _is_saved(path):
             saved = load_from_disk(name)
             return [str(split) for split in saved] if isinstance(saved, DatasetDict) else ["train"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -186,6 +187,11 @@ def train(
         trainer, settings = make_trainer(script_args, training_args, model_args, train_rows, test_rows)
         held_out = None
         if test_rows is not None:
+            if not isinstance(trainer.teacher_model, torch.nn.Module):
+                raise ValueError(
+                    "The comparison before and after measures the divergence from one teacher, and this run has "
+                    f"{'several' if trainer.teacher_model else 'none, only its scores'}. Give --compare false."
+                )
             drafting = Drafting(num_rows=script_args.draft_rows) if script_args.draft_rows else None
             held_out = HeldOutEvaluation(
                 trainer,

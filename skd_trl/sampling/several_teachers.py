@@ -119,11 +119,11 @@ class SeveralTeachers(Participant):
                 self._give_up(place)
         self.rounds: list[tuple[LocalParticipant, torch.Tensor]] = []
         for i, teacher in enumerate(self.teachers):
-            of_teacher = self._packed(i)
-            if of_teacher:
-                live = [(self.places[place].own_prompt, written[self.places[place].prompt]) for place in of_teacher]
-                teacher.begin_round(live, len(live), num_draft)
-                self.rounds.append((teacher, torch.tensor(of_teacher, device=self.device)))
+            places = self._packed(i)
+            own = [self.places[place] for place in places]
+            if own:
+                teacher.begin_round([(row.own_prompt, written[row.prompt]) for row in own], len(own), num_draft)
+            self.rounds.append((teacher, torch.tensor(places, dtype=torch.long, device=self.device)))
 
     def _packed(self, teacher: int) -> list[int]:
         """The places of a teacher's rows, in the order in which they lie side by side in its cache from now on."""
@@ -137,17 +137,12 @@ class SeveralTeachers(Participant):
         return [own[place] for place in sorted(own)]
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
-        if self.agree is not None:
-            live = {id(teacher) for teacher, _ in self.rounds}
-            judgements = []
-            for teacher in self.teachers:
-                if id(teacher) not in live:
-                    teacher.idle()
-                    continue
-                places = next(places for other, places in self.rounds if other is teacher)
+        judgements = []
+        for teacher, places in self.rounds:
+            if len(places) > 0:
                 judgements.append((places, teacher.judge(proposals[places])))
-        else:
-            judgements = [(places, teacher.judge(proposals[places])) for teacher, places in self.rounds]
+            elif self.agree is not None:  # other ranks have rows for it
+                teacher.idle()
         # As wide, and of one type, whoever is left: what is kept with the responses has one shape.
         logits = self._together([(places, j.logits) for places, j in judgements], (*proposals.shape, self.vocab_size))
         shape = (*proposals.shape, self.hidden_size)
@@ -159,11 +154,12 @@ class SeveralTeachers(Participant):
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
         for teacher, places in self.rounds:
-            teacher.keep(block[places], count[places])
+            if len(places) > 0:
+                teacher.keep(block[places], count[places])
 
-    def idle(self) -> None:
+    def idle(self, num_tokens: int = 1) -> None:
         for teacher in self.teachers:
-            teacher.idle()
+            teacher.idle(num_tokens)
 
     def _give_up(self, place: int) -> None:
         if place in self.places:

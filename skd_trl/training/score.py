@@ -6,7 +6,6 @@ any number of processes, which share the blocks and nothing else. What is writte
 Shapes: N response tokens of a batch, k known tokens.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from datasets import Dataset, Features, Sequence, Value, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset, Features, Sequence, Value
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import get_config_model_id
 from ..data.batches import DataCollatorForDistillation, ResponseTokens
@@ -160,6 +158,11 @@ def _begin(directory: Path, manifest: dict[str, Any]) -> None:
         )
 
 
+def scored_files(directory: Path) -> list[Path]:
+    """The files of rows in a directory that was scored into, in their order; none if it was not."""
+    return sorted(directory.glob("scores-*.parquet")) if (directory / MANIFEST).exists() else []
+
+
 def _rules(model, tokenizer, vocab_size: int, options: ScoreOptions) -> RowRules:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ends = model_end_of_sequence_ids(model) | ({tokenizer.eos_token_id} - {None})
@@ -209,67 +212,3 @@ def _scored(rows: list[dict[str, Any]], model, tokenizer, vocab_size: int, top_k
             "scored_response_ids": result["response_ids"],
         }
         yield {**row, **read, **scores, TOKENIZER_COLUMN: digest}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command `score`; its options are those of [`ScoreOptions`]."""
-    parser = argparse.ArgumentParser(
-        "skd score",
-        description="Writes a teacher's top-k log-probabilities of given responses beside the rows. Training with --rollout dataset "
-        "reads them, and needs no teacher. Killed, it goes on where it was; launch it with torchrun for several processes.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="the teacher's name or path")
-    parser.add_argument(
-        "--dataset", required=True, help="a name on the hub, a .jsonl, .json or .parquet file, or a folder of them"
-    )
-    parser.add_argument("--dataset_split", default="train", help="which split of it (train)")
-    parser.add_argument("--output_dir", required=True, help="folder that gets scores-*.parquet")
-    parser.add_argument("--top_k", type=int, default=64, help="tokens kept at each position (64: 0.5 KB a token)")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows in one forward (8)")
-    parser.add_argument(
-        "--rows_per_file", type=int, default=1024, help="rows of a file; a killed run does one again (1024)"
-    )
-    parser.add_argument("--max_response_length", type=int, help="responses are cut after so many tokens (no limit)")
-    parser.add_argument(
-        "--teacher_prompt_template", default=DEFAULT_TEMPLATE, help="of rows with a privileged_context"
-    )
-    parser.add_argument("--chat_template_kwargs", type=json.loads, help="such as '{\"enable_thinking\": false}'")
-    parser.add_argument("--dtype", default="auto", help="the weights' type, such as bfloat16 (as saved)")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    state = PartialState(cpu=not torch.cuda.is_available())
-    try:
-        names = (
-            "top_k",
-            "rows_per_file",
-            "batch_size",
-            "max_response_length",
-            "teacher_prompt_template",
-            "chat_template_kwargs",
-        )
-        score_options = ScoreOptions(**{name: getattr(options, name) for name in names})
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(state.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        dataset = load_rows(options.dataset, options.dataset_split)
-        process = (state.process_index, state.num_processes)
-        num_rows = score(dataset, model, tokenizer, options.output_dir, score_options, process=process)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    logger.info(
-        f"Process {state.process_index + 1} of {state.num_processes} scored {num_rows} rows into {options.output_dir}."
-    )
-    state.destroy_process_group()
-    return 0
-
-
-def load_rows(name: str, split: str) -> Dataset:
-    """A data set from a file, a folder of files of one kind, or the hub."""
-    path = Path(name)
-    files = sorted(file for file in path.glob("*") if file.suffix in _READERS) if path.is_dir() else [path]
-    if path.exists() and files and files[0].suffix in _READERS:
-        return load_dataset(_READERS[files[0].suffix], data_files=[str(file) for file in files], split="train")  # type: ignore[return-value]
-    return load_dataset(name, split=split)  # type: ignore[return-value]
-
-
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
