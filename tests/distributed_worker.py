@@ -101,6 +101,14 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-per_prompt-sampled"] = {"max_steps": 3, "lmbda": 0.3, "lmbda_unit": "prompt", **own}
         in_turn = {"rows": LONG_ROWS, "train_sampling_strategy": "sequential"}
         cases[f"{mode}-long_prompts-sampled"] = {**SAMPLED, **own, **in_turn}
+    # Hybrid decoders: their mixers read a block token by token, and gather their weights for each where these are sharded.
+    for mode in ("ddp", "zero3", "fsdp2"):
+        cases[f"{mode}-hybrid-sampled"] = {**SAMPLED, "uneven": True, "architecture": "qwen3_5_text"}
+    for mode in ("zero3", "fsdp2"):
+        cases[f"{mode}-hybrid_sharded-sampled"] = {
+            **cases[f"{mode}-hybrid-sampled"],
+            "ds3_gather_for_generation": False,
+        }
     cases["ddp-same_prompts-sampled"] = cases["ddp-same_prompts_again-sampled"] = {**SAMPLED, "rows": SAME_ROWS}
     cases["ddp-refused_sharding"] = {**DATASET, "shard_teacher": True, "refused": "shard_teacher=True"}
     version = {"FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false"}
@@ -179,6 +187,7 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     lora, tied, rows = settings.pop("lora", False), settings.pop("tied", False), settings.pop("rows", ROWS)
     fails_at, uneven = settings.pop("fails_at", None), settings.pop("uneven", False)
     quantized_teacher = settings.pop("quantized_teacher", False)
+    architecture = settings.pop("architecture", "qwen2" if tied else "llama")
     callbacks, eval_rows = settings.pop("callbacks", []), settings.pop("eval_rows", None)
     defaults = {
         "output_dir": str(directory / "runs" / name),
@@ -208,8 +217,8 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     if from_path:
         student, teacher = (str(directory / which) for which in ("student", "teacher"))
     else:  # before the arguments, from which on ZeRO-3 would shard new models before they have their weights
-        student = tiny_model("qwen2" if tied else "llama", seed=1, tie_word_embeddings=tied, **STUDENT)
-        teacher = tiny_model("qwen2" if tied else "llama", seed=2, tie_word_embeddings=tied, **TEACHER)
+        student = tiny_model(architecture, seed=1, tie_word_embeddings=tied, **STUDENT)
+        teacher = tiny_model(architecture, seed=2, tie_word_embeddings=tied, **TEACHER)
     if quantized_teacher:
         quantize(teacher)
     if num_teachers > 1:
