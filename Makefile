@@ -12,7 +12,7 @@ TRANSFORMERS ?= transformers
 
 BIN := $(VENV)/bin
 
-.PHONY: help install assets demo test test-oldest test-vllm docs package bench decoders refusals clean
+.PHONY: help install assets demo test test-oldest test-vllm docs package bench bench-gpu decoders refusals clean
 
 help:  ## the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -82,6 +82,9 @@ bench: assets  ## the tables of benchmarks/, in about an hour and a half
 	$(BIN)/python benchmarks/draft_length.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scaling.py
+
+bench-gpu: install  ## benchmarks/results/gpu.md: speed on one GPU beside transformers and TRL, in under four minutes
+	$(BIN)/python benchmarks/gpu.py
 
 decoders: install  ## docs/decoders.md: which models of the installed transformers the sampler can run, in about ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoders.py

@@ -1,6 +1,6 @@
 """What a user would run instead, written plainly, and the acceptance rule of the forced runs.
 
-Each function writes exactly `num_tokens` tokens for each prompt (no end-of-sequence stops anything, so that all arms do
+Each function writes exactly `num_tokens` tokens for each prompt (no end-of-sequence stops anything, so all arms do
 the same work), draws with the same shaping, and ends with the teacher's last hidden states or logits of all responses,
 which is what a distillation loss needs. Shapes: B prompts, P prompt, T response, G draft, V vocabulary.
 """
@@ -39,7 +39,7 @@ def one_by_one(
 ) -> SimpleNamespace:
     """Speculative knowledge distillation as its authors run it: one prompt at a time, transformers' own cache cropped
     after each round, and a second forward of the teacher over the finished text. Theirs also decodes and tokenizes the
-    text anew, scores whole texts instead of responses, and goes through `generate`; all that is left out here."""
+    text again, scores whole texts instead of responses, and goes through `generate`; all that is left out here."""
     outcome = SimpleNamespace(tokens=0, rounds=0)
     for prompt in prompts:
         text = prompt[None]

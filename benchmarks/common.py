@@ -1,7 +1,7 @@
 """What all benchmarks share: the pair of models, the prompts, the clock, the table.
 
-Only ratios within one run mean anything: the arms of a comparison take turns, repeat by repeat, so that whatever else
-the machine does meets all of them, and the median of the repeats is reported.
+Only ratios within one run mean anything: the arms of a comparison take turns, repeat by repeat, so other work of
+the machine meets all of them, and the median of the repeats is reported.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Peak memory of the loss, forward and backward, above what the models and their inputs take: ours against GKDTrainer's.
 
 Both start from last hidden states of B x (P + T) positions: GKDTrainer makes full logits of all of them, prompts included,
-and compares the responses; `distillation_loss` gets the responses' positions. A process of its own measures each case. Models
+and compares the responses; `distillation_loss` gets the responses' positions. A separate process measures each case. Models
 are not loaded: the heads have random weights.
 """
 

@@ -1,6 +1,6 @@
 """How the cost of a sampled token grows with the length of the response, the batch and the vocabulary.
 
-Acceptance is forced, so that every length, batch and vocabulary does the same work per token. The time inside attention, which
+Acceptance is forced, so every length, batch and vocabulary does the same work per token. The time inside attention, which
 has to grow with the context, is taken around each call of it and shown apart.
 
     python benchmarks/scaling.py

@@ -102,7 +102,7 @@ def run(args, rows, clock, trainer_class, config_class, settings) -> tuple[list[
 
 
 class StepTimer(TrainerCallback):
-    """From one update to the next, so that sampling ahead of a step counts."""
+    """From one update to the next, so sampling ahead of a step counts."""
 
     def __init__(self, clock):
         self.clock, self.seconds = clock, []

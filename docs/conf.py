@@ -36,6 +36,14 @@ suppress_warnings = ["myst.header"]
 # Fields of the two configurations, by what a reader looks for. A field that is in no group is listed under "Other".
 GROUPS = {
     "Who writes the responses": ("rollout", "lmbda", "lmbda_unit", "max_new_tokens"),
+    "The teacher": (
+        "teacher_models",
+        "teacher_model_kind",
+        "teacher_update_rate",
+        "teacher_sync_steps",
+        "teacher_prompt_template",
+        "max_teacher_prompt_length",
+    ),
     "Which proposals are accepted": ("accept", "accept_top_k", "accept_kwargs", "num_draft_tokens"),
     "How tokens are drawn": ("temperature", "student_top_p", "teacher_temperature", "teacher_top_p"),
     "Loss": ("divergence", "divergence_kwargs", "beta", "replaced_loss", "schedules", "loss_chunk_size"),
@@ -72,8 +80,9 @@ def write_options(app) -> None:
     """`options.md`: name, default and help of every field that this package adds or changes, from the dataclasses."""
     fields = {field.name: field for field in dataclasses.fields(skd_trl.SpecKDConfig)}
     of_skd = {field.name: field for field in dataclasses.fields(skd_trl.SKDConfig)}
-    ours = set(skd_trl.SKDConfig.__annotations__) | set(skd_trl.SpecKDConfig.__annotations__)
-    ours = {name for name in ours if name in fields}
+    own_classes = [one for one in skd_trl.SpecKDConfig.__mro__ if one.__module__.startswith("skd_trl.")]
+    own_classes = [one for one in own_classes if one.__module__ != "skd_trl._compat"]
+    ours = {name for one in own_classes for name in one.__dict__.get("__annotations__", {}) if name in fields}
     grouped = {name for names in GROUPS.values() for name in names}
     lines = [
         "# Options",

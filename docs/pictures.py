@@ -1,12 +1,12 @@
 """Draws the pictures of README and docs from real responses: `python docs/pictures.py` writes `docs/images/*.svg`.
 
 Needs the models of `make assets`. One response is sampled by student and teacher together, with a rule that keeps what it judged; the
-pictures show it whole (`response.svg`), round by round (`rounds.svg`) and with SpecKD's weights (`gate.svg`). `accept_top_k.svg` shows how many
-tokens the teacher replaces at each K. Shapes: G drafted tokens, V vocabulary.
+pictures show it whole (`response.svg`), round by round (`rounds.svg`) and with SpecKD's weights (`gate.svg`). `accept_top_k.svg` shows how many of its
+proposals each K rejects. Shapes: G drafted tokens, V vocabulary.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -37,7 +37,7 @@ PROMPTS = (
     "What is the difference between a list and a tuple in Python?",
 )
 SHOWN = 1  # which prompt the pictures of one response show
-NUM_ROUNDS = 10
+NUM_DRAFT_TOKENS, MAX_NEW_TOKENS, NUM_ROUNDS = 5, 48, 10
 WIDTH, CHAR, FONT = 860, 8.4, 14  # pixels
 INK, GREY, PAPER, LINE, ORANGE, BLUE = "#1b1f24", "#6b7280", "#ffffff", "#d0d7de", "#b34700", "#0b5fa5"
 
@@ -69,22 +69,10 @@ class Pair:
         )
         return cls(student, teacher, AutoTokenizer.from_pretrained(assets / "teacher"))
 
-    def sample(
-        self,
-        prompts: Sequence[str],
-        rule: AcceptanceRule,
-        seed: int = 0,
-        num_draft_tokens: int = 5,
-        max_new_tokens: int = 48,
-    ) -> Rollout:
-        """A response to each prompt, at the package's default temperatures and nuclei."""
+    def sample(self, prompt: str, rule: AcceptanceRule, seed: int) -> Rollout:
+        """A response, at the package's default temperatures and nuclei."""
         tokens = self.tokenizer.apply_chat_template(
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-            tokenizer_kwargs={"padding_side": "left"},
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         return interleaved_sample(
             LocalParticipant(self.student, SamplingParams(temperature=0.5, top_p=0.5)),
@@ -92,10 +80,10 @@ class Pair:
             tokens.input_ids,
             tokens.attention_mask,
             accept=rule,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=MAX_NEW_TOKENS,
             eos_token_ids=end_of_sequence_ids(self.student, self.teacher, self.tokenizer),
             noise=torch.Generator().manual_seed(seed),
-            execution=Execution(num_draft_tokens),
+            execution=Execution(NUM_DRAFT_TOKENS),
         )
 
     def text(self, token: int) -> str:
@@ -217,32 +205,29 @@ def response_of(rollout: Rollout) -> tuple[list[int], list[bool], list[int]]:
     return tokens, rollout.replaced[0, : len(tokens)].tolist(), rollout.proposals[0, : len(tokens)].tolist()
 
 
-# How K moves the text between the two models
+# How K decides
 
 
-def draw_accept_top_k(pair: Pair, ks: Iterable[int] = (1, 5, 25, 100)) -> str:
-    """Share of replaced tokens by K, over all prompts."""
-    shares = []
+def draw_accept_top_k(rollout: Rollout, ks: Sequence[int] = (1, 2, 5, 10, 25, 100)) -> str:
+    """Share of the proposals in the response that each K rejects, from their ranks."""
+    ranks = rollout.teacher_rank[rollout.teacher_rank >= 0]
+    parts, top = (
+        [line(24, 32, "Share of the student's proposals in this response that K (accept_top_k) rejects", INK)],
+        50,
+    )
     for k in ks:
-        rollout = pair.sample(
-            PROMPTS, RecordingTopK(k), num_draft_tokens=2, max_new_tokens=20
-        )  # which changes the cost only
-        shares.append((k, rollout.num_replaced / rollout.num_tokens))
-    parts, top = [line(24, 32, "Share of the tokens that the teacher replaced, by K (accept_top_k)", INK)], 50
-    for k, share in shares:
-        base = top + 18
+        base, share = top + 18, (ranks >= k).float().mean().item()
         parts += [
-            line(64 - CHAR * len(str(k)) + 24, base, str(k), INK),
+            line(80 - CHAR * len(str(k)), base, str(k), INK),
             f'<rect x="104" y="{top + 4}" width="600" height="18" fill="{PAPER}" stroke="{LINE}"/>',
             f'<rect x="104" y="{top + 4}" width="{600 * share:.0f}" height="18" fill="{ORANGE}"/>',
             line(716, base, f"{share:.0%}", INK),
         ]
         top += 28
-    parts += [
-        line(24, top + 26, "K = 1: nearly the teacher's own text", GREY),
-        line(24, top + 44, "K = vocabulary: the student's own text, on-policy distillation", GREY),
-    ]
-    return svg(top + 62, parts, "Share of replaced tokens by K")
+    parts.append(
+        line(24, top + 26, "K = vocabulary rejects none: the student's own text, on-policy distillation", GREY)
+    )
+    return svg(top + 44, parts, "Share of rejected proposals by K")
 
 
 def draw_step() -> str:
@@ -349,12 +334,12 @@ def main(arguments: argparse.Namespace) -> None:
         return
     pair = Pair.load(arguments.assets)
     rule = RecordingTopK(25)
-    rollout = pair.sample([PROMPTS[arguments.prompt]], rule, arguments.seed)
+    rollout = pair.sample(PROMPTS[arguments.prompt], rule, arguments.seed)
     pictures: dict[str, Callable[[], str]] = {
         "response": lambda: draw_response(pair, rollout, PROMPTS[arguments.prompt]),
         "rounds": lambda: draw_rounds(pair, rollout, rule.rounds),
         "gate": lambda: draw_gate(pair, rollout),
-        "accept_top_k": lambda: draw_accept_top_k(pair),
+        "accept_top_k": lambda: draw_accept_top_k(rollout),
     }
     for name in arguments.only or pictures:
         (arguments.output_dir / f"{name}.svg").write_text(pictures[name](), encoding="utf-8")

@@ -103,7 +103,7 @@ def _messages(tree: ast.Module) -> Iterator[Message]:
 
 
 def _message(node: ast.AST, kind: str, values: list[ast.expr]) -> Iterator[Message]:
-    """One for each way in which the message may read, if it has words of its own."""
+    """One for each way in which the message may read, if it has its own words."""
     for value in values:
         for choice in [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]:
             text = _text(choice)

@@ -124,7 +124,7 @@ def select_rows(packages: Iterable[dict[str, str]], translations: Iterable[dict[
     """
     One row per source package, in an order that depends on the sources' names only.
 
-    Of a source's packages the one that bears its name is taken, else the first by name; a text that another source has
+    Of a source's packages the one that bears its name is taken, else the first by name; a description that another source has
     too (forks, versions side by side) is taken once.
     """
     source_of = {}

@@ -54,7 +54,7 @@ CHECK_TEXT = (
     "A compiler is a program that translates source code written in one language into another language, usually the "
     "machine code of a processor. The first compilers were written in the 1950s. Most of them work in several steps: "
     "they read the text, check that it follows the rules of the language, and build a tree from it. Then they improve "
-    "the program, so that it runs faster or needs less memory, and finally they write the result to a file. An "
+    "the program so it runs faster or needs less memory, and finally they write the result to a file. An "
     "interpreter, on the other hand, carries out the program directly, one statement after the other."
 )
 MAX_PERPLEXITY = {30: 20.0, 20: 200.0, 14: 800.0, 12: 1500.0}  # by number of layers
@@ -201,8 +201,8 @@ def check_saved(directory: Path) -> str:
     Load what was saved and compare it with what the model is known to do.
 
     Raises:
-        RuntimeError: if the tokenizer does not split numbers, or does not give a text back; if the model's perplexity on
-            a plain text is too high; if the whole model does not know who walked on the moon.
+        RuntimeError: if the tokenizer does not split numbers, or changes what it reads; if the model's perplexity on
+            plain prose is too high; if the whole model does not know who walked on the moon.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)

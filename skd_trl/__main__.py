@@ -17,6 +17,8 @@ from rich.text import Text
 
 from ._compat import TrlParser
 from .skd_config import SKDConfig
+from .training.limits import room_for_prompts
+from .training.memory_plan import describe_plan, fitted_plan
 from .training.models import load_pair
 from .training.pair_check import Finding, Verdict, check_launch, check_pair
 
@@ -102,7 +104,19 @@ def run_check(options: argparse.Namespace, rest: list[str]) -> int:
     findings = check_pair(student, teacher, tokenizer, args) + check_launch(student, teacher, args, accelerator)
     if accelerator.is_main_process:
         print_findings(findings)
+        print_plan(student, teacher, args, accelerator)
     return int(any(finding.verdict == Verdict.REFUSED for finding in findings))
+
+
+def print_plan(student, teacher, args: SKDConfig, accelerator: Accelerator) -> None:
+    """What a training with prompts of the longest admitted length would hold on each device."""
+    longest = room_for_prompts(args, student, teacher) or 1024
+    try:
+        plan = fitted_plan(student, teacher, accelerator, args, longest)
+    except Exception as error:  # whatever a model may do with tensors that hold nothing
+        print(f"The memory could not be planned ({type(error).__name__}: {error}).")
+    else:
+        print(f"With prompts of {longest} tokens:\n{describe_plan(plan, accelerator, args)}")
 
 
 def print_findings(findings: list[Finding], console: Console | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 # Field: the values that ask for nothing, and what to do instead of any other.
 NOT_FOLLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "packing": ((False,), "Each row is a prompt of its own that a response is sampled for; leave it False."),
+    "packing": ((False,), "Each row is one prompt, for which a response is sampled; leave it False."),
     "eval_packing": ((None, False), "Each row is evaluated by itself; leave it None."),
     "padding_free": ((False,), "Rows are padded; leave it False, and use per_device_train_batch_size to save memory."),
     "assistant_only_loss": (
@@ -38,7 +38,7 @@ NOT_FOLLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "packing_strategy": (("bfd",), "Nothing is packed; leave it 'bfd'."),
     "dataset_text_field": (
         ("text",),
-        "A text by itself does not say where its prompt ends; leave it 'text', and give `messages`, `prompt` and `completion`, or "
+        "Plain text does not say where its prompt ends; leave it 'text', and give `messages`, `prompt` and `completion`, or "
         "`prompt` alone (columns are renamed with Dataset.rename_column).",
     ),
 }

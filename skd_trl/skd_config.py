@@ -1,4 +1,4 @@
-"""Configuration of `SKDTrainer`: GKDConfig's fields keep their meaning, and what interleaved sampling adds is here."""
+"""Configuration of `SKDTrainer`: GKDConfig's fields keep their meaning, and the fields of interleaved sampling are added."""
 
 import copy
 import inspect
@@ -75,7 +75,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
             What `lmbda` is a share of: `"step"`, whole optimizer steps (GKD), or `"prompt"`, the prompts of each step
             (ImitKD).
         accept (`str` or [`AcceptanceRule`], *optional*, defaults to `"top_k"`):
-            Rule by which a proposal of the student is accepted: a name in `ACCEPTANCE_RULES`, `"module:attribute"`, or an
+            Rule that accepts or rejects the proposals of the student: a name in `ACCEPTANCE_RULES`, `"module:attribute"`, or an
             object.
         accept_top_k (`int`, *optional*, defaults to `25`):
             K of the `top_k` rule.
@@ -105,7 +105,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
             `start` is by default the field's own value. Also of `lmbda`: `{"start": 0.0, "end": 1.0, "shape": "step", "hold":
             0.3}` is the SKD paper's mixed training, supervised first and on-policy after.
         loss_chunk_size (`int`, *optional*):
-            Positions whose logits are in memory at once. By default chosen so that they take about 64 MiB (on CPU 16 to 30).
+            Positions whose logits are in memory at once. By default as many as take about 64 MiB (on CPU 16 to 30).
         rollout_batch_size (`int`, *optional*):
             Responses written at once on each device; freed places are refilled. By default all of an optimizer step.
         capture_sampling (`bool`, *optional*):
@@ -115,6 +115,10 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
             Whether both models' forwards in a round of sampling go through `torch.compile`, inside the CUDA graphs where these are
             captured: for long runs, the first steps take minutes. Not for a student that ZeRO-3 or FSDP2 shards. (The inherited
             `torch_compile` is for the training step; sampling runs without it.)
+        sampling_copy (`bool`, *optional*):
+            Whether an fp32 student samples with a copy of its weights in the type that bf16 or fp16 training computes in. By default on
+            CUDA, where casting them for every token costs more than the two bytes for each weight. Rounding differs a little
+            from autocast's, as everything between the layers is in that type too.
         max_prompt_length (`int`, *optional*):
             Rows with a longer prompt are left out. By default `max_length - max_new_tokens`.
         max_response_length (`int`, *optional*):
@@ -130,7 +134,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
             Whether to keep sampled responses: a table in the terminal and
             `output_dir/completions/completions_{step}.parquet`, with what the teacher replaced.
         log_completions_steps (`int`, *optional*):
-            Every how many steps. By default `logging_steps`.
+            Number of steps from one time to the next. By default `logging_steps`.
         log_fixed_prompts (`int`, *optional*, defaults to `0`):
             How many prompts are sampled again, with the same noise, each time that completions are kept.
         num_completions_to_print (`int`, *optional*, defaults to `3`):
@@ -138,9 +142,9 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
             Under DeepSpeed ZeRO-3 and FSDP2, whether the student's parameters are gathered while it samples. Faster,
             but each device then holds the whole student for that time.
-        shard_teacher (`bool`, *optional*, defaults to `False`):
-            Whether the teacher is spread over the devices under DeepSpeed ZeRO-1 and 2 as well, in a ZeRO-3 engine of
-            its own. Under ZeRO-3 and FSDP2 it always is.
+        shard_teacher (`bool`, *optional*):
+            Whether the teacher is spread over the devices: under DeepSpeed in a ZeRO-3 engine, under FSDP2 by layers. A whole
+            one needs no communication while it judges. By default it is whole, unless it takes more than half of a device.
     """
 
     _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + [
@@ -179,7 +183,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     accept: AcceptanceRule | str | None = field(
         default="top_k",
         metadata={
-            "help": f"Rule by which a proposal of the student is accepted: {', '.join(ACCEPTANCE_RULES)}, a name that you "
+            "help": f"Rule that accepts or rejects the proposals of the student: {', '.join(ACCEPTANCE_RULES)}, a name that you "
             "registered, or module:attribute."
         },
     )
@@ -264,6 +268,13 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
             "are captured: for long runs, the first steps take minutes."
         },
     )
+    sampling_copy: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Sample with a copy of an fp32 student's weights in the type that bf16 or fp16 training computes in. Default: on "
+            "CUDA. Rounding differs a little from autocast's."
+        },
+    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={
@@ -293,7 +304,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         metadata={"help": "Keep sampled responses: a table in the terminal and output_dir/completions/*.parquet."},
     )
     log_completions_steps: int | None = field(
-        default=None, metadata={"help": "Every how many steps sampled responses are kept. Default: logging_steps."}
+        default=None, metadata={"help": "Number of steps between kept responses. Default: logging_steps."}
     )
     log_fixed_prompts: int = field(
         default=0,
@@ -312,11 +323,11 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
             "device then holds the whole student for that time."
         },
     )
-    shard_teacher: bool = field(
-        default=False,
+    shard_teacher: bool | None = field(
+        default=None,
         metadata={
-            "help": "Spread the teacher over the devices under DeepSpeed ZeRO-1 and 2 as well, in a ZeRO-3 engine of its "
-            "own. Under ZeRO-3 and FSDP2 it always is."
+            "help": "Spread the teacher over the devices under DeepSpeed (in a ZeRO-3 engine) and FSDP2. A whole one needs no "
+            "communication while it judges. Default: whole, unless it takes more than half of a device."
         },
     )
 
@@ -459,7 +470,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         return settings
 
     def described(self):
-        """A copy in which ideas given as objects are what `to_dict` shows: what can be pickled, and read without their code."""
+        """A copy in which ideas given as objects are replaced by their names in `to_dict`: it can be pickled, and read without their code."""
         config = copy.copy(self)
         for name in self._IDEA_FIELDS:
             setattr(config, name, describe(getattr(self, name)))

@@ -8,31 +8,27 @@ import itertools
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from ._compat import GKDTrainer, get_config_model_id
+from ._compat import GKDTrainer
 from .data.batches import (
     IGNORE_INDEX,
     DataCollatorForDistillation,
     Key,
     ResponseTokens,
-    merge_prompts,
+    check_collator,
     model_inputs,
 )
 from .data.dataset import num_scored_tokens, prepare_dataset
-from .data.mixed_batches import mix_sampled_rows
 from .data.recorded_scores import has_scores
 from .data.tokenization import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
@@ -50,64 +46,53 @@ from .loss.lm_head import LMHead
 from .loss.response_facts import ResponseFacts
 from .loss.teacher_signal import HiddenStates, TeacherSignal, check_signal
 from .loss.token_distributions import FULL_VOCABULARY_STATISTICS
-from .sampling.interleaved import Execution, interleaved_sample
-from .sampling.participants import LocalParticipant
-from .sampling.rollout import Rollout
 from .sampling.rounds import Rounds
+from .serving.client import TeacherClient
 from .skd_config import SKDConfig
-from .training.checkpoints import load_draft_length, save_draft_length
-from .training.completions import (
-    completion_records,
-    print_completions,
-    save_completions,
-    send_completions,
-    with_prompt_texts,
-)
-from .training.console import SamplingBar
 from .training.distributed import (
-    agree_on_maximum,
     bound_waits,
-    is_sharded,
-    keyed_generator,
+    forwards_are_collective,
     prepare_teacher,
-    student_for_sampling,
     whole_head,
 )
 from .training.ends_of_sequence import stop_at
-from .training.engine_lifetime import check_first_training, engine_for_evaluation
+from .training.engine_lifetime import check_first_training
 from .training.engine_settings import check_parallel_models, describe_offloading
-from .training.finite_check import FiniteCheck, GradientCheck, require_finite_weights
-from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
+from .training.evaluated_run import EvaluatedRun
+from .training.finite_check import FiniteCheck, GradientCheck
+from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
+from .training.memory_plan import (
+    out_of_memory_advised,
+    shards_teacher,
+)
 from .training.metrics import (
     RatioMetrics,
     add_loss_by_teacher,
-    add_rollout,
-    add_rollout_by_teacher,
     names_by_teacher,
-    num_own_rows,
-    with_prefix,
-    without_filled_rows,
 )
-from .training.model_card import add_distillation, describe_distillation
 from .training.models import (
     base_model,
+    copied_arguments,
     disable_dropout,
     given_model,
     load_pair,
     named_teachers,
-    own_arguments,
     pad_token_id,
 )
 from .training.pair_check import check_launch, check_pair, check_teacher_differs, require
-from .training.quantised import keep_gradients
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
-from .training.sampled_batches import sampled_batches
-from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
-from .training.saved_weights import check_saved, describe_shards, whole_parameters, whole_weights, writes_shards
+from .training.sampled_evaluation import check_sampled_evaluation
+from .training.sampled_steps import SampledSteps
+from .training.sampling_copy import SamplingCopy
+from .training.saved_run import SavedRun
+from .training.saved_weights import describe_shards
+from .training.searched_run import SearchedRun
 from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
+from .training.served import RemoteTeacher, check_rule, check_server, connect
+from .training.shown_run import ShownRun
 from .training.teachers import OneTeacher, RecordedTeacher, Teacher, TeachersByRow, whole_signal
 
 
@@ -134,6 +119,7 @@ METRICS = (
     "truncated_share",
     "student_entropy",
     "teacher_entropy",
+    "teacher_mass_outside",
     "sampling_seconds",
     "training_seconds",
     "tokens_per_second",
@@ -141,7 +127,7 @@ METRICS = (
 )
 
 
-class SKDTrainer(GKDTrainer):
+class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GKDTrainer):
     """
     Trainer for Speculative Knowledge Distillation (SKD) of language models.
 
@@ -168,7 +154,7 @@ class SKDTrainer(GKDTrainer):
             Makes batches of prepared rows; defaults to [`DataCollatorForDistillation`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `messages`, with `prompt` and `completion`, or with `prompt` alone (enough where every response is
-            sampled); each a text or a conversation. With a `teacher_prompt`, or with a `privileged_context` for
+            sampled); each plain text or a conversation. With a `teacher_prompt`, or with a `privileged_context` for
             `args.teacher_prompt_template`, the teacher reads that and the student its own prompt.
         eval_dataset (the same, or a `dict` of them, *optional*):
             Evaluated on reference responses; rows without one on a response that the student samples (its own text, drawn as the run
@@ -230,14 +216,15 @@ class SKDTrainer(GKDTrainer):
     ):
         check_overrides(self, SKDTrainer)
         model = given_model("model", model)
-        args = own_arguments(args, self._config_class, f"-{self._name}", model)
+        args = copied_arguments(args, self._config_class, f"-{self._name}", model)
         named = named_teachers(teacher_model, args)
         self._teacher_names = tuple(named)
         teacher_model, *others = named.values() if named else [given_model("teacher_model", teacher_model)]
         check_parallel_models(args, {"model": model, "teacher_model": teacher_model})
         scored = train_dataset is not None and has_scores(train_dataset.column_names)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args, scored)
-        self._is_recorded = teacher is student and args.teacher_model_kind is None
+        self._is_served = args.teacher_model_server_url is not None
+        self._is_recorded = teacher is student and args.teacher_model_kind is None and not self._is_served
         if self._is_recorded and args.rollouts != {"dataset"}:
             raise ValueError(
                 "There is no teacher but the scores beside the rows, which are of given responses and judge no others: set "
@@ -247,6 +234,11 @@ class SKDTrainer(GKDTrainer):
         for one in teachers:
             require(check_pair(student, one, tokenizer, args, peft_config))
         self.vocab_size = min(shared_vocab_size(student, one) for one in teachers)
+        client = None
+        if self._is_served:
+            client = connect(args.teacher_model_server_url, args.teacher_top_k, args.teacher_server_patience)
+            check_server(client, tokenizer, self.vocab_size)
+            self.vocab_size = min(self.vocab_size, client.vocab_size or self.vocab_size)
         self.eos_token_ids = sorted({i for one in teachers for i in end_of_sequence_ids(student, one, tokenizer)})
         self._rules = RowRules(
             smallest(room_for_prompts(args, student, one) for one in teachers),
@@ -264,6 +256,7 @@ class SKDTrainer(GKDTrainer):
             needs_scores=self._is_recorded,
         )
         self._check_sampled_evaluation = partial(check_sampled_evaluation, max_new_tokens=args.max_new_tokens)
+        self._main_process_first = partial(args.main_process_first, desc="tokenizing")
         self._prepare = partial(
             prepare_dataset,
             tokenizer=tokenizer,
@@ -271,14 +264,18 @@ class SKDTrainer(GKDTrainer):
             formatting_func=formatting_func,
             length_column=args.length_column_name if asks_for_lengths(args) else None,
         )
-        train_dataset = self._prepare(train_dataset, rules=self._rules, name="train")
+        with self._main_process_first():  # the others find what it has kept, of a data set on disk
+            train_dataset = self._prepare(train_dataset, rules=self._rules, name="train")
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
         eval_dataset = self._prepare_eval(eval_dataset, base_model(student))
 
+        if data_collator is not None and isinstance(train_dataset, Dataset):
+            check_collator(data_collator, train_dataset[0], args.samples)
+
         # Adapters are initialised at random, and the oldest supported TRL seeds too late for that.
         set_seed(args.seed)
-        # GKDTrainer's own __init__ is passed over: it changes `args`, refuses padded vocabularies and missing arguments,
+        # GKDTrainer's own __init__ is skipped: it changes `args`, refuses padded vocabularies and missing arguments,
         # replaces LoRA's dropout by none, and leaves the teacher whole on every rank under FSDP. What it sets up is below.
         base = base_model(student)
         with forward_kept(base), adapters_on_heads_pass(base), router_settings_kept(base):
@@ -300,18 +297,19 @@ class SKDTrainer(GKDTrainer):
             self.add_callback(LogFile())
         if args.disable_dropout:
             disable_dropout(self.model)
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the response tokens of a step
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts the response tokens of a step
         self._set_attributes()
         self._enter_step(0, 1)
         self._has_adapter = base_model(self.model) is not self.model
         self._finite_check = FiniteCheck()
         self.add_callback(GradientCheck(self))
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
+        self._sampling_copy = SamplingCopy()
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
         for one in teachers:
             require(check_launch(self._inner_student(), one, args, self.accelerator))
-        self._teacher = self._make_teacher(teachers)
+        self._teacher = self._make_teacher(teachers, client)
         bound_waits(args.ddp_timeout)
         by_teacher = names_by_teacher(self._teacher_names)
         own_names = (*self._metric_names, *itertools.chain(*by_teacher.values()))
@@ -319,19 +317,24 @@ class SKDTrainer(GKDTrainer):
         totals = ("skipped_rows", *by_teacher["num_tokens"])
         self._ratios = {mode: RatioMetrics(names[mode], totals=totals) for mode in names}
 
-    def _make_teacher(self, teachers: list[PreTrainedModel]) -> Teacher:
+    def _make_teacher(self, teachers: list[PreTrainedModel], client: TeacherClient | None) -> Teacher:
         teacher, kind = teachers[0], self.args.teacher_model_kind
         self._average = self._shared = None
-        if self._is_recorded:
+        if self._is_recorded or client is not None:
             self.teacher_model = self._inner_teacher = None
             self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
-            self._check_scores(num_scored_tokens(self.train_dataset, "train"))
-            return RecordedTeacher()
+            if client is None:
+                self._check_scores(num_scored_tokens(self.train_dataset, "train"))
+                return RecordedTeacher()
+            self._check_scores(client.top_k)
+            for rollout in self.args.rollouts - {"dataset", "student"}:
+                check_rule(self.args.acceptance_rule(rollout), client.top_k, self.vocab_size)
+            return RemoteTeacher(client)
         if self._teacher_names:
-            prepared = [prepare_teacher(one, self.accelerator, self.args.shard_teacher) for one in teachers]
+            prepared = [prepare_teacher(one, self.accelerator, self._is_spread(one)) for one in teachers]
             self.teacher_model = dict(zip(self._teacher_names, prepared, strict=True))
             self._inner_teacher = nn.ModuleList(teachers)  # for the messages of checks
-            is_collective = self.accelerator.num_processes > 1 and any(map(is_sharded, teachers))
+            is_collective = self.accelerator.num_processes > 1 and forwards_are_collective(*teachers)
             return TeachersByRow(teachers, prepared, is_collective)
         if kind is not None:
             check_self_teacher(kind, self.accelerator, self.model)
@@ -346,7 +349,7 @@ class SKDTrainer(GKDTrainer):
             self.add_callback(self._average)
         self._inner_teacher = teacher
         if kind is None:
-            self.teacher_model = prepare_teacher(teacher, self.accelerator, self.args.shard_teacher)
+            self.teacher_model = prepare_teacher(teacher, self.accelerator, self._is_spread(teacher))
         else:  # without its own engine, which would move the student's tensors
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return OneTeacher(teacher, self.teacher_model)
@@ -354,60 +357,6 @@ class SKDTrainer(GKDTrainer):
     def _check_scores(self, top_k: int) -> None:
         """Refuses what k recorded tokens cannot give."""
         check_signal(top_k, self.vocab_size, divergence=self.divergence, statistics=self._statistics)
-
-    def _prepare_eval(self, dataset, student: PreTrainedModel):
-        """Prepared evaluation sets: one, a dict of them, or none."""
-        if isinstance(dataset, dict):
-            return {name: self._prepare_eval_set(split, name, student) for name, split in dataset.items()}
-        return None if dataset is None else self._prepare_eval_set(dataset, "eval", student)
-
-    def _prepare_eval_set(self, dataset, name: str, student: PreTrainedModel) -> Dataset | IterableDataset:
-        rules = replace(self._rules, needs_response=self._is_recorded, reads_response=True)
-        prepared = self._prepare(dataset, rules=rules, name=name)
-        self._check_sampled_evaluation(prepared, name, student)
-        return prepared
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_eval(eval_dataset, self._inner_student())
-        return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
-
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As [`~transformers.Trainer.predict`], on the responses and with the metrics of an evaluation."""
-        return super().predict(self._prepare_eval(test_dataset, self._inner_student()), ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums
-        over the tokens of the set, divided once: no batch size changes them."""
-        self._ratios["eval"].reset()
-        self._num_evaluated = 0  # rows so far, on all processes
-        with engine_for_evaluation(self):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._ratios["eval"].compute(self.accelerator)
-        if metrics.get("sampled_share") == 0:
-            del metrics["sampled_share"]
-        output.metrics.update(with_prefix(metrics, f"{metric_key_prefix}_"))
-        return output
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        inputs = self._with_sampled_responses(inputs)
-        return super().prediction_step(model, without_filled_rows(inputs, self.accelerator), *args, **kwargs)
-
-    def _with_sampled_responses(self, batch: dict) -> dict:
-        """A batch of an evaluation in which rows without a reference have a response of the student's."""
-        size, rank, metrics = len(batch[Key.LABELS]), self.accelerator.process_index, self._ratios["eval"]
-        first = self._num_evaluated + rank * size
-        self._num_evaluated += self.accelerator.num_processes * size
-        is_missing = rows_to_sample(batch, self.accelerator)
-        metrics.add("sampled_share", is_missing.sum(), num_own_rows(batch, self.accelerator))
-        if not any_on_any_process(is_missing, self.accelerator):
-            return batch
-        noise = row_noise((first + is_missing.nonzero().flatten()).tolist(), self.args.max_new_tokens, self.args.seed)
-        some = {name: values[is_missing.to(values.device)] for name, values in merge_prompts([batch]).items()}
-        rollout = self._write(some, "student", noise)
-        metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
-        metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
-        return mix_sampled_rows([batch], sampled_batches(rollout, [some]), is_missing, self.data_collator)[0]
 
     def train(self, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
@@ -418,36 +367,8 @@ class SKDTrainer(GKDTrainer):
                 logger.warning(note)
         if self.model_init is None:
             stop_at(self._inner_student(), self.eos_token_ids)
+        self._log_plan()
         return super().train(*args, **kwargs)
-
-    def call_model_init(self, trial=None):
-        """A new student of a hyperparameter search, set up as the one that the trainer was constructed with."""
-        model = super().call_model_init(trial)
-        if self._has_adapter and base_model(model) is model:
-            raise ValueError(
-                "model_init returned a model without an adapter, and this trainer was given one (peft_config). Return "
-                "get_peft_model(model, peft_config), so the same parameters train in every trial."
-            )
-        take_off_patches(model)
-        keep_gradients(model)
-        if self.args.teacher_model_kind is not None:
-            raise ValueError(
-                f"teacher_model_kind={self.args.teacher_model_kind!r} is a teacher around the tensors of the first student, and a search "
-                "makes others. Search with the model as teacher_model, or construct a trainer for each trial."
-            )
-        for teacher in self._teacher.inner or [base_model(model)]:
-            require(check_pair(base_model(model), teacher, self.processing_class, self.args))
-        if self.args.disable_dropout:
-            disable_dropout(model)
-        stop_at(base_model(model), self.eos_token_ids)
-        return model
-
-    def _hp_search_setup(self, trial) -> None:
-        super()._hp_search_setup(trial)
-        if self.hp_search_backend is not None and trial is not None:
-            self.args.check_numbers()  # they were set one by one, unseen
-            self._set_attributes()
-            self._draft_length = self.args.draft_length()
 
     def _set_attributes(self) -> None:
         """The numbers that GKDTrainer keeps on the trainer too, where callbacks change them."""
@@ -455,12 +376,6 @@ class SKDTrainer(GKDTrainer):
         for name, value in self._given_attributes.items():
             setattr(self, name, value)
         self.seq_kd = self.args.seq_kd
-
-    def add_callback(self, callback):
-        # LogCompletionsCallback, WeaveCallback: they write to the prompts of the evaluation set, which are tokens by now.
-        if getattr(callback, "eval_dataset", None) is not None and "eval_dataset" in vars(callback):
-            callback.eval_dataset = with_prompt_texts(callback.eval_dataset, self.processing_class)
-        super().add_callback(callback)
 
     # One optimizer step: sample all of it, then train on it.
 
@@ -475,8 +390,12 @@ class SKDTrainer(GKDTrainer):
         rollout = self._rollout_of_step(self.state.global_step)
         if rollout in ("dataset", "mixed") and not self._rules.needs_response:
             self._check_references(batches)
-        if batches and rollout != "dataset":
-            batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
+        with self._server_awaited():
+            if batches and rollout != "dataset":
+                batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
+            for batch in batches if self._is_served else []:
+                tokens = ResponseTokens.of(batch)
+                self._teacher.keep(batch, tokens, self._teacher.signal(batch, tokens))
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _enter_step(self, step: int, num_steps: int) -> None:
@@ -487,94 +406,8 @@ class SKDTrainer(GKDTrainer):
         )
         self.divergence = self._args_of_step.make_divergence()
 
-    def _rollout_of_step(self, step: int) -> str:
-        """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
-        lmbda = self._args_of_step.lmbda
-        if self.args.rollout != "dataset" and lmbda > 0:
-            if self.args.lmbda_unit == "prompt" and lmbda < 1:
-                return "mixed"
-            if torch.rand((), generator=keyed_generator("lmbda", self.args.seed, step)).item() < lmbda:
-                return self.args.rollout
-        return "teacher" if self.seq_kd else "dataset"
-
-    def _check_references(self, batches: list[dict]) -> None:
-        """A callback that lowers `lmbda` asks for references of rows that were not looked at for them."""
-        if any((batch[Key.LABELS] == IGNORE_INDEX).all(dim=1).any() for batch in batches):
-            raise ValueError(
-                f"Step {self.state.global_step + 1} trains on references, as trainer.lmbda was set to {self.lmbda}, and some of its rows "
-                "have none. Give every row a reference, or leave lmbda at 1."
-            )
-
-    def _sample_some(self, batches: list[dict]) -> list[dict]:
-        """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
-        row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
-        key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
-        window = merge_prompts(batches)
-        chosen = torch.rand(len(window[Key.PROMPTS]), generator=keyed_generator(*key))
-        is_sampled = chosen < self._args_of_step.lmbda
-        some = {name: values[is_sampled.to(values.device)] for name, values in window.items()}
-        sampled = self._sample([some], self.args.rollout)
-        return mix_sampled_rows(batches, sampled, is_sampled, self.data_collator)
-
-    def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
-        start = time.perf_counter()
-        window = merge_prompts(batches)
-        noise = self._noise(
-            len(window[Key.PROMPTS]), "sampling", self.state.global_step, self.accelerator.process_index
-        )
-        sampled = self._write(window, rollout, noise)
-        if self._teacher_names:
-            add_rollout_by_teacher(self._ratios["train"], sampled, window[Key.TEACHER_INDEX], self._teacher_names)
-        add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
-        self._keep_completions(sampled, rollout)
-        return sampled_batches(sampled, batches)
-
-    def _noise(self, num_rows: int, *key) -> torch.Tensor:
-        """Uniform numbers (B, T, 3) that depend on the seed and the key alone."""
-        generator = keyed_generator(key[0], self.args.seed, *key[1:])
-        return torch.rand((num_rows, self.args.max_new_tokens, 3), generator=generator)
-
-    def _write(self, window: dict[str, torch.Tensor], rollout: str, noise: torch.Tensor) -> Rollout:
-        """Sampled responses to the left-padded prompts (B, P) of both models, of which a rank may have none, on noise (B, T, 3);
-        collective where the models are."""
-        prompts, mask = window[Key.PROMPTS], window[Key.PROMPT_ATTENTION_MASK]
-        is_shown = self.accelerator.is_main_process and not self.args.disable_tqdm
-        if self._shared is not None:
-            self._shared.check(self.accelerator.unwrap_model(self.model))
-        with (
-            SamplingBar(
-                self.args.max_new_tokens, f"step {self.state.global_step + 1}: sampling ", disable=not is_shown
-            ) as observe,
-            student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
-            self.compute_loss_context_manager(),
-            without_router_logits(self._inner_student(), *self._teacher.inner),
-            # `torch_compile` is for the training step: every round has another shape, and would be compiled anew.
-            nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
-        ):
-            collective = self.accelerator.num_processes > 1 and any(map(is_sharded, [student, *self._teacher.inner]))
-            return interleaved_sample(
-                LocalParticipant(
-                    student,
-                    self._args_of_step.student_sampling(),
-                    vocab_size=self.vocab_size,
-                ),
-                self._teacher.participant(
-                    window, self._args_of_step.teacher_sampling(), self.vocab_size, self.accelerator
-                ),
-                prompts,
-                mask,
-                accept=self._args_of_step.acceptance_rule(rollout),
-                max_new_tokens=self.args.max_new_tokens,
-                eos_token_ids=self.eos_token_ids,
-                noise=noise,
-                execution=Execution(
-                    self._draft_length,
-                    self.args.rollout_batch_size,
-                    agree_on_maximum(self.accelerator) if collective else None,
-                    self._rounds,
-                    observe=observe,
-                ),
-            )
+    def _is_spread(self, teacher: nn.Module) -> bool:
+        return shards_teacher(self.args.shard_teacher, teacher, self.accelerator)
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
@@ -590,51 +423,13 @@ class SKDTrainer(GKDTrainer):
         start = time.perf_counter()
         num_tokens = int((inputs[Key.LABELS] != IGNORE_INDEX).sum())
         # GKDTrainer's own would sample once more.
-        loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        with out_of_memory_advised("training"):
+            loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         seconds = time.perf_counter() - start
         metrics = self._ratios["train"]
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
         metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
         return loss
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
-        Weights that are not finite are not written over good ones, and what was written is read back and counted."""
-        output_dir = output_dir or self.args.output_dir
-        require_finite_weights(self._inner_student(), self.state.global_step, output_dir, self.accelerator)
-        if self.is_deepspeed_enabled and self.deepspeed is None:  # before training there is no engine to ask
-            with whole_parameters(self.model):
-                return self._save(output_dir)
-        is_checkpoint_of_shards = _internal_call and writes_shards(self.accelerator)
-        with nullcontext() if is_checkpoint_of_shards else whole_weights(self.accelerator, self.model_wrapped):
-            super().save_model(output_dir, _internal_call)
-        if self.args.should_save and not is_checkpoint_of_shards:
-            check_saved(self.model, output_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        # The Trainer pickles its arguments beside the weights, and not every idea given as an object can be pickled.
-        args, self.args = self.args, self.args.described()
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args = args
-        student = self._inner_student()
-        if student is not self.accelerator.unwrap_model(self.model) and student.generation_config is not None:
-            # An adapter is saved without its base model's.
-            student.generation_config.save_pretrained(output_dir or self.args.output_dir)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        save_draft_length(self._draft_length, output_dir, self.accelerator, self.args)
-        if self._average is not None and self.accelerator.is_main_process:
-            self._average.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_draft_length(self._draft_length, checkpoint, self.accelerator, self.args)
-        if checkpoint is not None and self._average is not None:
-            self._average.load(checkpoint)
 
     # The loss
 
@@ -722,55 +517,11 @@ class SKDTrainer(GKDTrainer):
         if self._teacher_names:
             which = inputs[Key.TEACHER_INDEX][tokens.rows]
             add_loss_by_teacher(metrics, outcome, which, self._teacher_names)
+        if Key.TEACHER_TOP_LOG_PROBS in inputs:
+            known = tokens.pick(inputs[Key.TEACHER_TOP_LOG_PROBS]).exp().sum(-1)
+            metrics.add_mean("teacher_mass_outside", (1 - known).clamp(min=0))
         for name in set(self._statistics) & set(SKDTrainer._statistics):
             metrics.add_mean(name, outcome.statistics[name])
-
-    def _keep_completions(self, sampled: Rollout, rollout: str) -> None:
-        step = self.state.global_step + 1  # the step that these responses train
-        every = self.args.log_completions_steps or max(int(self.state.logging_steps or self.args.logging_steps), 1)
-        if not self.args.log_completions or (step % every != 0 and step != 1):
-            return
-        records = completion_records(sampled, self.processing_class, step)
-        if self.args.log_fixed_prompts:
-            again = self._sample_fixed_prompts(rollout)
-            records = completion_records(again, self.processing_class, step, is_fixed=True) + records
-        records = sorted(gather_object(records), key=lambda record: not record["is_fixed"])
-        if self.accelerator.is_main_process:
-            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
-            try:
-                save_completions(records, self.args.output_dir, step)
-                print_completions(records, self.args.num_completions_to_print, step)
-                send_completions(records, step, self.args.report_to, next(filter(None, writers), None))
-            except (
-                Exception
-            ) as error:  # a full disk, a closed console, a tracker out of reach: no reason to lose a run
-                logger.warning(f"Step {step}: its completions could not be kept or shown ({error}). Training goes on.")
-
-    def _sample_fixed_prompts(self, rollout: str) -> Rollout:
-        """The same few prompts with the same noise whenever completions are kept, on the first process: what differs is the student."""
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-        num_rows = self.args.log_fixed_prompts if self.accelerator.is_main_process else 0
-        batch = self.data_collator(list(dataset.take(max(num_rows, 1))))
-        window = {name: values[:num_rows].to(self.args.device) for name, values in merge_prompts([batch]).items()}
-        return self._write(window, rollout, self._noise(num_rows, "fixed prompts"))
-
-    def create_model_card(self, *args, **kwargs):
-        """As [`~transformers.Trainer.create_model_card`], with what this distillation was."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            section = describe_distillation(self, self._describe_teacher())
-            add_distillation(Path(self.args.output_dir) / "README.md", section)
-
-    def _describe_teacher(self) -> str:
-        """Who the teacher was, for people."""
-        if self._is_recorded:
-            return "recorded scores"
-        if self.args.teacher_model_kind is not None:
-            return f"the student itself ({self.args.teacher_model_kind})"
-        sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]
-        names = [f"{name}: " for name in self._teacher_names] or [""]
-        return ", ".join(name + source for name, source in zip(names, sources, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

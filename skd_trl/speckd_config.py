@@ -32,7 +32,7 @@ class SpecKDConfig(SKDConfig):
             Who writes the responses that the gate weighs; any of `SKDConfig`'s. With `"interleaved"` SKD makes the data
             and SpecKD the loss.
         gate (`str` or [`Gate`], *optional*, defaults to `"greedy_top_k"`):
-            Which tokens the loss listens to: a name in `GATES`, `"module:attribute"`, or an object.
+            Which tokens have full weight in the loss: a name in `GATES`, `"module:attribute"`, or an object.
         gate_top_k (`int`, *optional*, defaults to `5`):
             k of the gates `greedy_top_k` and `spec_k`.
         gate_top_k_end (`int`, *optional*):
@@ -71,7 +71,7 @@ class SpecKDConfig(SKDConfig):
     gate: Gate | str | None = field(
         default="greedy_top_k",
         metadata={
-            "help": f"Which tokens the loss listens to (paper: greedy_top_k): {', '.join(GATES)}, a name that you registered, or "
+            "help": f"Which tokens have full weight in the loss (paper: greedy_top_k): {', '.join(GATES)}, a name that you registered, or "
             "module:attribute."
         },
     )

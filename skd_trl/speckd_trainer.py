@@ -1,4 +1,4 @@
-"""`SpecKDTrainer`: SKDTrainer whose loss listens to the tokens that a gate lets through.
+"""`SpecKDTrainer`: SKDTrainer whose loss weighs each token by a gate.
 
 Glue: gates are `loss/gates.py`, the weighted loss is `loss/distillation_loss.py`. Shapes: N response tokens of a micro-batch, U uniform numbers
 per token that the gate asks for.
@@ -34,8 +34,8 @@ class SpecKDTrainer(SKDTrainer):
     Trainer for SpecKD, token-gated knowledge distillation (Huang et al., [SpecKD: Speculative Decoding for Effective
     Knowledge Distillation of LLMs](https://huggingface.co/papers/2510.24021); its second version is called SelecTKD).
 
-    At every response token the student's proposal is held against the teacher's distribution; the divergence counts
-    fully where it stands and with a small weight where it does not:
+    At every response token the student's proposal is compared with the teacher's distribution; the divergence has
+    weight 1 where it is accepted and a small weight where it is rejected:
     `loss = 1 / |y| sum_t V_t D(teacher_t || student_t)`, `V_t` without gradient.
 
     The only change with respect to [`SKDTrainer`] is the weight of each token, which the gate of [`SpecKDConfig`] gives,
@@ -102,7 +102,7 @@ class SpecKDTrainer(SKDTrainer):
         ]
         if any(differences) and not config.gate_keep_eos:
             logger.warning(
-                "The gate may reject every end of sequence, and the student would unlearn to stop: set gate_keep_eos=True."
+                "The gate may reject every end of sequence, and the student would forget how to stop: set gate_keep_eos=True."
             )
 
     def _check_scores(self, top_k: int) -> None:

@@ -21,6 +21,13 @@ class TeacherOptions:
         teacher_models (`dict`, *optional*):
             Several teachers, in the place of one: names and where each is loaded from. A row's `teacher_id` says which is its own.
             (The trainer's `teacher_model` may also be such a dict, of models too.)
+        teacher_model_server_url (`list[str]`, *optional*):
+            The teacher is behind a server, in the place of a `teacher_model`: the address of `skd serve` or `vllm serve`, or those of
+            its replicas. An API key is taken from the environment variable `SKD_TEACHER_API_KEY`.
+        teacher_top_k (`int`, *optional*, defaults to `64`):
+            How many of its most probable tokens a served teacher sends of each position.
+        teacher_server_patience (`float`, *optional*, defaults to `600.0`):
+            Seconds for which a server that does not answer is asked again. After them a checkpoint is written and the run ends.
         teacher_model_kind (`str`, *optional*):
             Makes the student its own teacher, in the place of a `teacher_model`: `"base"`, as training started (with an adapter:
             the model without it), `"ema"`, an average of what it has been, `"live"`, as it is. Frozen weights are shared.
@@ -40,6 +47,23 @@ class TeacherOptions:
         metadata={
             "help": "Several teachers, in the place of one: names and paths, such as {'code': 'path', 'prose': 'path'}. A row's "
             "`teacher_id` says which is its own."
+        },
+    )
+    teacher_model_server_url: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher is behind a server, in the place of a teacher_model: the address of `skd serve` or `vllm serve`, or "
+            "those of its replicas. The API key is in the environment variable SKD_TEACHER_API_KEY."
+        },
+    )
+    teacher_top_k: int = field(
+        default=64, metadata={"help": "How many of its most probable tokens a served teacher sends of each position."}
+    )
+    teacher_server_patience: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds for which a teacher's server that does not answer is asked again. After them a checkpoint is written and "
+            "the run ends."
         },
     )
     teacher_model_kind: str | None = field(
@@ -82,6 +106,35 @@ class TeacherOptions:
             raise ValueError(f"max_teacher_prompt_length={self.max_teacher_prompt_length} must be at least 1.")
         if self.teacher_models is not None and not isinstance(self.teacher_models, dict):
             raise ValueError(f"teacher_models={self.teacher_models!r} is not a dict of names and paths.")
+        if isinstance(self.teacher_model_server_url, str):
+            self.teacher_model_server_url = [self.teacher_model_server_url]
+        for name, is_wrong in (
+            ("teacher_top_k", self.teacher_top_k < 1),
+            ("teacher_server_patience", self.teacher_server_patience < 0),
+        ):
+            if is_wrong:
+                raise ValueError(f"{name}={getattr(self, name)} is too small.")
+        for name in ("teacher_top_k", "teacher_server_patience"):
+            if (
+                not self.teacher_model_server_url
+                and getattr(self, name) != type(self).__dataclass_fields__[name].default
+            ):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} would have no effect: it belongs to teacher_model_server_url."
+                )
+        others = (
+            "teacher_model_name_or_path",
+            "teacher_model_init_kwargs",
+            "teacher_models",
+            "teacher_model_kind",
+            "shard_teacher",
+        )
+        for name in others:
+            if self.teacher_model_server_url and getattr(self, name):
+                raise ValueError(
+                    f"teacher_model_server_url={self.teacher_model_server_url} is a teacher behind a server, and "
+                    f"{name}={getattr(self, name)!r} is about one in this process. Drop one of them."
+                )
         kind = self.teacher_model_kind
         if kind is not None and kind not in SELF_TEACHERS:
             raise ValueError(f"teacher_model_kind={kind!r} is unknown; choose one of {', '.join(SELF_TEACHERS)}.")

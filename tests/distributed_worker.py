@@ -199,6 +199,8 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
         "student_top_p": 1.0,
         "teacher_temperature": 1.0,
         "teacher_top_p": 1.0,
+        # A tiny one would be whole everywhere.
+        "shard_teacher": name.split("-")[0] in ("zero3", "fsdp2") or None,
     }
     if settings.get("rollout") not in ("dataset", "student", "teacher") and "gate" not in settings:
         defaults["accept_top_k"] = 80

@@ -61,8 +61,9 @@ def main() -> None:
     assert repository / "skd_trl" not in where.parents, f"{where} is the repository's own copy"
     assert version("skd_trl") == skd_trl.__version__
     assert (where.parent / "py.typed").is_file()
-    shown = subprocess.run([sys.executable, "-m", "skd_trl"], capture_output=True, text=True, check=True).stdout
-    assert "check" in shown
+    for command in ([sys.executable, "-m", "skd_trl"], [str(Path(sys.executable).parent / "skd")]):
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "train" in shown and "check" in shown, shown
     with tempfile.TemporaryDirectory() as folder:
         skd = train(SKDTrainer, SKDConfig, Path(folder) / "skd")
         speckd = train(SpecKDTrainer, SpecKDConfig, Path(folder) / "speckd")

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 from local_scorer import LocalScorer
+from tiny import byte_tokenizer
 
 from skd_trl.sampling.top_judgement import Scores
 from skd_trl.serving.wire import INFO_ROUTE, SCORE_ROUTE, VERSION, pack_scores, unpack_request
@@ -18,8 +19,9 @@ from skd_trl.serving.wire import INFO_ROUTE, SCORE_ROUTE, VERSION, pack_scores, 
 class TeacherServer:
     """`fault` is one of "hangs", "nan", "error", "half" (an answer for half of the texts), or empty."""
 
-    def __init__(self, model, vocab_size=259, api_key=None, name="tiny", kind="own", port=0):
-        self.scorer = LocalScorer(model, 50, vocab_size)
+    def __init__(self, model, vocab_size=259, api_key=None, name="tiny", kind="own", port=0, top_k=50, tokenizer=None):
+        self.scorer, self.top_k = LocalScorer(model, top_k, vocab_size), top_k
+        self.tokenizer = tokenizer or byte_tokenizer()
         self.api_key, self.name, self.kind, self.fault = api_key, name, kind, ""
         self.says_cached, self.block_size = True, 4
         self.cached: set[tuple[int, ...]] = set()  # beginnings in the prefix cache
@@ -62,9 +64,11 @@ class TeacherServer:
             return 401, b"no"
         if self.fault == "error":
             return 500, b"out of memory"
+        if self.kind != "none" and request.path == "/tokenize":
+            return 200, json.dumps({"tokens": self.tokenizer.encode(json.loads(body)["prompt"])}).encode()
         if self.kind == "own" and request.path == INFO_ROUTE:
             said = {"version": VERSION, "model": self.name, "vocab_size": self.scorer.vocab_size, "max_length": 512}
-            return 200, json.dumps({**said, "top_k": 50}).encode()
+            return 200, json.dumps({**said, "top_k": self.top_k}).encode()
         if self.kind == "own" and request.path == SCORE_ROUTE:
             question = unpack_request(body)
             texts = question.texts[:1] if self.fault == "half" else question.texts

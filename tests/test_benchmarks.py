@@ -78,3 +78,18 @@ def test_the_memory_of_the_papers_pairs_is_counted_without_loading_them():
     assert len(rows) == 2 * 5
     published = (Path(__file__).parents[1] / "docs" / "multi_gpu.md").read_text()
     assert all(" | ".join(row) in published for row in rows)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_in_small_and_no_case_fails(tmp_path):
+    result = tmp_path / "gpu.md"
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu.py", "--small", "--output", result],
+        check=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    text = result.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 2 + 2 + 1 + 6  # head, round and window, generate twice, loss, steps
+    assert "failed" not in text and "not run" not in text and "floor" in text

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,26 +49,34 @@ def test_the_readme_is_short():
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs(code, tmp_path, monkeypatch):
-    tree = ast.parse(code)
-    if NEEDS_HUB.search(code):
-        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        tree = ast.Module(imports, [])
-        assert imports
-    for registry in (ACCEPTANCE_RULES, DIVERGENCES, GATES):
-        for name, idea in list(registry.items()):
-            monkeypatch.setitem(registry, name, idea)
-    before = [set(registry) for registry in (ACCEPTANCE_RULES, DIVERGENCES, GATES)]
+def pages_with_python() -> list:
+    pages: dict[str, list[str]] = {}
+    for block in blocks("python"):
+        pages.setdefault(block.id.rpartition("-")[0], []).append(block.values[0])
+    return [pytest.param(codes, id=page) for page, codes in pages.items()]
+
+
+@pytest.mark.parametrize("codes", pages_with_python())
+def test_python_runs(codes, tmp_path, monkeypatch):
+    """The blocks of a page, one after the other, as on a machine whose GPU can do bf16."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    registries = (ACCEPTANCE_RULES, DIVERGENCES, GATES)
+    before = [dict(registry) for registry in registries]
+    names: dict = {"__name__": "docs"}
     try:
-        exec(compile(tree, "<docs>", "exec"), {"__name__": "docs"})
+        for code in codes:
+            tree = ast.parse(code)
+            if NEEDS_HUB.search(code):
+                tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+                assert tree.body
+            exec(compile(tree, "<docs>", "exec"), names)
     finally:
-        for registry, names in zip((ACCEPTANCE_RULES, DIVERGENCES, GATES), before, strict=True):
-            for name in set(registry) - names:
-                del registry[name]
+        for registry, entries in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(entries)
 
 
 def program_of(words: list[str]) -> tuple[str, list[str]]:
@@ -175,15 +184,59 @@ def test_the_options_page_explains_every_field(tmp_path):
     assert len(rows) > 40 and all(len(help_text) > 10 for name, help_text in rows if name != "beta"), rows
 
 
-@pytest.mark.slow
-def test_the_docs_build_without_warnings(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
     for module in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(module)
+    directory = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)],
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(directory)],
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "interleaved_sample" in (tmp_path / "reference.html").read_text()
+    return directory
+
+
+@pytest.mark.slow
+def test_the_docs_build_without_warnings(site):
+    assert "interleaved_sample" in (site / "reference.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_pages_work_in_a_browser(site):
+    """Links and pictures load, pages fit a phone, both themes differ, and the search finds a name. Needs playwright and chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium")
+    pages = sorted(set(site.glob("*.html")) - {site / "search.html", site / "genindex.html"})
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        colours = set()
+        for scheme in ("light", "dark"):
+            page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme=scheme)
+            errors: list[str] = []
+            page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+            for file in pages:
+                page.goto(file.as_uri())
+                assert not page.evaluate("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)"), (
+                    file.name
+                )
+                assert page.evaluate("document.documentElement.scrollWidth") <= 400, (
+                    f"{file.name} is wider than a phone"
+                )
+                for link in page.evaluate("[...document.links].map(a => a.href)"):
+                    target, _, anchor = link.partition("#")
+                    if target.startswith("file:"):
+                        linked = Path(target.removeprefix("file://"))
+                        assert linked.is_file(), f"{file.name}: {link}"
+                        assert not anchor or f'id="{anchor}"' in linked.read_text(), f"{file.name}: {link}"
+            colours.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            assert not errors, errors
+        assert len(colours) == 2
+        page.goto((site / "search.html").as_uri() + "?q=interleaved_sample")
+        page.wait_for_selector("ul.search li a", timeout=20_000)
+        assert "reference" in " ".join(page.locator("ul.search li a").evaluate_all("a => a.map(x => x.href)"))
+        browser.close()

@@ -5,6 +5,7 @@ The plain computation beside each: one row, no padding, no cache, float64.
 
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,6 +293,16 @@ def test_an_evaluation_of_the_trainer_has_the_held_out_metrics_too_once_for_seve
     logged = [entry for entry in trainer.state.log_history if "eval_kl_teacher_text" in entry]
     assert len(logged) == 1
     assert set(held.seconds) == {"evaluation_held-out"}
+
+
+@pytest.mark.parametrize(
+    "teacher, said",
+    [({"a": tiny_model(seed=1), "b": tiny_model(seed=2)}, "several teachers"), (None, "recorded scores")],
+)
+def test_a_run_without_one_fixed_teacher_is_not_compared_and_told_why(teacher, said):
+    trainer = SimpleNamespace(teacher_model=teacher)
+    with pytest.raises(ValueError, match=f"{said}.*--compare false"):
+        callback.HeldOutEvaluation(trainer, Dataset.from_list(ROWS))
 
 
 # Intervals

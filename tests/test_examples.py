@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 import yaml
 from assets import arguments_for, save_assets
 from datasets import Dataset
+from processes import accelerate_launch
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -257,7 +256,10 @@ SIZES = {
     "Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
     "Qwen3-8B": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
     "Qwen3-32B": ("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    "Qwen3.5-2B": ("qwen3_5_text", 2048, 6144, 24, 8, 2, 256, 248320, True),
+    "Qwen3.5-9B": ("qwen3_5_text", 4096, 12288, 32, 16, 4, 256, 248320, False),
 }
+MORE_SIZES = {"Qwen3.5-2B": {"linear_num_value_heads": 16}}
 SIZE_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
               "vocab_size", "tie_word_embeddings")  # fmt: skip
 
@@ -265,7 +267,9 @@ SIZE_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atte
 def billions(name: str) -> float:
     """Parameters of a model, built on the meta device."""
     architecture, *sizes = SIZES[name]
-    config = AutoConfig.for_model(architecture, **dict(zip(SIZE_NAMES, sizes, strict=True)))
+    config = AutoConfig.for_model(
+        architecture, **dict(zip(SIZE_NAMES, sizes, strict=True)), **MORE_SIZES.get(name, {})
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters()) / 1e9
@@ -294,6 +298,7 @@ def test_what_a_recipe_says_of_its_memory_is_right(config):
 def test_there_is_a_recipe_for_each_task_of_the_paper_and_for_the_pairs_of_today():
     assert {path.stem for path in RECIPES} == {
         "gsm8k_qwen2", "flores_gemma", "ultrainteract_qwen2", "qwen3_8b_to_0.6b", "qwen3_8b_to_1.7b", "qwen3_32b_to_4b",
+        "qwen3.5_9b_to_2b",
     }  # fmt: skip
 
 
@@ -337,22 +342,16 @@ def test_the_script_trains_compares_and_reports(tiny_assets, capsys):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_compare_the_same_prompts_as_one(tiny_assets):
+def test_two_processes_that_share_both_models_compare_the_same_prompts_as_one(tiny_assets):
     one, two = tiny_assets / "run-1", tiny_assets / "run-2"
-    run_script(arguments_for(tiny_assets, output_dir=one))
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(str(EXAMPLES / "train_summarization.py"), *arguments_for(tiny_assets, output_dir=two)),
-        ],
-        check=True,
-        timeout=200,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
-    )
+    settings = {"save_strategy": "no", "log_fixed_prompts": 1}
+    run_script(arguments_for(tiny_assets, output_dir=one, **settings))
+    script = [str(EXAMPLES / "train_summarization.py"), *arguments_for(tiny_assets, output_dir=two, **settings)]
+    accelerate_launch("fsdp2", script, timeout=200)
     one, two = (json.loads((run / "evaluation.json").read_text()) for run in (one, two))
     assert two["settings"]["processes"] == 2
     assert [row["before"] for row in two["examples"]] == [row["before"] for row in one["examples"]]
-    for name in ("kl_teacher_text", "rougeL_teacher", "rouge1_reference"):
+    for name in ("kl_teacher_text", "rougeL_teacher", "rouge1_reference", "draft_accepted_sampled"):
         found, expected = (outcome["comparison"]["metrics"][name]["before"] for outcome in (two, one))
         assert found == pytest.approx(expected, rel=1e-4)
 

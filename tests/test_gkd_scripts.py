@@ -9,14 +9,15 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from test_skd_trainer import ROWS, losses, make_trainer
-from tiny import save_models, tiny_model
+from tiny import byte_tokenizer, save_models, tiny_model
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, GenerationConfig, TrainerCallback
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
 from trl import LogCompletionsCallback, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from skd_trl import SKDConfig, SKDTrainer, SpecKDConfig, SpecKDTrainer
+from skd_trl.data.batches import DataCollatorForDistillation
 
 
 class Sets(TrainerCallback):
@@ -134,6 +135,23 @@ def test_what_generate_would_take_is_refused_by_name_when_read_and_when_set(tmp_
         getattr(trainer, name).top_p = 0.9
     with pytest.raises(AttributeError, match=f"SKDTrainer has no {name}.*student_top_p"):
         setattr(trainer, name, {})
+
+
+def test_a_collator_whose_batches_the_trainer_cannot_read_is_refused_by_name(tmp_path):
+    def without_labels(rows):
+        return {name: value for name, value in DataCollatorForDistillation(0)(rows).items() if name != "labels"}
+
+    models = {"model": tiny_model(seed=1), "teacher_model": tiny_model(seed=2), "processing_class": byte_tokenizer()}
+    models["args"] = SKDConfig(str(tmp_path), use_cpu=True, bf16=False, max_new_tokens=8, max_length=64, report_to=[])
+    models["train_dataset"] = Dataset.from_list(ROWS)
+    with pytest.raises(ValueError, match="data_collator=without_labels gives batches without labels, which"):
+        SKDTrainer(**models, data_collator=without_labels)
+    collator = DataCollatorForLanguageModeling(byte_tokenizer(), mlm=False)
+    with pytest.raises(
+        ValueError, match="data_collator=DataCollatorForLanguageModeling cannot make a batch of rows with prompt_ids"
+    ):
+        SKDTrainer(**models, data_collator=collator)
+    SKDTrainer(**models, data_collator=DataCollatorForDistillation(0))
 
 
 # Hyperparameter search

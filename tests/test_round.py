@@ -174,7 +174,7 @@ def test_a_teacher_with_prompts_of_its_own_judges_after_these(architecture, num_
 
 
 def test_prompts_of_another_number_are_refused():
-    with pytest.raises(ValueError, match="teacher has 2 prompts of its own for 4 rows"):
+    with pytest.raises(ValueError, match="teacher has 2 separate prompts for 4 rows"):
         interleaved_sample(
             pair("llama")[0],
             LocalParticipant(pair("llama")[1], prompts=Prompts(*left_padded(PROMPTS[:2]))),

@@ -73,6 +73,9 @@ def test_graphs_live_from_window_to_window_until_one_needs_more_room():
     for prompts in (PROMPTS, [[3, 4, *prompt[5:]] for prompt in PROMPTS]):  # whose rows may end otherwise
         assert captured_is_plain(prompts, max_rows=3) <= 1
     assert rounds.decoders["student"].layers[0].keys.data_ptr() == keys
+    for parameter in student.parameters():
+        parameter.data = parameter.data * 0.9  # moved
+    assert captured_is_plain(PROMPTS, max_rows=3) > 0
     assert captured_is_plain([prompt + [3] * 120 for prompt in PROMPTS], max_rows=3) > 0
     assert rounds.decoders["student"].layers[0].keys.data_ptr() != keys
     assert (rounds.decoders["student"].num_rows, rounds.decoders["student"].num_slots) == (3, 256)

@@ -197,6 +197,20 @@ def test_completions_arrive_in_tensorboard_as_text(tmp_path):
     assert "| &lt;|im_start\\|>ask \\| this | a⟦世⟧⟦ b⟧ | 40% |".replace("&lt;|im", "&lt;\\|im") in text
 
 
+def test_a_trainer_that_reports_to_tensorboard_sends_its_completions_there(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    make_trainer(tmp_path, max_steps=1, log_completions=True, report_to=["tensorboard"]).train()
+    (file,) = (tmp_path / "logs").rglob("events*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    (event,) = events.Tensors("completions/text_summary")
+    saved = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text.count("\n") == 1 + len(saved)
+
+
 def test_completions_arrive_in_an_offline_run_of_weights_and_biases(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

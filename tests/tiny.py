@@ -57,6 +57,70 @@ ARCHITECTURES = {
     "cohere": {"logit_scale": 2.0},
     "starcoder2": {"sliding_window": 7},
 }
+# Decoders with recurrent state, most of them beside attention.
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HYBRIDS = {
+    "qwen3_5_text": {  # gated delta net
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "kimi_linear": {  # KDA, latent attention, experts
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
+        "first_k_dense_replace": 1,
+        "num_expert_group": 1,
+        "topk_group": 1,
+        **EXPERTS,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        **MAMBA2,
+    },
+    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64},  # mamba 2 and attention in each layer
+    "nemotron_h": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "full_attention", "linear_attention", "mlp"],
+        "head_dim": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 16,
+    },
+    "mamba2": {
+        "attn_implementation": "eager",
+        "num_heads": 8,
+        "head_dim": 8,
+        "n_groups": 2,
+        "state_size": 8,
+        "chunk_size": 16,
+        "expand": 2,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "minimax": {  # lightning attention, experts
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "block_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "mamba": {"attn_implementation": "eager", "state_size": 8, "num_hidden_layers": 2},
+}
+HYBRIDS = {name: sizes for name, sizes in HYBRIDS.items() if name in CONFIG_MAPPING}
 # The oldest transformers that is tested does not know the newest of them.
 ARCHITECTURES = {name: sizes for name, sizes in ARCHITECTURES.items() if name in CONFIG_MAPPING}
 
@@ -98,7 +162,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0, vocab_size: int = 259
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        **ARCHITECTURES[architecture],
+        **{**ARCHITECTURES, **HYBRIDS}[architecture],
         **overrides,
     }
     attn_implementation = settings.pop("attn_implementation", "sdpa")

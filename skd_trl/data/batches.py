@@ -8,6 +8,7 @@ Shapes: B rows, S columns of a batch, P columns of its left-padded prompts, T th
 all, row by row, H hidden.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -175,6 +176,29 @@ def as_teacher_reads(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 PROMPT_KEYS = ((Key.PROMPTS, Key.PROMPT_ATTENTION_MASK), (Key.TEACHER_PROMPTS, Key.TEACHER_PROMPT_ATTENTION_MASK))
+
+
+def check_collator(collate: Callable[[list[dict]], Mapping], row: dict[str, Any], samples: bool) -> None:
+    """Looks at what a data collator makes of a prepared row. Where responses are sampled it has to give prompts too.
+
+    Raises:
+        `ValueError`: for a collator that cannot take such a row, or whose batches lack an entry.
+    """
+    needed = [Key.INPUT_IDS, Key.ATTENTION_MASK, Key.LABELS]
+    needed += [Key.PROMPTS, Key.PROMPT_ATTENTION_MASK] if samples else []
+    name = getattr(collate, "__name__", type(collate).__name__)
+    try:
+        found = set(collate([dict(row)]))
+    except Exception as error:
+        raise ValueError(
+            f"data_collator={name} cannot make a batch of rows with {', '.join(row)} ({type(error).__name__}: {error}). Leave it None, or "
+            "wrap DataCollatorForDistillation."
+        ) from error
+    if missing := [key.value for key in needed if key not in found]:
+        raise ValueError(
+            f"data_collator={name} gives batches without {', '.join(missing)}, which the trainer reads. Leave it None, or wrap "
+            "DataCollatorForDistillation."
+        )
 
 
 def merge_prompts(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

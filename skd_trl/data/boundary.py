@@ -22,7 +22,7 @@ EMPTY_REASONING = re.compile(r"\s*(<think>)?\s*</think>")
 
 
 def rendered_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a text that a chat template has printed, bos included."""
+    """Ids of text that a chat template has printed, bos included."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -42,7 +42,7 @@ def ids_after(
 
 
 def continuation_ids(prompt_ids: list[int], text: str, *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of `text` as it follows a prompt. SentencePiece tokenizers put a space before a text that stands alone."""
+    """Ids of `text` as it follows a prompt. SentencePiece tokenizers put a space before text without a prompt."""
     alone = rendered_ids(text, tokenizer)
     candidates = [alone]
     for anchor in ("\n", "="):

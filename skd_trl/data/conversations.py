@@ -35,7 +35,7 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 
 
 def turns_of(value: Any, column: str) -> list[dict]:
-    """The turns of a column, with known roles and with contents that are a text, a list of text parts, or None.
+    """The turns of a column, with known roles and with contents that are text, a list of text parts, or None.
 
     Raises:
         `UnusableRow`: for what is no conversation, and for a turn that a template could not print as text.
@@ -67,7 +67,7 @@ def _turn(turn: Any, where: str) -> dict:
         if turn.get(name) is None and other in turn:
             turn[name] = turn.pop(other)
     if not isinstance(turn.get("role"), str):
-        raise UnusableRow("unreadable", f"{where} has no `role` that is a text, but the keys {sorted(turn)}.")
+        raise UnusableRow("unreadable", f"{where} has no `role` with text, but the keys {sorted(turn)}.")
     name = turn["role"].strip().lower()
     content = _content(turn.get("content"), where)
     if name in CALL_ROLES:
@@ -80,14 +80,14 @@ def _content(content: Any, where: str) -> str | list[dict] | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise UnusableRow("unreadable", f"{where} has a {type(content).__name__} as content. Make it a text.")
+        raise UnusableRow("unreadable", f"{where} has a {type(content).__name__} as content. Turn it into text.")
     parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if not isinstance(part, dict) or kind not in TEXT_TYPES or not isinstance(part.get("text"), str):
             raise UnusableRow(
                 "unreadable",
-                f"{where} holds a part of type {kind!r} without a text. Only text is supported: remove the part or the row.",
+                f"{where} holds a part of type {kind!r} without text. Only text is supported: remove the part or the row.",
             )
     return [{"type": "text", "text": part["text"]} for part in parts] or ""
 
@@ -119,7 +119,7 @@ def with_system_column(row: dict[str, Any], turns: list[dict]) -> list[dict]:
         if not text or not turns:
             continue
         if not isinstance(text, str):
-            raise UnusableRow("unreadable", f"its `{column}` is a {type(text).__name__}. Make it a text.")
+            raise UnusableRow("unreadable", f"its `{column}` is a {type(text).__name__}. Turn it into text.")
         own = [as_text(turn.get("content")) for turn in turns if turn["role"] in ("system", "developer")]
         if not own:
             turns = [{"role": "system", "content": text}, *turns]

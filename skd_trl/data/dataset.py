@@ -3,7 +3,7 @@
 `tokenization.py` turns one row into ids; this module runs it over a data set and says what happened. A map-style data
 set is settled before training starts: rows without a prompt (or without the reference that the run needs) are errors,
 rows with a prompt over its limit are left out and counted. A stream cannot be read ahead: its unusable rows are left
-out as they come, and the row that follows them carries their number (`skipped_rows`), so that the count is right in
+out as they come, and the row that follows them carries their number (`skipped_rows`). So the count is right in
 data loader workers, on several ranks and after a resume, wherever the row ends up.
 """
 
@@ -70,7 +70,7 @@ PROBLEMS = {
         "strips), so the reference response would be a bare end of turn. Use a chat template that prints it, or remove these rows"
     ),
     "long_prompt": "have a prompt over max_prompt_length={limits.max_prompt_length} and are left out (a cut prompt is "
-    "no longer what its template means). Raise max_prompt_length to keep them, or max_length, from which it is taken by default; "
+    "no prompt of its template). Raise max_prompt_length to keep them, or max_length, from which it is taken by default; "
     "the models' positions are a limit too",
     "long_teacher_prompt": "have a prompt for the teacher over its limit and are left out. Raise max_teacher_prompt_length, which "
     "is by default what the teacher's positions leave beside the response, or shorten these rows",
@@ -170,8 +170,8 @@ def prepare_dataset(
     Rows may hold `messages` (the last turn is the reference if it is the assistant's, else the row is a prompt alone),
     `prompt` and `completion` or `prompt` alone (texts or conversations), `conversations` (from/value), or TRL's
     tokenized rows: `input_ids` with `completion_mask` or `labels`. A conversation's own `tools` and
-    `chat_template_kwargs` columns (lists and dicts, or their JSON text) are handed to the chat template, and a text in a `system`
-    or `system_prompt` column goes before its turns. Roles and contents of other data sets are translated
+    `chat_template_kwargs` columns (lists and dicts, or their JSON text) are handed to the chat template, and the text of a `system`
+    or `system_prompt` column is put before its turns. Roles and contents of other data sets are translated
     (`conversations.py`). A conversation of several answers is one row, of its last; of several in a `completion`, of the first,
     since the prompt is the one that is given. `dataset` itself stays as it was.
 
@@ -188,7 +188,7 @@ def prepare_dataset(
             Number of processes, for map-style data sets.
         formatting_func (`Callable`, *optional*):
             Turns a row into one of the forms above, as in `GKDTrainer` ("take in an example and return an example").
-            A text, which `SFTTrainer` would take, does not say where the prompt ends and is refused.
+            Plain text, which `SFTTrainer` would take, does not say where the prompt ends and is refused.
         length_column (`str`, *optional*):
             A column more, of the tokens of prompt and reference, for samplers that group rows by length. Not of streams.
 

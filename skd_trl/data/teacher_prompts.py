@@ -23,7 +23,7 @@ def teacher_row(row: dict[str, Any], prompt: str | list[dict] | None, template: 
 
     Args:
         row (`dict`):
-            With `teacher_prompt` (a text or a conversation, as the row's own prompt is), or with `privileged_context` (a text;
+            With `teacher_prompt` (plain text or a conversation, like the row's own prompt), or with `privileged_context` (text;
             of a conversation its texts are taken, of anything else its `str`).
         prompt (`str` or `list` of turns, *optional*):
             The student's prompt, with the roles that templates know; `None` if the row holds ids.
@@ -31,7 +31,7 @@ def teacher_row(row: dict[str, Any], prompt: str | list[dict] | None, template: 
             With the fields `{prompt}` and `{privileged_context}`.
 
     Raises:
-        `UnusableRow`: for a column without content, both columns, a text beside a conversation, or a context that has no turn to
+        `UnusableRow`: for a column without content, both columns, text beside a conversation, or a context that has no turn to
             go into.
     """
     columns = [column for column in COLUMNS if column in row]
@@ -48,7 +48,7 @@ def teacher_row(row: dict[str, Any], prompt: str | list[dict] | None, template: 
     if column == "privileged_context":
         value = with_context(prompt, value, template)
     elif isinstance(prompt, list) != isinstance(value, list) and prompt is not None:
-        kinds = ["a conversation" if isinstance(one, list) else "a text" for one in (prompt, value)]
+        kinds = ["a conversation" if isinstance(one, list) else "plain text" for one in (prompt, value)]
         raise UnusableRow(
             "unreadable", f"its prompt is {kinds[0]} and its `teacher_prompt` is {kinds[1]}: use one form."
         )

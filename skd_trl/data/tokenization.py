@@ -1,6 +1,6 @@
 """One data set row -> the token ids of its prompt and of its reference response, or of each of its answers.
 
-The prompt is what the model is given at inference, to the token: the chat template with its generation prompt, or the
+The prompt equals the input at inference, token for token: the chat template with its generation prompt, or the
 plain text. The response is the rest of the rendered conversation up to its end-of-sequence token; `boundary.py` finds
 where it begins. The functions are pure and see one row: they count nothing and print nothing (`dataset.py` does).
 """
@@ -36,7 +36,7 @@ class RowRules:
         max_response_length (`int` or `None`): reference responses are cut after so many.
         needs_response (`bool`): whether a row without a reference response is an error.
         eos_token_ids (`tuple[int, ...]`): ids that end a response; see [`~skd_trl.data.vocabulary.end_of_sequence_ids`].
-        chat_template_kwargs (`dict`): given to the chat template for every row; a row's own column of that name goes before.
+        chat_template_kwargs (`dict`): given to the chat template for every row; a row's own column of that name overrides it.
         max_text_length (`int` or `None`): reference responses are cut where prompt and reference together have so many.
         num_ids (`int` or `None`): the number of ids that both models have; rows that hold others, or ids beyond the tokenizer's, are
             errors.
@@ -71,7 +71,7 @@ class RowRules:
 
 # Notes that are about the prompt, and so matter in every run.
 NOTES_OF_PROMPTS = ("lost_turn", "lost_tools")
-KINDS = {"reasoning": "reasoning", "text": "a text", "calls": "calls of tools"}
+KINDS = {"reasoning": "reasoning", "text": "text", "calls": "calls of tools"}
 # Prompt, answer (None: to be sampled), and the note about turns after it that are not used ("" if there are none).
 Example = tuple[list[dict], dict | None, str]
 # Of one example: adds to the notes it is given, and returns the ids of the prompt, of the response, and of the teacher's prompt if
@@ -215,7 +215,7 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
         encode = partial(_encode_text, row["prompt"], row.get("completion"), tokenizer, rules)
         return [_with_teacher(encode, row, row["prompt"], tokenizer, rules)]
     if isinstance(row.get("completion"), str) and row["completion"]:
-        raise UnusableRow("unreadable", "its prompt is a conversation and its completion is a text: use one form.")
+        raise UnusableRow("unreadable", "its prompt is a conversation and its completion is plain text: use one form.")
     prompt = with_system_column(row, turns_of(row["prompt"], "prompt"))
     completion = turns_of(row.get("completion") or None, "completion")
     return _chat_encoders(row, _examples_of_completion(prompt, completion, rules), tokenizer, rules)
@@ -302,15 +302,13 @@ def _cut_tokenized(prompt_ids, response_ids, tokenizer, rules, notes) -> tuple[l
 def _encode_text(prompt, completion, tokenizer, rules, notes) -> tuple[list[int], list[int]]:
     for name, text in (("prompt", prompt), ("completion", completion)):
         if text is not None and not isinstance(text, str):
-            raise UnusableRow(
-                "unreadable", f"its {name} is a {type(text).__name__}, neither a text nor a conversation."
-            )
+            raise UnusableRow("unreadable", f"its {name} is a {type(text).__name__}, neither text nor a conversation.")
     prompt_ids = _text_ids(prompt, tokenizer)
     if not completion:
         return prompt_ids, []
     full_ids = _text_ids(prompt + completion, tokenizer)
     response_ids = ids_after(prompt_ids, full_ids, completion, tokenizer=tokenizer, notes=notes)
-    # As SFTTrainer does for plain text, so that the student learns to stop.
+    # As SFTTrainer does for plain text: the student has to learn to stop.
     if not set(response_ids) & set(rules.eos_token_ids):
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(rules.eos_token_ids), None)
         response_ids = response_ids if eos is None else [*response_ids, eos]
@@ -318,7 +316,7 @@ def _encode_text(prompt, completion, tokenizer, rules, notes) -> tuple[list[int]
 
 
 def _text_ids(text: str, tokenizer) -> list[int]:
-    # A text that was rendered elsewhere brings its own bos; the tokenizer would add a second one.
+    # Text that was rendered elsewhere brings its own bos; the tokenizer would add a second one.
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
     # Tokenizers set up with `add_eos_token` close the prompt before the answer.

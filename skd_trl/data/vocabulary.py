@@ -81,7 +81,7 @@ def check_vocabularies(
 
     Args:
         student_model, teacher_model ([`~transformers.PreTrainedModel`]):
-            The pair. Sizes are read from the configs, so that sharded heads can be checked too.
+            The pair. Sizes are read from the configs, so sharded heads can be checked too.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the student.
         teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):

@@ -13,6 +13,7 @@ import numpy as np
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..skd_trainer import SKDTrainer
@@ -43,6 +44,10 @@ class HeldOutEvaluation(TrainerCallback):
         drafting ([`Drafting`], *optional*): measures the student as a draft model too.
         at_evaluation (`bool`, *optional*, defaults to `True`): see above.
         file (`Path`, *optional*): by default `output_dir/before.json`.
+
+    Raises:
+        `ValueError`: for a teacher that cannot be compared with: recorded scores, several teachers, one that changes with the student,
+            or one with prompts that differ from the student's.
     """
 
     def __init__(
@@ -55,6 +60,11 @@ class HeldOutEvaluation(TrainerCallback):
         at_evaluation: bool = True,
         file: Path | None = None,
     ):
+        if reason := no_comparison_with(trainer):
+            raise ValueError(
+                f"Held-out prompts are compared with one teacher that reads what the student reads and stays as it is; {reason}. Leave "
+                "the comparison out (skd train: --compare false), and compare afterwards with skd compare."
+            )
         self.trainer, self.at_evaluation = trainer, at_evaluation
         self.file = file or Path(trainer.args.output_dir) / "before.json"
         args, tokenizer = trainer.args, trainer.processing_class
@@ -137,6 +147,17 @@ class HeldOutEvaluation(TrainerCallback):
             "comparison": comparison,
             "examples": [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)],
         }
+
+
+def no_comparison_with(trainer: SKDTrainer) -> str | None:
+    """Why the teacher of this trainer is none to compare with, if it is not."""
+    if not isinstance(trainer.teacher_model, nn.Module):
+        return "this run has several teachers" if trainer.teacher_model else "this run's is recorded scores"
+    if trainer.args.teacher_model_kind is not None:
+        return f"this run's is the student itself (teacher_model_kind={trainer.args.teacher_model_kind!r})"
+    if "teacher_prompt_ids" in (getattr(trainer.train_dataset, "column_names", None) or []):
+        return "this run's reads prompts that differ from the student's"
+    return None
 
 
 def write_scores(

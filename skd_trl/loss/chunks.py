@@ -27,7 +27,7 @@ def chunks(
 def default_chunk_size(vocab_size: int, device: torch.device) -> int:
     """Positions whose fp32 logits take about 64 MiB, for a head's matrix product to run at full speed. On CPU 16 MiB or,
     where these hold fewer, 40 positions, which share the passes over the heads and their gradient; at most 30 MiB, for
-    beyond 32 glibc maps every tensor afresh, and each page of it costs a fault."""
+    beyond 32 glibc maps every tensor again, and each page of it costs a fault."""
     position, mebibyte = 4 * vocab_size, 2**20
     if device.type == "cpu":
         return max(1, min(max(16 * mebibyte // position, 40), 30 * mebibyte // position))

@@ -122,7 +122,7 @@ def distillation_loss(
         _move(table, rows, columns, len(facts))
     total = (table["weight"] * table["divergence"]).sum()
     if gradients is not None:
-        total = AttachGradients.apply(total, gradients.of(trainable), *trainable)
+        total = AttachGradients.apply(total, gradients.sums_for(trainable), *trainable)
     own = {name: table.pop(name) for name in ("divergence", "weight", "accepted")}
     return DistillationLoss(loss=total, **own, statistics=table)
 

@@ -1,4 +1,4 @@
-"""Which positions a distillation loss listens to, and how much: one weight in [0, 1] per response position.
+"""How much each position counts in a distillation loss: one weight in [0, 1] per response position.
 
 SpecKD (arXiv 2510.24021): L = 1/|y| sum_t w_t D(p_t || q_t), w without gradient. Every gate gives an acceptance A in
 [0, 1] and a floor b, and w = b + (1 - b) A; it counts as accepted where A >= 1/2 (for a hard gate: A = 1).
@@ -27,7 +27,7 @@ class GateWeights:
         weight (`Tensor` `(N,)`, fp32):
             What each position's divergence is multiplied by; a constant, no gradient goes through it.
         accepted (`Tensor` `(N,)`, bool):
-            What the gate said of the position, whatever became of its weight (a kept end of sequence, a warm-up).
+            Whether the gate accepted the position. Its weight may be another (a kept end of sequence, a warm-up).
     """
 
     weight: Tensor
@@ -255,7 +255,7 @@ GATES: dict[str, Callable[..., Gate]] = {
 def random(gate: Gate) -> Gate:
     """
     The gate's acceptances, shuffled over the population: a control with the same share accepted and the same mean
-    weight, which listens to no token in particular. Its noise is the gate's and one number more.
+    weight, which depends on no token in particular. Its noise is the gate's and one number more.
     """
 
     def score(distributions: TokenDistributions, facts: ResponseFacts) -> Tensor:
@@ -271,7 +271,7 @@ def random(gate: Gate) -> Gate:
 
 
 def inverted(gate: Gate) -> Gate:
-    """1 - A of the gate: a control that listens exactly where the gate does not."""
+    """1 - A of the gate: a control with weight exactly where the gate has none."""
     control = replace(gate, name=f"{gate.name} (inverted)")
     if gate.select is not None:
         return replace(control, select=lambda scores: 1 - gate.acceptance(scores))

@@ -70,7 +70,7 @@ class HeadGradients:
             self.sums[id(parameter)] = torch.zeros_like(parameter, dtype=_sum_type(parameter))
         return self.sums[id(parameter)]
 
-    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+    def sums_for(self, tensors: list[Tensor]) -> list[Tensor]:
         """The sums, in the order and types of `tensors` (the hidden states and parameters they belong to)."""
         sums = [self._sum_of(tensor) if id(tensor) in self.trained else self.hidden for tensor in tensors]
         return [sum_.to(tensor.dtype) for sum_, tensor in zip(sums, tensors, strict=True)]

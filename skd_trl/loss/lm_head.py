@@ -74,7 +74,7 @@ class LMHead:
         config = model.config.get_text_config()
         softcaps = (getattr(config, name, None) for name in _SOFTCAPS)
         shaping = {"scale": _logit_scale(config), "softcap": next(filter(None, softcaps), None)}
-        # Subclasses with a forward of their own (quantized, adapters) are more than weight and bias. FSDP's subclass,
+        # Subclasses with another forward (quantized, adapters) are more than weight and bias. FSDP's subclass,
         # made on the fly, keeps nn.Linear's forward.
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return cls(weight=module.weight, bias=module.bias, **shaping)

@@ -114,7 +114,7 @@ class TopLogProbs(TeacherSignal):
             Their log-probabilities in the teacher's full distribution, nats, no temperature. fp32 or more: in half
             precision what they leave to the rest is known to 0.001, and taken to be no less.
         label_log_probs (`Tensor` `(N,)`):
-            Those of the response's own tokens, whether among the k or not.
+            Those of the response's tokens, whether among the k or not.
 
     Raises:
         `ValueError`: shapes that do not belong together, or k = 0.

@@ -171,7 +171,7 @@ class AcceptanceRule:
 
 @dataclass(frozen=True)
 class TopK(AcceptanceRule):
-    """Accept a token among the teacher's `k` likeliest (SKD, Algorithm 1; the paper's k is 25)."""
+    """Accept a token among the `k` tokens that the teacher ranks highest (SKD, Algorithm 1; the paper's k is 25)."""
 
     k: int = 25
 
@@ -188,7 +188,7 @@ class TopK(AcceptanceRule):
 
 @dataclass(frozen=True)
 class TopP(AcceptanceRule):
-    """Accept a token in the teacher's nucleus: the likelier ones together have less than `p` (SKD's code offers it)."""
+    """Accept a token in the teacher's nucleus: those that rank higher together have less than `p` (SKD's code offers it)."""
 
     p: float = 0.9
 

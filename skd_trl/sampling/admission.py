@@ -5,27 +5,32 @@ single steps, a row that moves, a place that is refilled. What its head is given
 shortened for it: their ends are then within these few tokens. What differs is refused with the figure. Names
 remain only where so few tokens cannot show the trouble (`positions_of`).
 
-Shapes: N rows, Q tokens, S tokens of a text, H hidden.
+Shapes: N rows, Q tokens, S tokens of a row, H hidden.
 """
 
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from .prefill import left_padded
 from .ragged_cache import (
+    CHUNKED,
     FULL,
+    INDEXED,
     SLIDING,
+    WITHOUT_ATTENTION,
     HeadInput,
     RaggedDecoder,
     attention_implementation,
     eval_mode,
     sampling_attention,
 )
+from .recurrent_state import STATEFUL_KINDS, Reading, is_stateful
 
 
 WAY_OUT = (
@@ -43,11 +48,17 @@ class Proof:
     Attributes:
         error (`float`): the largest difference to the same texts without a cache.
         limit (`float`): what rounding explains: half the digits of the type that is computed in, or eight times what the model
-            itself differs by when it reads the beginning of a text alone.
+            itself differs by when it reads the beginning of a row alone, or twice what it differs by when it writes with
+            transformers' cache.
+        padding (`str`, *optional*): on which side prompts of different lengths are padded in one forward: `"right"`, `"left"` where a
+            recurrent state would keep what comes last, `None` where it keeps padding on either side.
+        continues (`bool`): whether several tokens at once can be read on what was read before.
     """
 
     error: float
     limit: float
+    padding: str | None = "right"
+    continues: bool = True
 
 
 @torch.no_grad()
@@ -66,7 +77,7 @@ def prove(model: nn.Module) -> Proof:
         name = _name(model)
         try:
             with eval_mode(model), _short_windows(model):
-                proof = _run(model)
+                proof = _prove_states(model) if is_stateful(model.config.get_text_config()) else _run(model)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # whatever a forward may raise on a cache that it was not written for
@@ -93,11 +104,8 @@ def check_kind(model: nn.Module) -> None:
     check_one_device(name, model)
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise ValueError(f"{name} does not say how many layers it has (num_hidden_layers). {WAY_OUT}")
-    unknown = set(getattr(config, "layer_types", None) or []) - {
-        FULL,
-        SLIDING,
-        "attention",
-    }  # its name in transformers 5.0
+    known = {FULL, SLIDING, CHUNKED, INDEXED, "attention"}  # the last is its name in transformers 5.0
+    unknown = set(getattr(config, "layer_types", None) or []) - known - STATEFUL_KINDS - WITHOUT_ATTENTION
     if unknown:
         raise ValueError(
             f"{name} has layers of kind {sorted(unknown)}, which a mask over slots cannot express. {_hint(model)}{WAY_OUT}"
@@ -129,8 +137,8 @@ def check_adapter(peft_config) -> None:
 def positions_of(config) -> int | None:
     """Positions that sampled texts may use (`None`: no limit known): the model's, and with longrope (Phi-3's long contexts) those
     of its short factors. Beyond them a forward turns every row of the batch by other angles than its cached keys. Llama 4 scales its
-    queries by a position that it reads from the cache, from `floor_scale` positions on. GPT-Neo's local layers take a block for the
-    last tokens of every row, which shows from `window_size` positions on."""
+    queries by a position that it reads from the cache, from `floor_scale` positions on. GPT-Neo's local layers assume that a block is
+    at the end of every row, which shows from `window_size` positions on."""
     room = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
@@ -148,58 +156,144 @@ def positions_of(config) -> int | None:
 PROMPT_LENGTHS, BLOCK, KEPT = (3, 7, 5), 4, (1, 3, 4)
 
 
-def _run(model: nn.Module) -> Proof:
-    device, vocab_size = next(model.parameters()).device, model.config.get_text_config().vocab_size
-    decoder = RaggedDecoder(model, num_rows=3, num_slots=32)
-    texts: list[list[int]] = [[], [], []]  # by place
-    seen: list[list[torch.Tensor]] = [[], [], []]  # hidden states of the last tokens of each
-    finished: list[tuple[list[int], list[torch.Tensor]]] = []
-    num_made = 0
+def _prove_states(model: nn.Module) -> Proof:
+    """How a model with recurrent state can be prefilled: what costs least of what is right."""
+    proof = _run(model, "left")
+    if not proof.error <= proof.limit:
+        proof = _run(model, None)
+    if not proof.error <= proof.limit:
+        return proof
+    try:
+        shared = _run(model, None, num_shared=2)
+        continues = shared.error <= shared.limit
+    except Exception:  # a forward may not be written for several tokens on a state
+        continues = False
+    return replace(proof, continues=continues)
 
-    def new_tokens(count: int) -> list[int]:
-        nonlocal num_made
-        num_made += count
-        return [3 + (7919 * i) % max(vocab_size - 8, 1) for i in range(num_made - count, num_made)]
 
-    def feed(places: Sequence[int], tokens: list[list[int]], kept: Sequence[int]) -> None:
-        """Each place reads its tokens, and keeps the first of them."""
-        positions = [[len(texts[place]) + j for j in range(len(tokens[0]))] for place in places]
-        hidden, _ = decoder(
-            torch.tensor(tokens, device=device), torch.tensor(positions, device=device), rows=list(places),
-            num_slots_in_use=max(map(max, positions)) + 1,
-        )  # fmt: skip
-        for row, (place, count) in enumerate(zip(places, kept, strict=True)):
-            texts[place] += tokens[row][:count]
-            seen[place] += hidden[row, :count]
-
-    longest = max(PROMPT_LENGTHS)
-    feed((0, 1, 2), [new_tokens(longest) for _ in range(3)], PROMPT_LENGTHS)
-    feed((0, 1, 2), [new_tokens(BLOCK) for _ in range(3)], KEPT)
-    feed((0, 1, 2), [new_tokens(1) for _ in range(3)], (1, 1, 1))
-    feed((0, 1, 2), [new_tokens(BLOCK) for _ in range(3)], KEPT[::-1])
-    finished.append((texts[0], seen[0]))
-    decoder.move_row(2, 0)
-    texts[0], seen[0], texts[2], seen[2] = texts[2], seen[2], [], []
-    feed((2,), [new_tokens(3)], (2,))  # the place that became free takes another prompt
-    feed((0, 1, 2), [new_tokens(BLOCK) for _ in range(3)], KEPT)
-    finished += zip(texts, seen, strict=True)
+def _run(model: nn.Module, padding: str | None = "right", num_shared: int = 0) -> Proof:
+    trial = _Trial(model, padding)
+    if num_shared:
+        trial.share(num_shared)
+    trial.prefill((0, 1, 2), PROMPT_LENGTHS)
+    trial.block(BLOCK, KEPT)
+    trial.block(1, (1, 1, 1))
+    trial.block(BLOCK, KEPT[::-1], by_step=True)
+    trial.finish(0)
+    trial.move_row(2, 0)
+    trial.prefill((2,), (2,))  # the place that became free takes another prompt
+    trial.block(BLOCK, KEPT)
+    trial.finish(1)
+    trial.prefill((1,), (0,))  # a prompt of one token, which is the first input of a block
+    trial.block(BLOCK, KEPT)
+    for place in range(3):
+        trial.finish(place)
 
     errors, noise, sizes = [], [], []
-    for text, hidden in finished:
+    for text, hidden in trial.finished:
         alone, beginning = _hidden_states(model, text), _hidden_states(model, text[: len(text) // 2])
         errors.append((torch.stack(hidden).float() - alone).abs().max())
         noise.append((beginning - alone[: len(beginning)]).abs().max())
         sizes.append(alone.abs().max())
     error, own = (float(torch.stack(values).max() / torch.stack(sizes).max()) for values in (errors, noise))
-    types = [hidden[0].dtype]
-    if torch.is_autocast_enabled(device.type):
-        types.append(torch.get_autocast_dtype(device.type))
+    types = [trial.finished[0][1][0].dtype]
+    if torch.is_autocast_enabled(trial.device.type):
+        types.append(torch.get_autocast_dtype(trial.device.type))
     rounding = max(torch.finfo(dtype).eps for dtype in types) ** 0.5
-    return Proof(error, max(rounding, min(8 * own, 0.1)))
+    return Proof(error, max(rounding, min(8 * own, 0.1)), padding)
+
+
+class _Trial:
+    """Three rows that the sampler's cache is tried on, in the ways that sampling uses it."""
+
+    def __init__(self, model: nn.Module, padding: str | None):
+        self.device, self.padding = next(model.parameters()).device, padding
+        self.vocab_size = model.config.get_text_config().vocab_size
+        self.decoder = RaggedDecoder(model, num_rows=3, num_slots=48)
+        self.beginning: tuple[list[int], list[torch.Tensor]] = ([], [])
+        self.texts: list[list[int]] = [[], [], []]  # by place
+        self.seen: list[list[torch.Tensor]] = [[], [], []]  # the hidden states of their tokens
+        self.finished: list[tuple[list[int], list[torch.Tensor]]] = []
+        self.num_made = 0
+
+    def new_tokens(self, count: int) -> list[int]:
+        self.num_made += count
+        return [3 + (7919 * i) % max(self.vocab_size - 8, 1) for i in range(self.num_made - count, self.num_made)]
+
+    def share(self, count: int) -> None:
+        """Reads a beginning once for all rows."""
+        tokens, positions = self.new_tokens(count), torch.arange(count, device=self.device)[None]
+        hidden, _ = self.decoder(
+            torch.tensor([tokens], device=self.device),
+            positions,
+            num_slots_in_use=count,
+            reading=Reading(is_beginning=True),
+        )
+        self.decoder.spread_first_row(count)
+        self.beginning = (tokens, list(hidden[0]))
+        for place in range(3):
+            self.texts[place], self.seen[place] = list(tokens), list(hidden[0])
+
+    def prefill(self, places: Sequence[int], lengths: Sequence[int]) -> None:
+        """Gives these places to prompts: all in one forward where it can be padded, else one by one."""
+        if self.decoder.states is not None:
+            self.decoder.states.begin_rows(places)
+        start, longest = len(self.beginning[0]), max(lengths)
+        prompts = [self.new_tokens(longest) for _ in places]
+        for place, prompt, length in zip(places, prompts, lengths, strict=True):
+            self.texts[place] = [*self.beginning[0], *prompt[:length]]
+            self.seen[place] = list(self.beginning[1])
+        groups = [[row] for row in range(len(places))] if self.padding is None else [list(range(len(places)))]
+        for group in groups:
+            num_tokens = max(lengths[row] for row in group)
+            if num_tokens == 0:
+                continue
+            tokens = torch.tensor([prompts[row][:num_tokens] for row in group], device=self.device)
+            positions = torch.arange(start, start + num_tokens, device=self.device).expand_as(tokens)
+            padding, of_group = None, torch.tensor([lengths[row] for row in group], device=self.device)
+            if self.padding == "left":
+                tokens, positions, padding = left_padded(tokens, positions, of_group)
+            hidden, _ = self.decoder(
+                tokens, positions, rows=[places[row] for row in group], num_slots_in_use=start + num_tokens,
+                reading=Reading(is_beginning=start == 0, padding=padding),
+            )  # fmt: skip
+            for row, states in zip(group, hidden, strict=True):
+                self.seen[places[row]] += states[-lengths[row] :] if padding is not None else states[: lengths[row]]
+
+    def block(self, num_tokens: int, kept: Sequence[int], by_step: bool = False) -> None:
+        """All rows read a block, in one forward or token by token, and keep the first tokens of it."""
+        tokens = [self.new_tokens(num_tokens) for _ in range(3)]
+        positions = [[len(text) + step for step in range(num_tokens)] for text in self.texts]
+        block, at = (torch.tensor(values, device=self.device) for values in (tokens, positions))
+        num_slots = max(map(max, positions)) + 1
+        if self.decoder.states is not None:
+            self.decoder.states.begin_round(num_tokens)
+        hidden = []
+        for column in range(num_tokens) if by_step else (slice(None),):
+            columns = slice(column, column + 1) if by_step else column
+            step = column if by_step else 0
+            hidden.append(
+                self.decoder(
+                    block[:, columns], at[:, columns], num_slots_in_use=num_slots, reading=Reading(step=step)
+                )[0]
+            )
+        states = torch.cat(hidden, dim=1)
+        for place, count in enumerate(kept):
+            self.texts[place] += tokens[place][:count]
+            self.seen[place] += states[place, :count]
+        if self.decoder.states is not None:
+            self.decoder.states.keep(torch.tensor(kept, device=self.device))
+
+    def finish(self, place: int) -> None:
+        self.finished.append((self.texts[place], self.seen[place]))
+
+    def move_row(self, source: int, target: int) -> None:
+        self.decoder.move_row(source, target)
+        self.texts[target], self.seen[target] = self.texts[source], self.seen[source]
 
 
 def _hidden_states(model: nn.Module, text: list[int]) -> torch.Tensor:
-    """What the head is given for a text that is read alone and without a cache, (S, H)."""
+    """The input of the head for a row that is read alone and without a cache, (S, H)."""
     with attention_implementation(model, sampling_attention(model)), HeadInput(model) as head_input:
         model(input_ids=torch.tensor([text], device=next(model.parameters()).device), use_cache=False)
     return head_input.value[0].float()
@@ -207,16 +301,20 @@ def _hidden_states(model: nn.Module, text: list[int]) -> torch.Tensor:
 
 @contextmanager
 def _short_windows(model: nn.Module):
-    """Windows of three tokens, in the masks of models that make them from their configuration when they run."""
+    """Windows and chunks of three tokens, and indexed attention to three, in models that make masks from these when they run."""
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    if isinstance(window, int):
-        config.sliding_window = min(window, 3)
+    names = ("sliding_window", "attention_chunk_size", "index_topk")
+    owners = [(config, name) for name in names]
+    owners += [(module, "index_topk") for module in model.modules() if "index_topk" in module.__dict__]
+    sizes = [(owner, name, getattr(owner, name, None)) for owner, name in owners]
+    sizes = [(owner, name, size) for owner, name, size in sizes if isinstance(size, int)]
+    for owner, name, size in sizes:
+        setattr(owner, name, min(size, 3))
     try:
         yield
     finally:
-        if isinstance(window, int):
-            config.sliding_window = window
+        for owner, name, size in sizes:
+            setattr(owner, name, size)
 
 
 def _name(model: nn.Module) -> str:
@@ -226,7 +324,5 @@ def _name(model: nn.Module) -> str:
 def _hint(model: nn.Module) -> str:
     """Why it may be so, where the class says something about it."""
     if getattr(model, "_is_stateful", False):
-        return "It has recurrent or linear-attention layers, whose state cannot go back to an earlier token when a draft is rejected. "
-    if getattr(model.config.get_text_config(), "alibi", False) or model.config.get_text_config().model_type == "bloom":
-        return "Its ALiBi biases are made from a two-dimensional mask, and rows here have lengths of their own. "
+        return "It has recurrent state of a kind that the sampler does not keep. "
     return ""

@@ -1,9 +1,10 @@
 """How many tokens the student drafts before the teacher looks: fixed, or chosen round by round from measured costs.
 
-A round of N rows and draft length G costs G student forwards of N tokens and one teacher forward of N G tokens. A row that
+A round of N rows and draft length G costs G student forwards of N tokens and one teacher forward of N G tokens, and from G = 2 on
+going back: nothing in a key/value cache, a copy of each row's state in a recurrent model. A row that
 needs at most R more tokens gets 1 + a + ... + a^(min(G, R) - 1) of them, with a the share of proposals accepted. The best G
-has the lowest cost per token. The choice changes the cost, not the distribution of the texts, so that it may follow a
-stopwatch; ranks that disagree take the longest wish. Blocks of another shape do round differently, so that a policy has a
+has the lowest cost per token. The choice changes the cost, not the distribution of the texts, so it may follow a
+stopwatch; ranks that disagree take the longest choice. Blocks of another shape do round differently, so a policy has a
 state, to be saved with a run that is to repeat itself.
 
 A forward's time is taken to be a line in its number of tokens, fitted to what the first rounds measured: a fixed part
@@ -28,7 +29,7 @@ class DraftLength:
 
     def __init__(self, num_draft_tokens: int):
         self.longest = num_draft_tokens  # what buffers have to hold
-        self.unjudged = num_draft_tokens  # where every proposal stands
+        self.unjudged = num_draft_tokens  # where every proposal is accepted
         self.few = (num_draft_tokens,)  # to which lengths are rounded up where few different ones are worth more
 
     def choose(self, remaining: list[int]) -> int:
@@ -47,7 +48,7 @@ class DraftLength:
 
     @staticmethod
     def of(num_draft_tokens: "int | str | DraftLength") -> "DraftLength":
-        """The policy that a number, `"auto"` or a policy stands for.
+        """The policy of a number, of `"auto"`, or the given policy itself.
 
         Raises:
             `ValueError`: for anything else.
@@ -65,7 +66,7 @@ class DraftLength:
 class Round:
     """What a round of N rows cost and brought: seconds of all student forwards and of the teacher's, proposals that were
     judged before each row's first rejection (that one included), and how many of them were accepted. `is_warm_up`: other rounds of
-    its shape will cost less."""
+    its shape will cost less. `keep_seconds`: of writing the block down and going back."""
 
     num_rows: int
     num_draft_tokens: int
@@ -74,6 +75,7 @@ class Round:
     num_judged: int
     num_accepted: int
     is_warm_up: bool = False
+    keep_seconds: float = 0.0
 
 
 class AutoDraftLength(DraftLength):
@@ -101,7 +103,7 @@ class AutoDraftLength(DraftLength):
         self.unjudged = min(4, longest)
         self.few = tuple(sorted({min(length, longest) for length in (1, 2, 3, 4, 6, 8, 12, longest)}))
         self.memory, self.num_measured_rounds = memory, num_measured_rounds
-        self.student, self.teacher = ForwardCost(), ForwardCost()
+        self.student, self.teacher, self.going_back = ForwardCost(), ForwardCost(), ForwardCost()
         self.num_rounds = 0
         # As if 8 proposals had been seen: the first rounds should not jump to an end of the range.
         self.num_judged, self.num_accepted = 8.0, 6.0
@@ -130,6 +132,8 @@ class AutoDraftLength(DraftLength):
 
     def _cost(self, length: int, num_rows: int, num_of_rest: Counter[int]) -> float:
         seconds = length * self.student.seconds(num_rows) + self.teacher.seconds(num_rows * length)
+        if length > 1 and self.going_back.measured:
+            seconds += self.going_back.seconds(num_rows)
         acceptance = self.acceptance
         tokens = sum(n * expected_tokens(acceptance, min(length, rest)) for rest, n in num_of_rest.items())
         return seconds / tokens
@@ -138,6 +142,8 @@ class AutoDraftLength(DraftLength):
         if 0 < self.num_rounds and self.is_measuring and not round_.is_warm_up:
             self.student.add(round_.num_rows, round_.student_seconds / round_.num_draft_tokens)
             self.teacher.add(round_.num_rows * round_.num_draft_tokens, round_.teacher_seconds)
+            if round_.num_draft_tokens > 1:
+                self.going_back.add(round_.num_rows, round_.keep_seconds)
         self.num_rounds += 1
         self.num_judged = self.memory * self.num_judged + round_.num_judged
         self.num_accepted = self.memory * self.num_accepted + round_.num_accepted
@@ -146,13 +152,15 @@ class AutoDraftLength(DraftLength):
         if self.num_rounds == 0:
             return {}
         counts = {"num_rounds": self.num_rounds, "num_judged": self.num_judged, "num_accepted": self.num_accepted}
-        return {**counts, "student": self.student.state_dict(), "teacher": self.teacher.state_dict()}
+        costs = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "going_back")}
+        return {**counts, **costs}
 
     def load_state_dict(self, state: dict) -> None:
         self.num_rounds = state["num_rounds"]
         self.num_judged, self.num_accepted = state["num_judged"], state["num_accepted"]
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
+        self.going_back.load_state_dict(state.get("going_back", []))  # older checkpoints have none
 
     def c(self, num_rows: int) -> float:
         """The teacher's step in units of the student's, for this many rows."""

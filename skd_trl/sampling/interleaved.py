@@ -83,7 +83,7 @@ def interleaved_sample(
             Who writes and who judges. A causal language model of transformers is taken as `LocalParticipant(model)`, which
             draws at temperature 1 from its whole vocabulary.
         prompt_ids, prompt_mask (`torch.LongTensor` of shape `(B, P)`):
-            Left-padded prompts: the student's, and the teacher's unless it has prompts of its own.
+            Left-padded prompts: the student's, and the teacher's unless it has its own.
         accept ([`AcceptanceRule`]):
             Such as `ACCEPTANCE_RULES["top_k"](k=25)`. Rules judge raw logits.
         max_new_tokens (`int`):
@@ -146,7 +146,7 @@ def interleaved_sample(
             if not rows.live:  # other ranks have some
                 for _ in range(num_draft):
                     student.idle()
-                teacher.idle()
+                teacher.idle(num_draft)
                 continue
             shape = rows.live, rows.num_in_use, num_draft
             stopwatch, signal, is_warm_up = run_round(student, teacher, rows, accept, nucleus, shape)
@@ -155,10 +155,9 @@ def interleaved_sample(
             nucleus.observe(rows.num_missed)
             if execution.observe is not None:
                 execution.observe(list(rows.host_written), [prompt for prompt, _ in rows.live])
-            seconds = stopwatch.seconds()
-            draft_length.observe(
-                Round(len(shape[0]), num_draft, *seconds, rows.num_judged, rows.num_accepted, is_warm_up)
-            )
+            of_student, of_teacher, of_keep = stopwatch.seconds()
+            counts = rows.num_judged, rows.num_accepted
+            draft_length.observe(Round(len(shape[0]), num_draft, of_student, of_teacher, *counts, is_warm_up, of_keep))
 
 
 def run_round(
@@ -219,6 +218,7 @@ def interleave_round(
     count = rows.write(block, num_leading, draft, nucleus.missed(len(block)))
     student.keep(block, count)
     teacher.keep(block, count)
+    stopwatch.mark()
     return judgement.signal
 
 

@@ -1,6 +1,6 @@
 """Draws from a nucleus without a sort of the vocabulary, and without asking the device whether that was right.
 
-The nucleus is looked for among a number of likeliest tokens that is fixed before a round. Where it does not fit, the round says so
+The nucleus is looked for among a number of most probable tokens that is fixed before a round. Where it does not fit, the round says so
 by row: such a row keeps nothing of the round, and is written again with more candidates, in the end with all. As noise is
 keyed by position, its text is the same. Texts need few candidates for long stretches and many for others, so the larger number
 is kept for a while.

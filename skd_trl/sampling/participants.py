@@ -1,6 +1,6 @@
 """Who takes part in writing responses: a participant owns its model, prompts, positions and cache, and how it goes back.
 
-The student's part is `step`, the teacher's `judge`; both are told with `keep` what became of a block. Between
+The student's part is `step`, the teacher's `judge`; both are told with `keep` what happened to a block. Between
 `begin_round` and `keep` a participant neither asks the device for a number nor makes a tensor whose shape depends on data:
 a round can be captured. What decides shapes (`admit`, `prefill`, `move_row`, `begin_round`) is outside it.
 
@@ -11,7 +11,7 @@ Shapes: B prompts, R places of the cache, N places in use, G draft, Q tokens of 
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +21,10 @@ from torch import nn
 from .acceptance import Judgement
 from .admission import positions_of, prove
 from .nucleus import Nucleus
-from .prefill import cost_of_forward, prefill_groups
+from .prefill import cost_of_forward, groups_of_equal_length, left_padded, prefill_groups
 from .prompts import Prompts
-from .ragged_cache import eval_mode
+from .ragged_cache import eval_mode, is_sharded
+from .recurrent_state import Reading
 from .rounds import Rounds
 from .sampling_params import SamplingParams
 
@@ -100,8 +101,8 @@ class Participant:
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
         """Of `block` (N, G) the first `count` (N,) tokens are kept: goes back to where only these were read."""
 
-    def idle(self) -> None:
-        """One forward of nothing, where other ranks run one and the model's forward is collective."""
+    def idle(self, num_tokens: int = 1) -> None:
+        """One forward of nothing, where other ranks run one of `num_tokens` and the model's forward is collective."""
 
 
 class LocalParticipant(Participant):
@@ -132,7 +133,7 @@ class LocalParticipant(Participant):
         own = prompts if self.own_prompts is None else self.own_prompts
         if len(own) != len(prompts):
             raise ValueError(
-                f"The {name} has {len(own)} prompts of its own for {len(prompts)} rows. Give one for each row."
+                f"The {name} has {len(own)} separate prompts for {len(prompts)} rows. Give one for each row."
             )
         config = self.model.config.get_text_config()
         if not 0 < self.vocab_size <= config.vocab_size:
@@ -153,7 +154,7 @@ class LocalParticipant(Participant):
 
     @contextmanager
     def session(self, prompts: Prompts, setting: Setting):
-        prove(self.model)
+        self.proof = prove(self.model)
         self.prompts = prompts if self.own_prompts is None else self.own_prompts
         self.device = self.prompts.ids.device
         # A block may run over the end of its row, and of the model's positions. What is beyond these shares the last one, which no
@@ -168,6 +169,8 @@ class LocalParticipant(Participant):
             for name in ("last", "length")
         )
         self.num_shared = 0  # first tokens of all prompts, whose keys and values every place has
+        if self.decoder.states is not None:
+            self.decoder.states.forget_beginning()
         self.is_new = True
         try:
             with eval_mode(self.model):
@@ -184,8 +187,14 @@ class LocalParticipant(Participant):
             index, which = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (places, prompts))
             self.last[index] = self.prompts.ids[which, -1]
             self.length[index] = self.prompts.lengths[which] - 1
+            if self.decoder.states is not None:
+                self.decoder.states.begin_rows(places)
         lengths = [self.prompts.host_lengths[prompt] - 1 - self.num_shared for prompt in prompts]
-        for group in prefill_groups(lengths, cost_of_forward(self.device)):
+        if self.proof.padding is None or (self.proof.padding == "left" and self.num_shared):
+            groups = groups_of_equal_length(lengths)
+        else:
+            groups = prefill_groups(lengths, cost_of_forward(self.device))
+        for group in groups:
             num_tokens = max(lengths[j] for j in group)
             if num_tokens > 0:
                 of_group = ([values[j] for j in group] for values in (places, prompts))
@@ -195,13 +204,23 @@ class LocalParticipant(Participant):
     def _share_beginning(self) -> list[Callable[[], None]]:
         """One forward over what all prompts begin with, if that costs less than running it for each of them."""
         tokens = self.prompts.shared_beginning()
-        if (len(self.prompts) - 1) * tokens.shape[1] < cost_of_forward(self.device):
+        # What follows on a state cannot be padded: a forward for each length.
+        num_more = len(set(self.prompts.host_lengths)) if self.proof.padding == "left" else 1
+        if (len(self.prompts) - 1) * tokens.shape[1] < num_more * cost_of_forward(self.device):
+            return []
+        if not self.proof.continues:
             return []
         self.num_shared = tokens.shape[1]
 
         def forward():
             positions = torch.arange(self.num_shared, device=self.device)[None]
-            self.decoder(tokens, positions, num_slots_in_use=self.num_shared, without_logits=True)
+            self.decoder(
+                tokens,
+                positions,
+                num_slots_in_use=self.num_shared,
+                without_logits=True,
+                reading=Reading(is_beginning=True),
+            )
             self.decoder.spread_first_row(self.num_shared)
 
         return [forward]
@@ -211,8 +230,12 @@ class LocalParticipant(Participant):
         is overwritten before it is read."""
         start, stop = self.num_shared, self.num_shared + num_tokens
         tokens = self.prompts.tokens(torch.tensor(prompts, device=self.device), start, stop)
-        positions = torch.arange(start, stop, device=self.device).expand_as(tokens)
-        self.decoder(tokens, positions, rows=places, num_slots_in_use=stop, without_logits=True)
+        positions, padding = torch.arange(start, stop, device=self.device).expand_as(tokens), None
+        if self.proof.padding == "left" and not start:
+            lengths = self.prompts.lengths[torch.tensor(prompts, device=self.device)] - 1
+            tokens, positions, padding = left_padded(tokens, positions, lengths)
+        reading = Reading(is_beginning=start == 0, padding=padding)
+        self.decoder(tokens, positions, rows=places, num_slots_in_use=stop, without_logits=True, reading=reading)
 
     def prefill(self, forwards: list[Callable[[], None]], num_forwards: int) -> None:
         # Those that wait do so first: the longest forwards of all ranks then meet.
@@ -226,20 +249,25 @@ class LocalParticipant(Participant):
         for values in (self.last, self.length):
             values[target] = values[source]
 
-    can_be_captured = True
+    @property
+    def can_be_captured(self) -> bool:
+        return not is_sharded(self.model)
 
     def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
         super().begin_round(rows, num_rows, num_draft)
         longest = max(self.prompts.host_lengths[prompt] + num_written for prompt, num_written in rows)
         self.num_slots_in_use = self.rounds.num_slots(longest + num_draft - 1, self.decoder.num_slots)
         self.next_input, self.num_ahead = self.last[:num_rows], 0
+        if self.decoder.states is not None and self.decoder.states.begin_round(num_draft):
+            self.rounds.forget_graphs()  # they go on with the buffers as they were
 
     def round_key(self) -> tuple:
         return self.num_slots_in_use, self.last_position, self.vocab_size, self.sampling
 
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, positions = self.next_input[:, None], self._positions(self.num_ahead, 1)
-        logits = self.decoder(tokens, positions, num_slots_in_use=self.num_slots_in_use)[1]
+        reading = Reading(step=self.num_ahead)
+        logits = self.decoder(tokens, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)[1]
         logits = logits[:, 0, : self.vocab_size]
         self.next_input, self.num_ahead = self.nucleus.draw(logits, self.sampling, uniforms), self.num_ahead + 1
         return self.next_input, logits
@@ -247,7 +275,8 @@ class LocalParticipant(Participant):
     def judge(self, proposals: torch.Tensor) -> Judgement:
         inputs = torch.cat([self.last[: self.num_rows, None], proposals[:, :-1]], dim=1)
         positions = self._positions(0, inputs.shape[1])
-        hidden, logits = self.decoder(inputs, positions, num_slots_in_use=self.num_slots_in_use)
+        reading = Reading(step=0)
+        hidden, logits = self.decoder(inputs, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)
         return Judgement(logits[..., : self.vocab_size], {"teacher_hidden_states": hidden})
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
@@ -255,10 +284,15 @@ class LocalParticipant(Participant):
         kept = block.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1)
         last.copy_(torch.where(count > 0, kept, last))
         self.length[: self.num_rows] += count
+        if self.decoder.states is not None:
+            self.decoder.states.keep(count)
 
-    def idle(self) -> None:
-        device = next(self.model.parameters()).device
-        self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+    def idle(self, num_tokens: int = 1) -> None:
+        tokens = torch.zeros((1, num_tokens), dtype=torch.long, device=next(self.model.parameters()).device)
+        # Modules that read a block token by token gather their weights for each: as often on every rank.
+        states = self.decoder.states
+        with nullcontext() if states is None else states.idle(tokens.shape):
+            self.model(input_ids=tokens, use_cache=False)
 
     def _positions(self, start: int, count: int) -> torch.Tensor:
         """Positions (N, count) of the inputs `start`, `start + 1`, ... of a block; the first input is the last token kept."""

@@ -1,11 +1,14 @@
-"""Which prompts to prefill together: every forward costs something of its own, and every prompt in it is padded to the longest."""
+"""Which prompts to prefill together: every forward has a fixed cost, and every prompt in it is padded to the longest.
+
+Shapes: N rows, Q tokens of a prefill.
+"""
 
 import math
 
 import torch
 
 
-# Tokens in one forward, so that a window of many long prompts does not decide the peak of memory.
+# Tokens in one forward, so a window of many long prompts does not decide the peak of memory.
 MOST_TOKENS = 16384
 
 
@@ -13,7 +16,7 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
     """
     Cuts prompts into groups with the lowest cost: for each group `cost_of_forward`, and its size times its longest length.
 
-    The best groups are runs of the sorted lengths, so that the cheapest cut of the first prompts follows from the cheapest
+    The best groups are runs of the sorted lengths, so the cheapest cut of the first prompts follows from the cheapest
     cuts of fewer.
 
     Args:
@@ -35,7 +38,7 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
         most = max(1, most_tokens // max(1, longest))
         starts = range(max(0, stop - most), stop)
         if stop < len(order) and lengths[order[stop]] == longest:
-            # Of two prompts of one length the later costs this group no more than the one after it: only a full group parts them.
+            # Of prompts of equal length a later one costs this group no more than the next: only a full group parts them.
             starts = starts[:1] if len(starts) == most else starts[:0]
         costs = ((cuts[start][0] + cost_of_forward + (stop - start) * longest, start) for start in starts)
         cuts.append(min(costs, default=(math.inf, 0)))
@@ -45,6 +48,26 @@ def prefill_groups(lengths: list[int], cost_of_forward: int, most_tokens: int = 
         groups.append(order[start:stop])
         stop = start
     return groups[::-1]
+
+
+def groups_of_equal_length(lengths: list[int], most_tokens: int = MOST_TOKENS) -> list[list[int]]:
+    """Prompts that need no padding, for models whose state would keep it: indices into `lengths`, the shortest first."""
+    groups = []
+    for length in sorted(set(lengths)):
+        same = [prompt for prompt, other in enumerate(lengths) if other == length]
+        size = max(1, most_tokens // max(1, length))
+        groups += [same[start : start + size] for start in range(0, len(same), size)]
+    return groups
+
+
+def left_padded(
+    tokens: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Moves the padding of right-padded `tokens` (N, Q) and their `positions` (N, Q) to the left, with its positions: what it writes
+    into the key/value cache still lies beyond the end of the prompt. Also returns a mask (N, Q), 0 at padding."""
+    column = torch.arange(tokens.shape[1], device=tokens.device) - (tokens.shape[1] - lengths)[:, None]
+    source = column % tokens.shape[1]
+    return tokens.gather(1, source), positions.gather(1, source), (column >= 0).long()
 
 
 def cost_of_forward(device: torch.device) -> int:

@@ -8,21 +8,25 @@ a small `CacheLayerMixin` and an explicit 4D mask, `slot <= position`, one for e
 Shapes: B rows of the cache, N rows of one forward, Q new tokens of each of these rows, L slots, H hidden, V vocabulary.
 """
 
-import inspect
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
+from .alibi import alibi_over_slots
 from .packed_attention import packed_query_groups
+from .recurrent_state import Reading, RecurrentStates, cache_argument, is_stateful, new_cache
 
 
 # Attention that can be expressed as a 4D mask over slots.
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED, INDEXED = "full_attention", "sliding_attention", "chunked_attention", "indexed_attention"
+# Layers without attention.
+WITHOUT_ATTENTION = {"linear_attention", "conv", "recurrent", "moe", "mlp"}
 # Shapes of rounds that are compiled for one model; rounds of others run as they are.
 MOST_SHAPES = 64
 
@@ -44,21 +48,24 @@ class RaggedDecoder:
     """
 
     def __init__(self, model: nn.Module, num_rows: int, num_slots: int, compile: bool = False):
-        self.model, self.compile = model, compile
+        self.model = model
         self.num_rows, self.num_slots = num_rows, num_slots
         device = next(model.parameters()).device
         self.slots = torch.arange(num_slots, device=device)
         self.window = _Window(torch.arange(num_rows, device=device))
         config = model.config.get_text_config()
-        self.layers = [RaggedLayer(num_rows, num_slots, self.window) for _ in range(config.num_hidden_layers)]
-        self.cache = Cache(layers=self.layers)
-        self.spans = _attention_spans(config)
-        self.attn_implementation = sampling_attention(model)
-        self.head_input = HeadInput(model, stays=compile)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        # Its name before transformers 5.24 or so, and of models that have it from elsewhere.
-        renamed = "cache" in inspect.signature(base.forward).parameters
-        self.cache_argument = {"cache" if renamed else "past_key_values": self.cache}
+        self.base = base = getattr(base, "_orig_mod", base)  # what torch.compile was given
+        self.addresses: list[int] = []
+        self.layers = _layers(config, num_rows, num_slots, self.window)
+        self.attention_layers = [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
+        self.cache = new_cache(base, self.layers)
+        self.spans, self.chunk_size = _attention_spans(config), getattr(config, "attention_chunk_size", None)
+        self.attn_implementation = sampling_attention(model)
+        self.cache_argument = {cache_argument(base): self.cache}
+        self.states = RecurrentStates(base, self.cache, num_rows) if is_stateful(config) else None
+        self.compile = compile and self.states is None  # which states are read is decided in Python, step by step
+        self.head_input = HeadInput(model, stays=self.compile)
 
     def __call__(
         self,
@@ -68,19 +75,26 @@ class RaggedDecoder:
         rows: list[int] | None = None,
         num_slots_in_use: int | None = None,
         without_logits: bool = False,
+        reading: Reading = Reading(),  # noqa: B008 (frozen)
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Feeds `tokens` (N, Q) at `positions` (N, Q) to the cache's `rows`, by default the first N, attending to earlier slots.
 
         `num_slots_in_use` is an upper bound, known without asking the device, of the highest position plus one: the
-        attention reads no slot beyond it. `without_logits` saves the head's work in a prefill.
+        attention reads no slot beyond it. `without_logits` saves the head's work in a prefill. `reading` is how recurrent states,
+        if there are any, are used.
 
         Returns the last hidden states, the input of the language-model head, (N, Q, H), and the logits (N, Q, V);
         with `without_logits` these are (N, 0, H) and (N, 0, V).
         """
         num_slots_in_use = min(num_slots_in_use or self.num_slots, self.num_slots)
         self.window.set(rows or range(len(tokens)), positions, num_slots_in_use)
-        masks = self.masks(positions, num_slots_in_use)
-        with attention_implementation(self.model, self.attn_implementation), packed_query_groups():
+        masks = self.masks(positions, num_slots_in_use, reading.padding)
+        with (
+            attention_implementation(self.model, self.attn_implementation),
+            packed_query_groups(),
+            alibi_over_slots(self.base),
+            nullcontext() if self.states is None else self.states.reading(self.window.rows, tokens.shape, reading),
+        ):
             return self._run(tokens, positions, masks, without_logits)
 
     def _run(self, tokens, positions, masks, without_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,16 +112,28 @@ class RaggedDecoder:
     @property
     def num_bytes(self) -> int:
         """What the cache holds."""
-        layers = (layer for layer in self.layers if layer.is_initialized)
-        return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+        held = (values for layer in self.attention_layers for values in vars(layer).values())
+        of_attention = sum(values.nbytes for values in held if isinstance(values, torch.Tensor))
+        return of_attention + (0 if self.states is None else self.states.num_bytes)
 
-    def masks(self, positions: torch.Tensor, num_slots: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several."""
+    def have_weights_moved(self) -> bool:
+        """Whether weights are somewhere else than when this was last asked; new values in place are no move."""
+        before, model = self.addresses, self.model
+        self.addresses = [tensor.data_ptr() for part in (model.parameters(), model.buffers()) for tensor in part]
+        return before != self.addresses
+
+    def masks(
+        self, positions: torch.Tensor, num_slots: int, padding: torch.Tensor | None = None
+    ) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several. Layers with
+        a recurrent state take `padding` (N, Q) instead."""
         slots, positions = self.slots[:num_slots], positions[:, None, :, None]
         seen = slots <= positions
         masks = {
             kind: seen if span is None else seen & (slots > positions - span) for kind, span in self.spans.items()
         }
+        if CHUNKED in masks:
+            masks[CHUNKED] = seen & (slots // self.chunk_size == positions // self.chunk_size)
         if self.attn_implementation == "eager":
             # It adds its mask to the scores: a boolean one would be added as 0 and 1, silently wrong.
             lowest = torch.finfo(self.model.dtype).min
@@ -115,17 +141,23 @@ class RaggedDecoder:
                 kind: torch.zeros_like(visible, dtype=self.model.dtype).masked_fill(~visible, lowest)
                 for kind, visible in masks.items()
             }
+        if self.states is not None:
+            return {**masks, "linear_attention": padding, "conv": padding} if masks else padding
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def move_row(self, source: int, target: int) -> None:
         """Copies row `source` of the cache over row `target`: how a finished row's place is given to a live one."""
-        for layer in self.layers:
+        for layer in self.attention_layers:
             layer.move_row(source, target)
+        if self.states is not None:
+            self.states.move_row(source, target)
 
     def spread_first_row(self, num_slots: int) -> None:
         """Copies the first `num_slots` slots of the first row to all rows: a beginning that all of them share."""
-        for layer in self.layers:
+        for layer in self.attention_layers:
             layer.spread_first_row(num_slots)
+        if self.states is not None:
+            self.states.share_first_row()
 
 
 def _forward(model: nn.Module, arguments: dict, tokens, masks, positions) -> torch.Tensor:
@@ -146,6 +178,7 @@ class RaggedLayer(CacheLayerMixin):
     def __init__(self, num_rows: int, num_slots: int, window: "_Window"):
         super().__init__()
         self.num_rows, self.num_slots, self.window = num_rows, num_slots, window
+        self.indexer_keys: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -166,15 +199,27 @@ class RaggedLayer(CacheLayerMixin):
         )  # under autocast not the keys'
         return self.keys[self.window.rows, :, :stop], self.values[self.window.rows, :, :stop]
 
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """The keys (N, L, size) by which indexed attention chooses what it sees, kept as the others are."""
+        if self.indexer_keys is None:
+            _, _, size = indexer_key_states.shape
+            self.indexer_keys = indexer_key_states.new_zeros(self.num_rows, self.num_slots, size)
+        self.indexer_keys[self.window.index, self.window.positions] = indexer_key_states.to(self.indexer_keys.dtype)
+        return self.indexer_keys[self.window.rows, : self.window.num_slots_in_use]
+
     def move_row(self, source: int, target: int) -> None:
         if self.is_initialized:
             self.keys[target] = self.keys[source]
             self.values[target] = self.values[source]
+        if self.indexer_keys is not None:
+            self.indexer_keys[target] = self.indexer_keys[source]
 
     def spread_first_row(self, num_slots: int) -> None:
         if self.is_initialized:
             for states in (self.keys, self.values):
                 states[1:, :, :num_slots] = states[:1, :, :num_slots]
+        if self.indexer_keys is not None:
+            self.indexer_keys[1:, :num_slots] = self.indexer_keys[:1, :num_slots]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.window.num_slots_in_use, 0
@@ -186,6 +231,26 @@ class RaggedLayer(CacheLayerMixin):
         return self.num_slots
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
+
+if hasattr(cache_utils, "LinearAttentionLayer"):
+
+    class RaggedHybridLayer(cache_utils.LinearAttentionLayer, RaggedLayer):
+        """A layer with keys and values in slots, and states beside them."""
+
+        is_compileable = False
+
+        def __init__(self, num_rows: int, num_slots: int, window: "_Window", number_of_states: int):
+            RaggedLayer.__init__(self, num_rows, num_slots, window)
+            cache_utils.LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+        def lazy_initialization(self, *args, **kwargs) -> None:
+            # transformers gives keys and values by position, states by name.
+            owner = RaggedLayer if args else cache_utils.LinearAttentionLayer
+            owner.lazy_initialization(self, *args, **kwargs)
+
+        def get_max_length(self) -> int:
+            return RaggedLayer.get_max_length(self)
 
 
 class _Window:
@@ -240,6 +305,11 @@ class HeadInput:
             self.handle.remove()
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights are spread over ranks (ZeRO-3, FSDP2), and come and go in a forward."""
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
+
+
 def sampling_attention(model: nn.Module) -> str:
     """The attention implementation to sample with: the model's own where it takes a 4D mask, else SDPA, else eager."""
     current = model.config.get_text_config()._attn_implementation
@@ -287,4 +357,22 @@ def _attention_spans(config) -> dict[str, int | None]:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:  # one kind of layer: its window, if any, holds everywhere
         return {FULL: None} if window is None else {SLIDING: window}
-    return {kind: window if kind == SLIDING else None for kind in dict.fromkeys(kinds)}
+    spans = {kind: window if "sliding" in kind else None for kind in kinds if kind not in WITHOUT_ATTENTION}
+    if spans and is_stateful(config):
+        # Such models look masks up by names of their own.
+        spans |= {FULL: None} if window is None else {FULL: None, SLIDING: window}
+    return spans
+
+
+def _layers(config, num_rows: int, num_slots: int, window: _Window) -> list:
+    """For each layer what transformers would take, with keys and values in slots."""
+    layers = [RaggedLayer(num_rows, num_slots, window) for _ in range(config.num_hidden_layers)]
+    if not is_stateful(config):
+        return layers
+    for number, layer in enumerate(cache_utils.DynamicCache(config=config).layers):
+        if isinstance(layer, cache_utils.LinearAttentionLayer):
+            has_attention = isinstance(layer, CacheLayerMixin)
+            layers[number] = (
+                RaggedHybridLayer(num_rows, num_slots, window, layer.number_of_states) if has_attention else layer
+            )
+    return layers

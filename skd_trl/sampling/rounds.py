@@ -2,7 +2,7 @@
 
 A round is a function over fixed buffers, so a CUDA graph of it does what it does. A graph belongs to the shapes and addresses it was
 captured with: rows, slots and draft lengths come in few numbers, buffers and caches are kept for as long as they are large enough, and
-weights change in place. The first round of a shape runs as it is and is the warm-up; the second is captured, and replayed from then on.
+weights change in place (where they were moved, graphs are captured again). The first round of a shape runs as it is and is the warm-up; the second is captured, and replayed from then on.
 What cannot be captured (a rule that waits for the device, experts in a loop) is found by trying, and runs as it is.
 
 Shapes: R places, L slots.
@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .draft_length import Stopwatch
-from .ragged_cache import RaggedDecoder
+from .ragged_cache import RaggedDecoder, is_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -54,7 +54,7 @@ class CudaGraph:
         is_cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            # Other threads (a data loader that pins memory) may talk to the device meanwhile.
+            # Other threads (a data loader that pins memory) may talk to the device while this one captures.
             with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 play()
         finally:
@@ -85,16 +85,17 @@ class Rounds:
         self.decoders: dict[str, RaggedDecoder] = {}
         self.graphs: OrderedDict[Hashable, tuple[Graph, Stopwatch, Signal]] = OrderedDict()
         self.warm: set[Hashable] = set()
-        self.reason: str | None = None  # why nothing is captured any more
+        self.reason: str | None = None  # why something was not captured
+        self.has_failed = False  # then nothing is tried any more
         self.is_capturing, self.pool = False, None
 
     @contextmanager
     def session(self, device: torch.device, can_be_captured: bool):
         """The time of one call. What is no use to the next one is given back."""
         wanted = device.type == "cuda" if self.capture is None else self.capture
-        if self.capture and not can_be_captured:
-            self._say_once("a participant or rule here cannot be captured, or a forward is collective")
-        self.is_capturing = wanted and can_be_captured and self.reason is None
+        if wanted and not can_be_captured:
+            self._say_once("weights are sharded or forwards collective, or a participant is not made for it")
+        self.is_capturing = wanted and can_be_captured and not self.has_failed
         if self.is_capturing and self.make_graph is None:
             if device.type != "cuda":
                 raise ValueError(f"capture=True needs models on CUDA, and these are on {device.type}. Leave it None.")
@@ -169,13 +170,17 @@ class Rounds:
         if last is not None:
             if last.model is model:
                 if last.num_rows >= num_rows and last.num_slots >= num_slots:
+                    if last.have_weights_moved():
+                        self.forget_graphs()
                     return last
                 num_rows, num_slots = max(num_rows, last.num_rows), max(num_slots, last.num_slots)
             del last  # before the next one is allocated
             self._drop(name)
         if self.has_fixed_shapes:
             num_slots = -(-num_slots // SLOTS) * SLOTS
-        self.decoders[name] = decoder = RaggedDecoder(model, num_rows, num_slots, self.compile)
+        compile = self.compile and not is_sharded(model)
+        self.decoders[name] = decoder = RaggedDecoder(model, num_rows, num_slots, compile)
+        decoder.have_weights_moved()
         return decoder
 
     def _bytes_kept(self) -> int:
@@ -212,7 +217,9 @@ class Rounds:
         try:
             graph.capture(lambda: signals.append(play(stopwatch)))
         except Exception as error:  # whatever a forward or a rule may do that no graph can
-            self.is_capturing = False
+            self.is_capturing, self.has_failed = False, True
+            while error.__context__ is not None:  # ending a capture that failed raises once more
+                error = error.__context__
             self._say_once(f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
             return
         self.graphs[key] = graph, stopwatch, signals[0]

@@ -23,12 +23,12 @@ class SamplingParams:
 
     Args:
         temperature (`float`, defaults to `1.0`):
-            Divides the logits. `0.0` is greedy: the likeliest token, the lowest id among ties.
+            Divides the logits. `0.0` is greedy: the most probable token, the lowest id among ties.
         top_p (`float`, defaults to `1.0`):
-            Draw from the smallest set of likeliest tokens whose probability reaches `top_p`, and what ties with its last.
+            Draw from the smallest set of most probable tokens whose probability reaches `top_p`, and what ties with its last.
             `1.0` keeps all.
         top_k (`int`, defaults to `0`):
-            Draw from the `top_k` likeliest tokens, and what ties with the last of them. `0` keeps all.
+            Draw from the `top_k` most probable tokens, and what ties with the last of them. `0` keeps all.
 
     Raises:
         `ValueError`: for a value outside these ranges.

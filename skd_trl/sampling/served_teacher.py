@@ -24,7 +24,7 @@ class Scorer(ABC):
 
     Attributes:
         vocab_size (`int`): how many ids the teacher has.
-        max_length (`int`): tokens that a text may have.
+        max_length (`int`): tokens that one may have.
         top_k (`int`): k.
     """
 
@@ -63,7 +63,7 @@ class ServedTeacher(Participant):
         own = prompts if self.own_prompts is None else self.own_prompts
         if len(own) != len(prompts):
             raise ValueError(
-                f"The {name} has {len(own)} prompts of its own for {len(prompts)} rows. Give one for each row."
+                f"The {name} has {len(own)} separate prompts for {len(prompts)} rows. Give one for each row."
             )
         # vLLM generates a token after each text that it scores.
         if own.longest + max_new_tokens >= self.scorer.max_length:
@@ -116,13 +116,15 @@ class ServedTeacher(Participant):
                 f"The teacher's server ranks token {int(scores.ids.max())} among its {self.scorer.top_k} most probable, but both models "
                 f"share {self.vocab_size} tokens. Ask for fewer tokens, or serve a teacher with the student's vocabulary."
             )
-        # A place without a row repeats the first answer; nobody reads it.
+        # An unused place repeats the first answer; nobody reads it.
         where = {place: index for index, place in enumerate(self.in_use)}
         index = torch.tensor([where.get(place, 0) for place in range(len(host_proposals))])
         placed = [values[index].to(self.device) for values in vars(scores).values()]
-        return TopJudgement(Scores(*placed), self.vocab_size)
+        self.judgement = TopJudgement(Scores(*placed), self.vocab_size)
+        return self.judgement
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
+        self.judgement.decide(block)
         for place, (tokens, num_kept) in enumerate(zip(block.tolist(), count.tolist(), strict=True)):
             self.texts[place] = (
                 self.texts[place] + tokens[:num_kept] if num_kept > 0 else []

@@ -157,9 +157,9 @@ class SeveralTeachers(Participant):
             if len(places) > 0:
                 teacher.keep(block[places], count[places])
 
-    def idle(self) -> None:
+    def idle(self, num_tokens: int = 1) -> None:
         for teacher in self.teachers:
-            teacher.idle()
+            teacher.idle(num_tokens)
 
     def _give_up(self, place: int) -> None:
         if place in self.places:

@@ -18,7 +18,7 @@ from .sampling_params import SamplingParams, at_least, draw_from_probs, least_of
 
 
 # The names under which a response keeps what the teacher said of it.
-TOP_IDS, TOP_LOG_PROBS, PROPOSAL_LOG_PROBS = "teacher_top_ids", "teacher_top_log_probs", "teacher_proposal_log_probs"
+TOP_IDS, TOP_LOG_PROBS, LABEL_LOG_PROBS = "teacher_top_ids", "teacher_top_log_probs", "teacher_label_log_probs"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TopJudgement(Judgement):
         signal = {
             TOP_IDS: scores.ids,
             TOP_LOG_PROBS: scores.log_probs,
-            PROPOSAL_LOG_PROBS: scores.token_log_probs,
+            LABEL_LOG_PROBS: scores.token_log_probs.clone(),  # of the proposals, until `decide`
         }
         object.__setattr__(self, "signal", signal)
 
@@ -124,6 +124,13 @@ class TopJudgement(Judgement):
 
     def tokens_of(self, outcomes: torch.Tensor) -> torch.Tensor:
         return self.scores.ids.gather(-1, outcomes[..., None]).squeeze(-1)
+
+    def decide(self, block: torch.Tensor) -> None:
+        """Tells the loss of the tokens (N, G) that were written: a replacement is one of the k."""
+        is_token = self.scores.ids == block[..., None]
+        inside = torch.where(is_token, self.scores.log_probs, 0.0).sum(-1)
+        label_log_probs = torch.where(is_token.any(-1), inside, self.scores.token_log_probs)
+        self.signal[LABEL_LOG_PROBS].copy_(label_log_probs)
 
     def column(self, index: torch.Tensor) -> "TopJudgement":
         scores = self.scores

@@ -70,12 +70,16 @@ class TeacherClient(Scorer):
         self.threads = ThreadPoolExecutor(max_workers=NUM_CONNECTIONS)
         self.replicas = [Replica(url.rstrip("/"), self._find_route(url.rstrip("/"))) for url in urls]
         self.info = _same_info(self.replicas)
-        self.model, self.vocab_size, self.max_length = self.info.model, self.info.vocab_size, self.info.max_length
+        self.model, self.vocab_size, self.max_length = self.info.model, self.info.vocab_size, self.info.max_length  # type: ignore[assignment]
         if self.info.top_k is not None and self.info.top_k < top_k:
             raise ValueError(
                 f"The server gives the teacher's {self.info.top_k} most probable tokens, and {top_k} are asked for. Start it with "
                 f"--top_k {top_k}, or ask for fewer."
             )
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """The ids of a text in the server's tokenizer, or `None` if it does not say."""
+        return self.replicas[0].route.tokenize(text)
 
     def score(self, texts: Sequence[Sequence[int]], num_scored: int, keys: Sequence[int]) -> Scores:
         if not texts:

@@ -66,6 +66,14 @@ class Route(ABC):
     def score(self, texts: Sequence[Sequence[int]], num_scored: int, top_k: int) -> Scores:
         """See [`~skd_trl.sampling.served_teacher.Scorer`]."""
 
+    http: "Http"
+    url: str
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """The ids of a text in the server's tokenizer, or `None` if it does not say. Both kinds have vLLM's route."""
+        response = self.http.post(self.url + "/tokenize", json={"model": self.info.model, "prompt": text})
+        return response.json()["tokens"] if response.status_code == 200 else None
+
 
 class OwnRoute(Route):
     """Of `python -m skd_trl serve`."""

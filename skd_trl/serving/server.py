@@ -2,7 +2,7 @@
 
 vLLM's own routes compute the whole text once more for each question, as `prompt_logprobs` turns the prefix cache off; and with
 the cache the positions that came from it hold memory that nobody has written. Here the cache is used, an answer has the asked
-positions alone, and a text whose asked positions reach into the cached ones is asked again without.
+positions alone, and one whose asked positions reach into the cached ones is asked again without.
 
 Needs vLLM, in an environment that may be another one than the trainer's.
 Shapes: N texts, S scored positions, k known tokens.
@@ -10,6 +10,7 @@ Shapes: N texts, S scored positions, k known tokens.
 
 import asyncio
 import hmac
+import inspect
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -111,6 +112,11 @@ def _positions(logprobs, start: int, stop: int, top_k: int, is_judged: bool) -> 
     return ids, torch.tensor(log_probs).gather(-1, order), torch.tensor(own_log_probs), torch.tensor(own_ranks)
 
 
+async def _awaited(value: Any) -> Any:
+    """What older versions of vLLM return from a coroutine and newer ones at once."""
+    return await value if inspect.isawaitable(value) else value
+
+
 def make_app(scoring: Scoring, options: Namespace):
     """The server: `/health`, what the teacher is, and the scores of texts. Questions without the key get 401, wrong ones 400."""
     from fastapi import FastAPI, HTTPException, Request, Response
@@ -139,6 +145,12 @@ def make_app(scoring: Scoring, options: Namespace):
             "top_k": scoring.top_k,
             "num_repeated": scoring.num_repeated,
         }
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, list[int]]:
+        check_key(request)
+        tokenizer = await _awaited(scoring.engine.get_tokenizer())
+        return {"tokens": tokenizer.encode((await request.json())["prompt"])}
 
     @app.post(SCORE_ROUTE)
     async def score(request: Request) -> Response:

@@ -56,7 +56,7 @@ def unpack_request(body: bytes) -> Request:
         )
     if not texts or top_k < 1 or not 0 <= num_scored < min(lengths):
         raise ValueError(
-            f"num_scored={num_scored} and top_k={top_k} for texts of {lengths} tokens: a text needs a token before those that are "
+            f"num_scored={num_scored} and top_k={top_k} for texts of {lengths} tokens: each needs a token before those that are "
             "scored, and top_k is at least 1."
         )
     return Request(texts, num_scored, top_k)

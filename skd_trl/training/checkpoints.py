@@ -1,6 +1,7 @@
 """What a run's draft length has learned, kept in its checkpoints: a resumed run then chooses as it would have.
 
-Costs belong to where they were measured. A run that goes on elsewhere, or otherwise, learns anew.
+Measured costs are valid for the device, engine and precision they were measured on. A run that continues with others measures
+again.
 """
 
 import json

@@ -86,7 +86,7 @@ def _is_zero3_shard(parameter: Any) -> bool:
 @contextmanager
 def student_for_sampling(model: nn.Module, accelerator: Accelerator, gather: bool):
     """The student inside its wrappers. With `gather`, parameters that ZeRO-3 or FSDP2 shard are whole on every rank
-    meanwhile, which costs memory and saves a gathering per layer and token."""
+    inside, which costs memory and saves a gathering per layer and token."""
     unwrapped = accelerator.unwrap_model(model)
     if not gather or not is_sharded(model):
         yield unwrapped
@@ -128,20 +128,26 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, shard: bool = False) -> nn.Module:
-    """Puts the teacher on the device, in eval mode and without an optimizer: sharded where the student is (ZeRO-3, FSDP2),
-    whole elsewhere, or with `shard` in a ZeRO-3 engine of its own beside a student under ZeRO-1 or 2. FSDP2 cannot split a
-    quantised teacher, which is whole there.
+    """Puts the teacher on the device, in eval mode and without an optimizer: whole on every rank, or with `shard` spread over them
+    (under DeepSpeed in a ZeRO-3 engine, under FSDP2 by layers, but for a quantised teacher, which FSDP2 cannot split). One that was
+    loaded in shards stays so.
     See [`check_engine`] for what cannot be."""
+    shard = shard or is_sharded(teacher)
     if accelerator.distributed_type == "DEEPSPEED":
         prepared = _prepare_deepspeed(teacher, accelerator, shard)
-    elif accelerator.distributed_type == "FSDP" and not is_quantized(teacher):
+    elif accelerator.distributed_type == "FSDP" and shard and not is_quantized(teacher):
         prepared = _prepare_fsdp2(teacher, accelerator)
-    elif accelerator.distributed_type == "FSDP":  # which places no models by itself
-        return accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
+    elif accelerator.distributed_type == "FSDP":  # as its accelerator would split it
+        prepared = teacher.to(accelerator.device)
     else:  # the caller's own object, in whatever mode it came: it is put in eval mode for each use
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     prepared.eval()  # DeepSpeed's returns nothing
     return prepared
+
+
+def forwards_are_collective(*models: nn.Module) -> bool:
+    """Whether a forward of one of the models gathers weights: they are spread over ranks, and not whole for the time being."""
+    return any(isinstance(p, DTensor) or _is_zero3_shard(p) for model in models for p in model.parameters())
 
 
 def check_connected(accelerator: Accelerator) -> None:
@@ -190,13 +196,13 @@ def _prepare_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator, shard
 
     plugin = accelerator.state.deepspeed_plugin
     hidden_size = teacher.config.get_text_config().hidden_size
-    config = teacher_settings(plugin.deepspeed_config, hidden_size, shard or plugin.zero_stage == 3)
+    config = teacher_settings(plugin.deepspeed_config, hidden_size, shard)
     engine, *_ = deepspeed.initialize(model=teacher, config=config)
     return engine
 
 
 def _prepare_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """Shards each layer, so that a forward holds one of them at a time, and the rest (embeddings, head) as the root."""
+    """Shards each layer, so a forward holds one of them at a time, and the rest (embeddings, head) as the root."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
@@ -235,7 +241,7 @@ def check_head(head: LMHead, name: str, accelerator: Accelerator) -> None:
 
 
 def bound_waits(seconds: int) -> None:
-    """Has ranks wait for each other `seconds` at most. The Trainer passes `ddp_timeout` on for GPUs only; on CPU a rank
+    """Limits to `seconds` how long ranks wait for each other. The Trainer passes `ddp_timeout` on for GPUs only; on CPU a rank
     that hangs would hold the others for half an hour."""
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))

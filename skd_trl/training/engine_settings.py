@@ -55,7 +55,7 @@ def check_parallel_models(args: TrainingArguments, models: dict[str, Any]) -> No
 
 
 def check_settings(args: TrainingArguments, accelerator: Accelerator, student: nn.Module, teacher: nn.Module) -> None:
-    """Refuses what an engine would end with an error of its own after the models are placed, or what it would not save.
+    """Refuses what an engine would end with an unclear error after the models are placed, or what it would not save.
 
     Raises:
         `ValueError`: for tensor, context and sequence parallelism, DeepSpeed's numbers that differ from the arguments', quantised

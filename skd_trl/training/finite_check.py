@@ -16,6 +16,10 @@ from ..loss.distillation_loss import DistillationLoss
 from .distributed import is_sharded
 
 
+# Types of weights that can be looked at. Quantised ones are not trained.
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 class FiniteCheck:
     """What was not finite in the micro-batches of a step: the loss, and the student's and the teacher's distributions."""
 
@@ -82,7 +86,7 @@ def require_finite_weights(student: nn.Module, step: int, directory: str, accele
     Raises:
         `FloatingPointError`: if a weight that is to be saved in `directory` is not finite.
     """
-    named = [(name, _own_part(p.detach())) for name, p in student.named_parameters() if p.is_floating_point()]
+    named = [(name, _own_part(p).detach()) for name, p in student.named_parameters() if p.dtype in PRECISIONS]
     if _is_bad_anywhere((weight for _, weight in named), accelerator, is_collective=is_sharded(student)):
         raise FloatingPointError(
             f"After step {step} the student's weights hold NaN or infinity{_names(named)}. Nothing was saved, and what is in "
@@ -96,9 +100,8 @@ def _own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bad_anywhere(tensors: Iterable[torch.Tensor], accelerator: Accelerator, is_collective: bool) -> bool:
-    held = [
-        tensor for tensor in tensors if tensor.numel() > 0
-    ]  # DeepSpeed leaves no gradient, a process may hold no part
+    # DeepSpeed leaves no gradient, and a process may hold no part of a weight.
+    held = [tensor for tensor in tensors if tensor.numel() > 0]
     flag = torch.zeros((), device=accelerator.device)
     for value in torch._foreach_norm(held, float("inf")) if held else ():
         flag = flag + (~value.isfinite()).to(flag)

@@ -1,7 +1,7 @@
 """How many tokens prompts, references and both together may have: by the settings, and by the positions that the models have.
 
 Where responses are sampled, a prompt leaves room for `max_new_tokens`. Where none is, a prompt and its reference share `max_length`,
-unless one of them has a limit of its own. `None` is no limit.
+unless one of them has its own limit. `None` is no limit.
 """
 
 from collections.abc import Iterable

@@ -27,11 +27,11 @@ LossFunction = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 @contextmanager
 def loss_in_forward(model: PreTrainedModel, compiled: Callable | None = None) -> Iterator[None]:
     """Inside, `model(..., loss_fn=fn)` runs the backbone alone and returns `fn(last_hidden_state)`. The loss is computed in the
-    forward that the wrappers see, and in it takes the place of the head's own forward: there the head's parameters are whole,
+    forward that the wrappers see, and in it replaces the forward of the head: there the head's parameters are whole,
     and ZeRO-3 and FSDP find in its input and output what they prepare for the backward, tied weights included.
 
     `model` is a transformers model (under PEFT its base model); `fn` gets (B, S, H) and returns a dict of tensors. What has been
-    put around the model's own forward, such as accelerate's autocast, is passed over: enter it outside. `compiled` takes the
+    put around the model's own forward, such as accelerate's autocast, is skipped: enter it outside. `compiled` takes the
     backbone's place (see [`compiled_backbone`]); nothing else that is called inside is then compiled, the wrappers included.
     """
     forward = partial(_backbone_and_loss, compiled=compiled)

@@ -33,17 +33,18 @@ def load_pair(
     Raises:
         `ValueError`: if one of them is missing, or both are one object, or both an object and ways to load it were given.
 
-    Where there is no second model the teacher is the student, the same object: with `args.teacher_model_kind`, and without a teacher
-    for data that have a teacher's scores beside them (`has_scores`).
+    Where there is no second model the teacher is the student, the same object: with `args.teacher_model_kind`, with a teacher
+    behind a server, and without a teacher for data that have a teacher's scores beside them (`has_scores`).
     """
     if model is None:
         raise ValueError("model is None: give the student, a model or its name or path.")
     has_teacher = teacher_model is not None or args.teacher_model_name_or_path is not None
-    if args.teacher_model_kind is not None or (has_scores and not has_teacher):
+    is_served = args.teacher_model_server_url is not None
+    if args.teacher_model_kind is not None or is_served or (has_scores and not has_teacher):
         if teacher_model is not None:
+            name = "teacher_model_server_url" if is_served else "teacher_model_kind"
             raise ValueError(
-                f"teacher_model_kind={args.teacher_model_kind!r} makes the student its own teacher, and a teacher_model was given "
-                "too. Drop one of them."
+                f"{name}={getattr(args, name)!r} says who the teacher is, and a teacher_model was given too. Drop one of them."
             )
         tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
         student = _load_student(model, args) if isinstance(model, str) else model
@@ -181,7 +182,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def own_arguments(
+def copied_arguments(
     args: "SKDConfig | None", config_class: "type[SKDConfig]", suffix: str, model: nn.Module | str
 ) -> "SKDConfig":
     """A copy of `args` that the trainer may change, the caller's stays as it was; the defaults if there are none.

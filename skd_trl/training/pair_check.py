@@ -145,7 +145,7 @@ def check_teacher_differs(kind: str, has_own_prompts: bool) -> Finding:
             f"teacher_model_kind={kind!r}: the teacher is the student that training starts from, {missing}. A new student equals it, "
             "and then nothing is learned: the loss is 0 and has no gradient.",
         )
-    return Finding(topic, Verdict.GOOD, f"The teacher is the student ({kind}) with prompts of its own.")
+    return Finding(topic, Verdict.GOOD, f"The teacher is the student ({kind}) with its own prompts.")
 
 
 def _check_placement(pair: Pair) -> tuple[Verdict, str]:
@@ -155,18 +155,18 @@ def _check_placement(pair: Pair) -> tuple[Verdict, str]:
     of_student = {id(parameter) for parameter in pair.student.parameters()}
     if any(id(parameter) in of_student for parameter in pair.teacher.parameters()):
         raise ValueError(
-            "The teacher shares weights with the student (an adapter is put into the model that it is given, so that model is "
-            "then the student too), and would change with every step. Load it a second time for the teacher."
+            "The teacher shares weights with the student (an adapter is put into the model that it is given, which is then "
+            "the student too), and would change with every step. Load it a second time for the teacher."
         )
     for name, model in pair.models.items():
         check_one_device(f"The {name}", model)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError(
-                f"The {name} has weights on the meta device, that is none, in this process. Under FSDP set "
+                f"The {name} has weights on the meta device: they were never loaded in this process. Under FSDP set "
                 "fsdp_cpu_ram_efficient_loading: false in the accelerate config (examples/accelerate/fsdp2.yaml), or load the "
                 "model before the trainer is made."
             )
-    return Verdict.GOOD, "Two models with weights of their own, each on one device."
+    return Verdict.GOOD, "Two models that share no weights, each on one device."
 
 
 def _check_adapters(pair: Pair) -> tuple[Verdict, str]:
@@ -264,11 +264,11 @@ def _check_heads(pair: Pair) -> tuple[Verdict, str]:
             if any(not p.isfinite().all() for p in LMHead.of(model).parameters() if p.is_floating_point()):
                 raise ValueError(
                     f"The {name}'s head, of {type(model).__name__}, has NaN or infinite weights. Load its weights again, or a "
-                    "checkpoint from before they were spoilt."
+                    "checkpoint from before they were damaged."
                 )
             raise ValueError(
-                f"The {name}, {type(model).__name__}, makes its logits from its hidden states in a way that this package does "
-                "not know (something between the last hidden state and the logits, other than a scale and a soft cap), "
+                f"The {name}, {type(model).__name__}, does not compute its logits as a linear map of its last hidden states with a "
+                "scale and a soft cap, "
                 "so the loss would be computed on wrong logits. Use another architecture, or report this one."
             )
     return Verdict.GOOD, "The logits that the loss makes from hidden states are the models' own."

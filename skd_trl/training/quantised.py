@@ -1,6 +1,6 @@
 """A student whose frozen weights are 4-bit, by bitsandbytes, on a CPU: they stay in the form that has a gradient.
 
-On CPUs with AVX512-BF16 bitsandbytes packs these weights anew in the first forward in eval mode, for a faster product, and that
+On CPUs with AVX512-BF16 bitsandbytes packs these weights in the first forward in eval mode, for a faster product, and that
 product has no gradient: adapters below the last layers would then train nothing. Evaluation and sampling are such forwards.
 """
 

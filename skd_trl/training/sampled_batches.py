@@ -10,7 +10,7 @@ from ..sampling.rollout import Rollout
 
 
 def sampled_batches(rollout: Rollout, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """`batches` with sampled responses in the place of their own; the rows of `rollout` are theirs, in order."""
+    """`batches` with sampled responses in the place of the references; the rows of `rollout` are theirs, in order."""
     sizes = [len(batch[Key.PROMPTS]) for batch in batches]
     by_column = {
         Key.INPUT_IDS: rollout.input_ids,

@@ -1,8 +1,8 @@
 """Evaluation of rows without a reference: the student writes a response, as the run's sampling shapes its draws, and is scored on it.
 
 What is scored is the student's own text, as at inference: the teacher replaces nothing in it. A row's noise depends on the seed
-and on its place in the evaluation alone. So neither the batch size nor the number of processes changes a text, the same student
-is given the same figure twice, and students of two steps are compared on the same noise.
+and on its place in the evaluation alone. So neither the batch size nor the number of processes changes a response, the same
+student is given the same figure twice, and students of two steps are compared on the same noise.
 
 Shapes: B rows of a batch, T response.
 """

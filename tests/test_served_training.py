@@ -1,0 +1,136 @@
+"""Training with a teacher behind a server, against the same teacher in this process."""
+
+import pytest
+import torch
+from teacher_server import TeacherServer, serving
+from test_mixed_batches import spy_on_trained_batches
+from test_recorded import OWN_PROMPTS, ROWS, without_teacher
+from test_skd_trainer import losses, make_trainer, update_of
+from tiny import byte_tokenizer, tiny_model
+from transformers import TrainerCallback
+
+from skd_trl import AcceptanceRule, SKDConfig, SKDTrainer, SpecKDTrainer
+from skd_trl.serving.client import TeacherServerError
+
+
+V = 259
+SETTINGS = {"max_grad_norm": 0.0, "max_new_tokens": 12}
+
+
+def served(tmp_path, server, rows=ROWS, trainer_class=SKDTrainer, **settings):
+    settings = {**SETTINGS, "teacher_model_server_url": server.url, "teacher_top_k": server.top_k, **settings}
+    return make_trainer(tmp_path, rows, trainer_class=without_teacher(trainer_class), **settings)
+
+
+@pytest.mark.parametrize("rows", [ROWS, OWN_PROMPTS], ids=["one prompt", "two prompts"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"rollout": "dataset"},
+        {"rollout": "student", "divergence": "reverse_kl"},
+        {"rollout": "teacher"},
+        {"lmbda": 0.5, "lmbda_unit": "prompt"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_with_every_token_sent_the_update_is_that_of_the_teacher_in_this_process(tmp_path, settings, rows):
+    with serving(tiny_model(seed=2), top_k=V) as server:
+        remote = served(tmp_path, server, rows, **settings)
+        here = make_trainer(tmp_path, rows, **SETTINGS, **settings)
+        batches = [spy_on_trained_batches(trainer) for trainer in (remote, here)]
+        updates = [update_of(remote), update_of(here)]
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one["labels"], other["labels"])
+    assert updates[1].norm() > 0.01
+    assert (updates[0] - updates[1]).norm() < 1e-3 * updates[1].norm()
+
+
+def test_with_some_tokens_sent_the_loss_is_a_little_less_and_the_rest_is_a_metric(tmp_path):
+    with serving(tiny_model(seed=2), top_k=100) as server:
+        remote = served(tmp_path, server, rollout="student")
+        remote.train()
+    here = make_trainer(tmp_path, ROWS, rollout="student", **SETTINGS)
+    here.train()
+    assert 0.9 * losses(here)[0] < losses(remote)[0] < losses(here)[0]
+    outside = [entry["teacher_mass_outside"] for entry in remote.state.log_history if "teacher_mass_outside" in entry]
+    assert 0 < outside[0] < 0.3
+
+
+def test_an_evaluation_asks_the_server_too(tmp_path):
+    with serving(tiny_model(seed=2), top_k=V) as server:
+        remote = served(tmp_path, server).evaluate(make_dataset())
+    here = make_trainer(tmp_path, ROWS, **SETTINGS).evaluate(make_dataset())
+    assert remote["eval_loss"] == pytest.approx(here["eval_loss"], rel=1e-4)
+
+
+def make_dataset():
+    from datasets import Dataset
+
+    return Dataset.from_list(ROWS[:3])
+
+
+class At(TrainerCallback):
+    """Does something at the beginning of an optimizer step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def test_a_run_that_gives_up_its_server_has_left_a_checkpoint_that_resumes(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "no", "teacher_server_patience": 0.5, "logging_steps": 1}
+    model = tiny_model(seed=2)
+    with serving(model, top_k=100) as server:
+        whole = served(tmp_path / "whole", server, **settings)
+        whole.train()
+    server = TeacherServer(model, top_k=100)
+    cut = served(tmp_path / "cut", server, **settings)
+    cut.add_callback(At(2, server.stop))
+    with pytest.raises(TeacherServerError, match="resume from the last checkpoint"):
+        cut.train()
+    assert (tmp_path / "cut" / "out" / "checkpoint-2").is_dir()
+    with serving(model, top_k=100) as server:
+        resumed = served(tmp_path / "cut", server, **settings)
+        resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed)[-2:] == losses(whole)[-2:]
+
+
+def test_what_the_top_k_cannot_give_is_refused_by_name(tmp_path):
+    class ByLogits(AcceptanceRule):
+        def __call__(self, draft):
+            return draft.teacher_logits[..., 0] > 0
+
+    with serving(tiny_model(seed=2), top_k=20) as server:
+        with pytest.raises(ValueError, match="The rule asks for the teacher's logits"):
+            served(tmp_path, server, accept=ByLogits())
+        with pytest.raises(ValueError, match=r"gate greedy_top_k needs 30: ask for a signal with k=30"):
+            served(tmp_path, server, trainer_class=SpecKDTrainer, gate="greedy_top_k", gate_top_k=30)
+        with pytest.raises(ValueError, match="says who the teacher is, and a teacher_model was given too"):
+            make_trainer(tmp_path, ROWS, **{**SETTINGS, "teacher_model_server_url": server.url, "teacher_top_k": 20})
+
+
+def test_a_server_with_another_tokenizer_is_refused(tmp_path):
+    other = byte_tokenizer(num_extra_tokens=1)
+    other.add_tokens(["fox"])
+    with (
+        serving(tiny_model(seed=2), top_k=20, tokenizer=other) as server,
+        pytest.raises(ValueError, match="Serve a teacher with the student's tokenizer"),
+    ):
+        served(tmp_path, server)
+
+
+def test_options_of_a_server_without_one_and_beside_another_teacher_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="teacher_top_k=5 would have no effect"):
+        SKDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, teacher_top_k=5)
+    with pytest.raises(ValueError, match="is about one in this process"):
+        SKDConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            teacher_model_server_url=["http://x"],
+            teacher_model_kind="base",
+        )
