@@ -72,6 +72,7 @@ from .training.distributed import (
     bound_waits,
     forwards_are_collective,
     keyed_generator,
+    name_layers_to_shard,
     prepare_teacher,
     student_for_sampling,
     whole_head,
@@ -251,6 +252,7 @@ class SKDTrainer(GKDTrainer):
         check_parallel_models(args, {"model": model, "teacher_model": teacher_model})
         scored = train_dataset is not None and has_scores(train_dataset.column_names)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args, scored)
+        name_layers_to_shard(student)
         self._is_served = args.teacher_model_server_url is not None
         self._is_recorded = teacher is student and args.teacher_model_kind is None and not self._is_served
         if self._is_recorded and args.rollouts != {"dataset"}:
