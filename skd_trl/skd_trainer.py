@@ -52,6 +52,7 @@ from .skd_config import SKDConfig
 from .training.distributed import (
     bound_waits,
     forwards_are_collective,
+    name_layers_to_shard,
     prepare_teacher,
     whole_head,
 )
@@ -223,6 +224,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         check_parallel_models(args, {"model": model, "teacher_model": teacher_model})
         scored = train_dataset is not None and has_scores(train_dataset.column_names)
         student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args, scored)
+        name_layers_to_shard(student)
         self._is_served = args.teacher_model_server_url is not None
         self._is_recorded = teacher is student and args.teacher_model_kind is None and not self._is_served
         if self._is_recorded and args.rollouts != {"dataset"}:

@@ -6,7 +6,7 @@ never the distribution of the responses. This module knows no trainer and no con
 Shapes: B prompts, N rows being written, P prompt, T response (at most `max_new_tokens`), G draft, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -182,8 +182,9 @@ def run_round(
     begin()
     device = rows.tokens.device
     precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    rule = accept if isinstance(accept, Hashable) else repr(accept)  # a rule may hold a list
     key = (
-        num_rows, num_draft, rows.max_new_tokens, accept, nucleus.level, precision, student.round_key(), teacher.round_key(),
+        num_rows, num_draft, rows.max_new_tokens, rule, nucleus.level, precision, student.round_key(), teacher.round_key(),
     )  # fmt: skip
     return rows.rounds.run(key, play, device)
 

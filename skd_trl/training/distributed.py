@@ -220,6 +220,15 @@ def _prepare_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Mod
     return teacher
 
 
+def name_layers_to_shard(student: nn.Module) -> None:
+    """Leaves out of the layers that FSDP2 shards those that the student does not have: Qwen3.5's text model names blocks of a vision
+    tower, and accelerate refuses what it does not find (transformers 5.24)."""
+    present = {type(module).__name__ for module in student.modules()}
+    names = list(getattr(student, "_no_split_modules", None) or ())
+    if not present.issuperset(names):
+        student._no_split_modules = [name for name in names if name in present]
+
+
 def shards_the_student(accelerator: Accelerator) -> bool:
     """Whether the student's parameters will be spread over ranks: known before anything is."""
     kind = accelerator.distributed_type
