@@ -182,11 +182,19 @@ def run_round(
     begin()
     device = rows.tokens.device
     precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    rule = accept if isinstance(accept, Hashable) else repr(accept)  # a rule may hold a list
     key = (
-        num_rows, num_draft, rows.max_new_tokens, rule, nucleus.level, precision, student.round_key(), teacher.round_key(),
+        num_rows, num_draft, rows.max_new_tokens, _by_value(accept), nucleus.level, precision, student.round_key(), teacher.round_key(),
     )  # fmt: skip
     return rows.rounds.run(key, play, device)
+
+
+def _by_value(rule: AcceptanceRule) -> Hashable:
+    """A rule as part of a key; one that holds a list is told by its repr."""
+    try:
+        hash(rule)
+    except TypeError:
+        return repr(rule)
+    return rule
 
 
 def interleave_round(
