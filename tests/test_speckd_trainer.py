@@ -64,11 +64,11 @@ def test_weights_are_the_gates_own_on_full_logits_and_the_divisor_is_what_the_no
         seen = []
         original = trainer._distillation_loss
 
-        def spy(student_hidden, teacher_hidden, inputs, tokens, trainer=trainer, original=original, seen=seen):
-            outcome = original(student_hidden, teacher_hidden, inputs, tokens)
+        def spy(student_hidden, teacher_signal, inputs, tokens, trainer=trainer, original=original, seen=seen):
+            outcome = original(student_hidden, teacher_signal, inputs, tokens)
             student, teacher = trainer.model.lm_head, trainer.teacher_model.lm_head
             weights = GATES["greedy_top_k"](k=60, floor=0.1)(
-                student_logits=student(student_hidden), teacher_logits=teacher(teacher_hidden)
+                student_logits=student(student_hidden), teacher_logits=teacher(teacher_signal.states)
             )
             seen.append((outcome, weights))
             return outcome
