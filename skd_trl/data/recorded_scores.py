@@ -115,7 +115,8 @@ def _check_values(ids: np.ndarray, log_probs: np.ndarray, num_ids: int | None) -
     if ids.size and (ids.min() < 0 or (num_ids is not None and ids.max() >= num_ids)):
         raise UnusableRow(
             "unknown_id",
-            f"its scores name the id {ids.max() if ids.min() >= 0 else ids.min()}; the last that can be used is {num_ids - 1}.",
+            f"its scores name the id {ids.max() if ids.min() >= 0 else ids.min()}; the last that can be used is "
+            f"{'not known' if num_ids is None else num_ids - 1}.",
         )
 
 

@@ -23,12 +23,12 @@ class Scorer(ABC):
     """Says how probable the tokens of texts are: a connection to a server. Texts are lists of token ids.
 
     Attributes:
-        vocab_size (`int`): how many ids the teacher has.
+        vocab_size (`int`, *optional*): how many ids the teacher has, if the server says.
         max_length (`int`): tokens that one may have.
         top_k (`int`): k.
     """
 
-    vocab_size: int
+    vocab_size: int | None
     max_length: int
     top_k: int
 
@@ -57,7 +57,11 @@ class ServedTeacher(Participant):
     ):
         super().__init__(sampling)
         self.scorer, self.own_prompts = scorer, prompts
-        self.vocab_size = scorer.vocab_size if vocab_size is None else vocab_size
+        size = scorer.vocab_size if vocab_size is None else vocab_size
+        if size is None:
+            raise ValueError("The server does not say how many ids its teacher has: give vocab_size, the student's.")
+        self.num_ids: int = size
+        self.vocab_size = size
 
     def check(self, name: str, prompts: Prompts, max_new_tokens: int) -> None:
         own = prompts if self.own_prompts is None else self.own_prompts
@@ -72,7 +76,7 @@ class ServedTeacher(Participant):
                 f"{own.longest + max_new_tokens + 1} positions, but the {name}'s server takes {self.scorer.max_length}. Shorten "
                 "prompts or max_new_tokens, or start the server with a larger --max-model-len."
             )
-        if own.largest_id >= self.vocab_size:
+        if own.largest_id >= self.num_ids:
             raise ValueError(
                 f"A prompt of the {name} has token id {own.largest_id}, beyond the {self.vocab_size} ids that both models share."
             )
@@ -111,7 +115,7 @@ class ServedTeacher(Participant):
         texts = [self.texts[place] + (host_proposals[place] if is_drafted else []) for place in self.in_use]
         keys = [self.keys[place] for place in self.in_use]
         scores = self.scorer.score(texts, proposals.shape[1] if is_drafted else 0, keys)
-        if scores.ids.numel() and int(scores.ids.max()) >= self.vocab_size:
+        if scores.ids.numel() and int(scores.ids.max()) >= self.num_ids:
             raise ValueError(
                 f"The teacher's server ranks token {int(scores.ids.max())} among its {self.scorer.top_k} most probable, but both models "
                 f"share {self.vocab_size} tokens. Ask for fewer tokens, or serve a teacher with the student's vocabulary."
@@ -120,7 +124,7 @@ class ServedTeacher(Participant):
         where = {place: index for index, place in enumerate(self.in_use)}
         index = torch.tensor([where.get(place, 0) for place in range(len(host_proposals))])
         placed = [values[index].to(self.device) for values in vars(scores).values()]
-        self.judgement = TopJudgement(Scores(*placed), self.vocab_size)
+        self.judgement = TopJudgement(Scores(*placed), self.num_ids)
         return self.judgement
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:

@@ -55,7 +55,8 @@ class SeveralTeachers(Participant):
                 "The teachers differ in vocab_size or sampling: give all of them the ids that all models share."
             )
         self.vocab_size = teachers[0].vocab_size
-        self.hidden_size = max(teacher.model.config.get_text_config().hidden_size for teacher in teachers)
+        configs = [teacher.model.config for teacher in teachers]
+        self.hidden_size = max(config.get_text_config().hidden_size for config in configs)  # type: ignore[operator, union-attr]
         self.has_one_type = len({teacher.model.dtype for teacher in teachers}) == 1
         self.own_prompt = [self.which[:i].count(teacher) for i, teacher in enumerate(self.which)]
 

@@ -186,7 +186,7 @@ def _tokenized(rows: Dataset, start: int, tokenizer, rules: RowRules) -> list[di
     for number, row in enumerate(rows, start=start):
         (result,) = tokenize_row(row, tokenizer=tokenizer, rules=rules)
         if not result["problem"]:
-            tokenized.append(row | {"result": result})
+            tokenized.append({**dict(row), "result": result})
         elif result["problem"] not in LEFT_OUT:
             raise ValueError(f"Row {number} cannot be scored: {result['detail']} Change or remove it.")
     return tokenized

@@ -81,6 +81,7 @@ class OneTeacher(Teacher):
         return HiddenStates(states, LMHead.of(self.inner[0]))
 
     def keep(self, batch, tokens, signal) -> None:
+        assert isinstance(signal, HiddenStates)
         batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(signal.states)
 
 
@@ -152,6 +153,7 @@ class TeachersByRow(Teacher):
         return states[:0] if is_idle else states
 
     def keep(self, batch, tokens, signal) -> None:
+        assert isinstance(signal, HiddenStatesOfSeveral)
         width = max(part.states.shape[-1] for part in signal.parts)
         dtype = reduce(torch.promote_types, (part.states.dtype for part in signal.parts))
         states = torch.zeros((len(signal), width), dtype=dtype, device=tokens.labels.device)
