@@ -64,7 +64,7 @@ class Mixer:
 
 
 def is_stateful(config) -> bool:
-    """Whether a text config has layers that keep a state (of a class that can, but need not)."""
+    """Whether layers of this configuration keep a state (of a class that can, but need not)."""
     return bool(STATEFUL_KINDS & set(getattr(config, "layer_types", None) or ()))
 
 
@@ -330,7 +330,7 @@ def _states_on_modules(model: nn.Module, before: dict[nn.Module, dict], num_rows
 
 
 def new_cache(model: nn.Module, layers: list | None = None) -> Cache:
-    """The cache that transformers would make for `model`, with other `layers`. MiniMax has a class of its own."""
+    """The cache that transformers would make for `model`, with other `layers`. MiniMax has its own class."""
     model_class = type(model.get_decoder() if hasattr(model, "get_decoder") else model)
     own = [
         value
