@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 VLLM_VENV ?= .venv-vllm
+# Processes that share the test suite.
+WORKERS ?= 2
 # Set TORCH= to what your machine should have. On Linux PyPI's wheels may bring CUDA with them, several gigabytes; a CPU build:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo TORCH=torch==2.13.0+cpu
 TORCH  ?= torch==2.13.0
@@ -37,12 +39,12 @@ test: install  ## lint, types and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # What was deprecated then has been dropped or kept since: warnings are shown there, not errors as with the newest releases.
 test-oldest:  ## the tests of trainers, loss and sampler with the oldest TRL and transformers that setup.cfg admits
 	$(MAKE) VENV=.venv-oldest TRL="trl==1.9.0" TRANSFORMERS="transformers==5.0.0" install
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -W default::FutureWarning -W default::DeprecationWarning \
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -W default::FutureWarning -W default::DeprecationWarning \
 	    tests/test_skd_trainer.py tests/test_speckd_trainer.py tests/test_losses.py tests/test_lm_head.py tests/test_sampler.py
 
 # vLLM wants an older transformers than the trainer's environment has; its CPU wheel calls itself another name than its command asks for.

@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --small    # the same on a CPU, in small: whether it runs, not how fast
 
 Weights are random and built from configurations by size, and acceptance is forced, so nothing is downloaded. The floor of a round is
-the bytes of weights and of keys and values that it has to read, at the bandwidth of a copy in the same run. Each line is a case of its
-own: one that fails says why, and the others go on; cases that no time is left for are named. Peak memory is what the case takes at most,
+the bytes of weights and of keys and values that it has to read, at the bandwidth of a copy in the same run. Each line is a
+separate case: one that fails says why, and the others go on; cases that no time is left for are named. Peak memory is what the case takes at most,
 the models included.
 """
 

@@ -38,6 +38,9 @@ GROUPS = {
     "Who writes the responses": ("rollout", "lmbda", "lmbda_unit", "max_new_tokens"),
     "The teacher": (
         "teacher_models",
+        "teacher_model_server_url",
+        "teacher_server_patience",
+        "teacher_top_k",
         "teacher_model_kind",
         "teacher_update_rate",
         "teacher_sync_steps",
@@ -62,6 +65,7 @@ GROUPS = {
     "Lengths and rows": ("max_prompt_length", "max_response_length", "chat_template_kwargs", "every_answer"),
     "Cost": (
         "rollout_batch_size",
+        "sampling_copy",
         "capture_sampling",
         "compile_student",
         "ds3_gather_for_generation",

@@ -5,36 +5,30 @@ Glue: who writes the responses is `sampling/interleaved.py`, what they cost is `
 """
 
 import itertools
-import logging
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from ._compat import GKDTrainer, get_config_model_id
+from ._compat import GKDTrainer
 from .data.batches import (
     IGNORE_INDEX,
     DataCollatorForDistillation,
     Key,
     ResponseTokens,
     check_collator,
-    merge_prompts,
     model_inputs,
 )
 from .data.dataset import num_scored_tokens, prepare_dataset
-from .data.mixed_batches import mix_sampled_rows
 from .data.recorded_scores import has_scores
 from .data.tokenization import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
@@ -52,57 +46,33 @@ from .loss.lm_head import LMHead
 from .loss.response_facts import ResponseFacts
 from .loss.teacher_signal import HiddenStates, TeacherSignal, check_signal
 from .loss.token_distributions import FULL_VOCABULARY_STATISTICS
-from .sampling.interleaved import Execution, interleaved_sample
-from .sampling.participants import LocalParticipant
-from .sampling.rollout import Rollout
 from .sampling.rounds import Rounds
-from .serving.client import TeacherClient, TeacherServerError
+from .serving.client import TeacherClient
 from .skd_config import SKDConfig
-from .training.checkpoints import load_draft_length, save_draft_length
-from .training.completions import (
-    completion_records,
-    print_completions,
-    save_completions,
-    send_completions,
-    with_prompt_texts,
-)
-from .training.console import SamplingBar
 from .training.distributed import (
-    agree_on_maximum,
     bound_waits,
     forwards_are_collective,
-    keyed_generator,
     name_layers_to_shard,
     prepare_teacher,
-    student_for_sampling,
     whole_head,
 )
 from .training.ends_of_sequence import stop_at
-from .training.engine_lifetime import check_first_training, engine_for_evaluation
+from .training.engine_lifetime import check_first_training
 from .training.engine_settings import check_parallel_models, describe_offloading
-from .training.finite_check import FiniteCheck, GradientCheck, require_finite_weights
-from .training.forward_patches import adapters_on_heads_pass, forward_kept, take_off_patches
+from .training.evaluated_run import EvaluatedRun
+from .training.finite_check import FiniteCheck, GradientCheck
+from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
 from .training.memory_plan import (
-    Window,
-    describe_plan,
-    fitted_plan,
     out_of_memory_advised,
-    places_now,
     shards_teacher,
 )
 from .training.metrics import (
     RatioMetrics,
     add_loss_by_teacher,
-    add_rollout,
-    add_rollout_by_teacher,
     names_by_teacher,
-    num_own_rows,
-    with_prefix,
-    without_filled_rows,
 )
-from .training.model_card import add_distillation, describe_distillation
 from .training.models import (
     base_model,
     copied_arguments,
@@ -113,15 +83,17 @@ from .training.models import (
     pad_token_id,
 )
 from .training.pair_check import check_launch, check_pair, check_teacher_differs, require
-from .training.quantised import keep_gradients
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
-from .training.sampled_batches import sampled_batches
-from .training.sampled_evaluation import any_on_any_process, check_sampled_evaluation, row_noise, rows_to_sample
-from .training.sampling_copy import PRECISIONS, SamplingCopy, can_be_copied, is_worth_copying
-from .training.saved_weights import check_saved, describe_shards, whole_parameters, whole_weights, writes_shards
+from .training.sampled_evaluation import check_sampled_evaluation
+from .training.sampled_steps import SampledSteps
+from .training.sampling_copy import SamplingCopy
+from .training.saved_run import SavedRun
+from .training.saved_weights import describe_shards
+from .training.searched_run import SearchedRun
 from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
 from .training.served import RemoteTeacher, check_rule, check_server, connect
+from .training.shown_run import ShownRun
 from .training.teachers import OneTeacher, RecordedTeacher, Teacher, TeachersByRow, whole_signal
 
 
@@ -156,7 +128,7 @@ METRICS = (
 )
 
 
-class SKDTrainer(GKDTrainer):
+class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GKDTrainer):
     """
     Trainer for Speculative Knowledge Distillation (SKD) of language models.
 
@@ -388,61 +360,6 @@ class SKDTrainer(GKDTrainer):
         """Refuses what k recorded tokens cannot give."""
         check_signal(top_k, self.vocab_size, divergence=self.divergence, statistics=self._statistics)
 
-    def _prepare_eval(self, dataset, student: PreTrainedModel):
-        """Prepared evaluation sets: one, a dict of them, or none."""
-        if isinstance(dataset, dict):
-            return {name: self._prepare_eval_set(split, name, student) for name, split in dataset.items()}
-        return None if dataset is None else self._prepare_eval_set(dataset, "eval", student)
-
-    def _prepare_eval_set(self, dataset, name: str, student: PreTrainedModel) -> Dataset | IterableDataset:
-        rules = replace(self._rules, needs_response=self._is_recorded, reads_response=True)
-        with self._main_process_first():
-            prepared = self._prepare(dataset, rules=rules, name=name)
-        self._check_sampled_evaluation(prepared, name, student)
-        return prepared
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_eval(eval_dataset, self._inner_student())
-        return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
-
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As [`~transformers.Trainer.predict`], on the responses and with the metrics of an evaluation."""
-        return super().predict(self._prepare_eval(test_dataset, self._inner_student()), ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums
-        over the tokens of the set, divided once: no batch size changes them."""
-        self._ratios["eval"].reset()
-        self._num_evaluated = 0  # rows so far, on all processes
-        with engine_for_evaluation(self):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._ratios["eval"].compute(self.accelerator)
-        if metrics.get("sampled_share") == 0:
-            del metrics["sampled_share"]
-        output.metrics.update(with_prefix(metrics, f"{metric_key_prefix}_"))
-        return output
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        inputs = self._with_sampled_responses(inputs)
-        return super().prediction_step(model, without_filled_rows(inputs, self.accelerator), *args, **kwargs)
-
-    def _with_sampled_responses(self, batch: dict) -> dict:
-        """A batch of an evaluation in which rows without a reference have a response of the student's."""
-        size, rank, metrics = len(batch[Key.LABELS]), self.accelerator.process_index, self._ratios["eval"]
-        first = self._num_evaluated + rank * size
-        self._num_evaluated += self.accelerator.num_processes * size
-        is_missing = rows_to_sample(batch, self.accelerator)
-        metrics.add("sampled_share", is_missing.sum(), num_own_rows(batch, self.accelerator))
-        if not any_on_any_process(is_missing, self.accelerator):
-            return batch
-        noise = row_noise((first + is_missing.nonzero().flatten()).tolist(), self.args.max_new_tokens, self.args.seed)
-        some = {name: values[is_missing.to(values.device)] for name, values in merge_prompts([batch]).items()}
-        rollout = self._write(some, "student", noise)
-        metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
-        metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
-        return mix_sampled_rows([batch], sampled_batches(rollout, [some]), is_missing, self.data_collator)[0]
-
     def train(self, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; the student's generation_config then knows every end that training stops at."""
         check_overrides(self, SKDTrainer)
@@ -455,47 +372,12 @@ class SKDTrainer(GKDTrainer):
         self._log_plan()
         return super().train(*args, **kwargs)
 
-    def call_model_init(self, trial=None):
-        """A new student of a hyperparameter search, set up as the one that the trainer was constructed with."""
-        model = super().call_model_init(trial)
-        if self._has_adapter and base_model(model) is model:
-            raise ValueError(
-                "model_init returned a model without an adapter, and this trainer was given one (peft_config). Return "
-                "get_peft_model(model, peft_config), so the same parameters train in every trial."
-            )
-        take_off_patches(model)
-        keep_gradients(model)
-        if self.args.teacher_model_kind is not None:
-            raise ValueError(
-                f"teacher_model_kind={self.args.teacher_model_kind!r} is a teacher around the tensors of the first student, and a search "
-                "makes others. Search with the model as teacher_model, or construct a trainer for each trial."
-            )
-        for teacher in self._teacher.inner or [base_model(model)]:
-            require(check_pair(base_model(model), teacher, self.processing_class, self.args))
-        if self.args.disable_dropout:
-            disable_dropout(model)
-        stop_at(base_model(model), self.eos_token_ids)
-        return model
-
-    def _hp_search_setup(self, trial) -> None:
-        super()._hp_search_setup(trial)
-        if self.hp_search_backend is not None and trial is not None:
-            self.args.check_numbers()  # they were set one by one, unseen
-            self._set_attributes()
-            self._draft_length = self.args.draft_length()
-
     def _set_attributes(self) -> None:
         """The numbers that GKDTrainer keeps on the trainer too, where callbacks change them."""
         self._given_attributes = {name: getattr(self.args, name) for name in FOLLOWED_ATTRIBUTES}
         for name, value in self._given_attributes.items():
             setattr(self, name, value)
         self.seq_kd = self.args.seq_kd
-
-    def add_callback(self, callback):
-        # LogCompletionsCallback, WeaveCallback: they write to the prompts of the evaluation set, which are tokens by now.
-        if getattr(callback, "eval_dataset", None) is not None and "eval_dataset" in vars(callback):
-            callback.eval_dataset = with_prompt_texts(callback.eval_dataset, self.processing_class)
-        super().add_callback(callback)
 
     # One optimizer step: sample all of it, then train on it.
 
@@ -518,19 +400,6 @@ class SKDTrainer(GKDTrainer):
                 self._teacher.keep(batch, tokens, self._teacher.signal(batch, tokens))
         return batches, self._get_num_items_in_batch(batches, device)
 
-    @contextmanager
-    def _server_awaited(self):
-        """The time in which a teacher's server is asked. If one process gives it up, all of them write a checkpoint and end."""
-        failure = None
-        try:
-            yield
-        except TeacherServerError as error:
-            failure = error
-        if self._is_served and agree_on_maximum(self.accelerator)(int(failure is not None))[0]:
-            if self.state.global_step > 0:
-                self._save_checkpoint(self.model, trial=None)
-            raise failure or TeacherServerError("Another process has given up the teacher's server.")
-
     def _enter_step(self, step: int, num_steps: int) -> None:
         """Sets what the configuration's schedules, and callbacks, say of an optimizer step (0 is the first)."""
         self._attributes = {name: getattr(self, name) for name in FOLLOWED_ATTRIBUTES}
@@ -539,130 +408,8 @@ class SKDTrainer(GKDTrainer):
         )
         self.divergence = self._args_of_step.make_divergence()
 
-    def _rollout_of_step(self, step: int) -> str:
-        """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
-        lmbda = self._args_of_step.lmbda
-        if self.args.rollout != "dataset" and lmbda > 0:
-            if self.args.lmbda_unit == "prompt" and lmbda < 1:
-                return "mixed"
-            if torch.rand((), generator=keyed_generator("lmbda", self.args.seed, step)).item() < lmbda:
-                return self.args.rollout
-        return "teacher" if self.seq_kd else "dataset"
-
-    def _check_references(self, batches: list[dict]) -> None:
-        """A callback that lowers `lmbda` asks for references of rows that were not looked at for them."""
-        if any((batch[Key.LABELS] == IGNORE_INDEX).all(dim=1).any() for batch in batches):
-            raise ValueError(
-                f"Step {self.state.global_step + 1} trains on references, as trainer.lmbda was set to {self.lmbda}, and some of its rows "
-                "have none. Give every row a reference, or leave lmbda at 1."
-            )
-
-    def _sample_some(self, batches: list[dict]) -> list[dict]:
-        """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
-        row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
-        key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
-        window = merge_prompts(batches)
-        chosen = torch.rand(len(window[Key.PROMPTS]), generator=keyed_generator(*key))
-        is_sampled = chosen < self._args_of_step.lmbda
-        some = {name: values[is_sampled.to(values.device)] for name, values in window.items()}
-        sampled = self._sample([some], self.args.rollout)
-        return mix_sampled_rows(batches, sampled, is_sampled, self.data_collator)
-
-    def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
-        start = time.perf_counter()
-        window = merge_prompts(batches)
-        noise = self._noise(
-            len(window[Key.PROMPTS]), "sampling", self.state.global_step, self.accelerator.process_index
-        )
-        sampled = self._write(window, rollout, noise)
-        if self._teacher_names:
-            add_rollout_by_teacher(self._ratios["train"], sampled, window[Key.TEACHER_INDEX], self._teacher_names)
-        add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
-        self._keep_completions(sampled, rollout)
-        return sampled_batches(sampled, batches)
-
-    def _noise(self, num_rows: int, *key) -> torch.Tensor:
-        """Uniform numbers (B, T, 3) that depend on the seed and the key alone."""
-        generator = keyed_generator(key[0], self.args.seed, *key[1:])
-        return torch.rand((num_rows, self.args.max_new_tokens, 3), generator=generator)
-
-    def _write(self, window: dict[str, torch.Tensor], rollout: str, noise: torch.Tensor) -> Rollout:
-        """Sampled responses to the left-padded prompts (B, P) of both models, of which a rank may have none, on noise (B, T, 3);
-        collective where the models are."""
-        prompts, mask = window[Key.PROMPTS], window[Key.PROMPT_ATTENTION_MASK]
-        is_shown = self.accelerator.is_main_process and not self.args.disable_tqdm
-        if self._shared is not None:
-            self._shared.check(self.accelerator.unwrap_model(self.model))
-        with (
-            SamplingBar(
-                self.args.max_new_tokens, f"step {self.state.global_step + 1}: sampling ", disable=not is_shown
-            ) as observe,
-            student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
-            self.compute_loss_context_manager(),
-            without_router_logits(self._inner_student(), *self._teacher.inner),
-            # `torch_compile` is for the training step: every round has another shape, and would be compiled again.
-            nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
-            out_of_memory_advised("sampling"),
-        ):
-            collective = self.accelerator.num_processes > 1 and forwards_are_collective(student, *self._teacher.inner)
-            if self._samples_with_a_copy(student):
-                student = self._sampling_copy.of(student, PRECISIONS[self.accelerator.mixed_precision])
-            num_places = self._places(student, prompts)
-            return interleaved_sample(
-                LocalParticipant(
-                    student,
-                    self._args_of_step.student_sampling(),
-                    vocab_size=self.vocab_size,
-                ),
-                self._teacher.participant(
-                    window, self._args_of_step.teacher_sampling(), self.vocab_size, self.accelerator
-                ),
-                prompts,
-                mask,
-                accept=self._args_of_step.acceptance_rule(rollout),
-                max_new_tokens=self.args.max_new_tokens,
-                eos_token_ids=self.eos_token_ids,
-                noise=noise,
-                execution=Execution(
-                    self._draft_length,
-                    num_places,
-                    agree_on_maximum(self.accelerator) if collective else None,
-                    self._rounds,
-                    observe=observe,
-                ),
-            )
-
-    def _samples_with_a_copy(self, student: nn.Module) -> bool:
-        if self.args.sampling_copy is None:
-            return is_worth_copying(student, self.accelerator)
-        return self.args.sampling_copy and can_be_copied(student, self.accelerator)
-
-    def _places(self, student: nn.Module, prompts: torch.Tensor) -> int | None:
-        """How many responses to `prompts` (B, P) are written at once: as configured, or fewer if only those fit."""
-        num_places = min(self.args.rollout_batch_size or len(prompts), len(prompts))
-        if not self._teacher.inner or num_places < 2:
-            return self.args.rollout_batch_size
-        window = Window(num_places, len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts))
-        return places_now(student, self._teacher.inner[0], self.accelerator, window)
-
     def _is_spread(self, teacher: nn.Module) -> bool:
         return shards_teacher(self.args.shard_teacher, teacher, self.accelerator)
-
-    def _log_plan(self) -> None:
-        """Logs what the training will hold on a GPU, as a warning if it does not fit."""
-        if self.accelerator.device.type == "cpu" or not self._teacher.inner:
-            return
-        rows = (
-            self.train_dataset["prompt_ids"]
-            if isinstance(self.train_dataset, Dataset)
-            else [range(self._rules.max_prompt_length or 1024)]
-        )
-        try:
-            plan = fitted_plan(self.model, self._teacher.inner[0], self.accelerator, self.args, max(map(len, rows)))
-        except Exception:  # whatever a model may do with tensors that hold nothing
-            logger.warning("The memory of this training could not be planned; it starts all the same.", exc_info=True)
-            return
-        logger.log(logging.INFO if plan.fits else logging.WARNING, describe_plan(plan, self.accelerator, self.args))
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
@@ -685,45 +432,6 @@ class SKDTrainer(GKDTrainer):
         metrics.add("training_seconds", seconds, 1 / self.current_gradient_accumulation_steps)
         metrics.add("tokens_per_second", num_tokens, seconds / self.accelerator.num_processes)
         return loss
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
-        Weights that are not finite are not written over good ones, and what was written is read back and counted."""
-        output_dir = output_dir or self.args.output_dir
-        require_finite_weights(self._inner_student(), self.state.global_step, output_dir, self.accelerator)
-        if self.is_deepspeed_enabled and self.deepspeed is None:  # before training there is no engine to ask
-            with whole_parameters(self.model):
-                return self._save(output_dir)
-        is_checkpoint_of_shards = _internal_call and writes_shards(self.accelerator)
-        with nullcontext() if is_checkpoint_of_shards else whole_weights(self.accelerator, self.model_wrapped):
-            super().save_model(output_dir, _internal_call)
-        if self.args.should_save and not is_checkpoint_of_shards:
-            check_saved(self.model, output_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        # The Trainer pickles its arguments beside the weights, and not every idea given as an object can be pickled.
-        args, self.args = self.args, self.args.described()
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args = args
-        student = self._inner_student()
-        if student is not self.accelerator.unwrap_model(self.model) and student.generation_config is not None:
-            # An adapter is saved without its base model's.
-            student.generation_config.save_pretrained(output_dir or self.args.output_dir)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        save_draft_length(self._draft_length, output_dir, self.accelerator, self.args)
-        if self._average is not None and self.accelerator.is_main_process:
-            self._average.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_draft_length(self._draft_length, checkpoint, self.accelerator, self.args)
-        if checkpoint is not None and self._average is not None:
-            self._average.load(checkpoint)
 
     # The loss
 
@@ -816,55 +524,6 @@ class SKDTrainer(GKDTrainer):
             metrics.add_mean("teacher_mass_outside", (1 - known).clamp(min=0))
         for name in set(self._statistics) & set(SKDTrainer._statistics):
             metrics.add_mean(name, outcome.statistics[name])
-
-    def _keep_completions(self, sampled: Rollout, rollout: str) -> None:
-        step = self.state.global_step + 1  # the step that these responses train
-        every = self.args.log_completions_steps or max(int(self.state.logging_steps or self.args.logging_steps), 1)
-        if not self.args.log_completions or (step % every != 0 and step != 1):
-            return
-        records = completion_records(sampled, self.processing_class, step)
-        if self.args.log_fixed_prompts:
-            again = self._sample_fixed_prompts(rollout)
-            records = completion_records(again, self.processing_class, step, is_fixed=True) + records
-        records = sorted(gather_object(records), key=lambda record: not record["is_fixed"])
-        if self.accelerator.is_main_process:
-            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
-            try:
-                save_completions(records, self.args.output_dir, step)
-                print_completions(records, self.args.num_completions_to_print, step)
-                send_completions(records, step, self.args.report_to, next(filter(None, writers), None))
-            except (
-                Exception
-            ) as error:  # a full disk, a closed console, a tracker out of reach: no reason to lose a run
-                logger.warning(f"Step {step}: its completions could not be kept or shown ({error}). Training goes on.")
-
-    def _sample_fixed_prompts(self, rollout: str) -> Rollout:
-        """The same few prompts with the same noise whenever completions are kept, on the first process: what differs is the student."""
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-        num_rows = self.args.log_fixed_prompts if self.accelerator.is_main_process else 0
-        batch = self.data_collator(list(dataset.take(max(num_rows, 1))))
-        window = {name: values[:num_rows].to(self.args.device) for name, values in merge_prompts([batch]).items()}
-        return self._write(window, rollout, self._noise(num_rows, "fixed prompts"))
-
-    def create_model_card(self, *args, **kwargs):
-        """As [`~transformers.Trainer.create_model_card`], with what this distillation was."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            section = describe_distillation(self, self._describe_teacher())
-            add_distillation(Path(self.args.output_dir) / "README.md", section)
-
-    def _describe_teacher(self) -> str:
-        """Who the teacher was, for people."""
-        if self._is_recorded:
-            return "recorded scores"
-        if self._is_served:
-            return f"{self._teacher.scorer.model} behind a server, its {self.args.teacher_top_k} most probable tokens"
-        if self.args.teacher_model_kind is not None:
-            return f"the student itself ({self.args.teacher_model_kind})"
-        sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]
-        names = [f"{name}: " for name in self._teacher_names] or [""]
-        return ", ".join(name + source for name, source in zip(names, sources, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

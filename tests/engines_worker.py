@@ -134,6 +134,17 @@ CASES = {
     "fsdp2-shards_of_adapter": Case("fsdp2", {"lora": True}, SHARDED),
     "zero3-shards": Case("zero3", zero=UNGATHERED),
     "zero3-shards_of_adapter": Case("zero3", {"lora": True}, zero=UNGATHERED),
+    **{
+        f"{mode}-{which}_resumed": Case(
+            mode,
+            {"lora": "adapter" in which, "save_strategy": "steps", "save_steps": 2},
+            SHARDED if mode == "fsdp2" else {},
+            UNGATHERED if mode == "zero3" else None,
+            does="resumes",
+        )
+        for mode in ("zero3", "fsdp2")
+        for which in ("shards", "shards_of_adapter")
+    },
     "zero3-best": Case("zero3", BEST),
     "fsdp2-best": Case("fsdp2", BEST),
     "fsdp2-best_adapter": Case("fsdp2", {"lora": True, **BEST}),
@@ -190,6 +201,12 @@ def run(directory: Path, name: str, case: Case, result: dict) -> None:
         if case.does == "saves":
             trainer.save_model(str(saved / f"{name}-before"))
         trainer.train()
+        if case.does == "resumes":
+            trainer.accelerator.free_memory()
+            enter(case.mode, write_config(directory, name, case))
+            trainer = make_trainer(directory, name, **{**DATASET, **case.settings})
+            trainer.train(resume_from_checkpoint=str(directory / "runs" / name / "checkpoint-2"))
+            result["num_steps"] = len(trainer.responses) // 2
         result["losses"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         trainer.save_model(str(saved / name))
         result["engine"] = type(trainer.model_wrapped).__name__

@@ -16,8 +16,8 @@ from skd_trl.sampling import interleaved
 
 
 def collectives_of_rounds(directory: Path, name: str, **settings) -> dict:
-    """How many collective calls begin inside the sampling, and how many rounds there were."""
-    trainer = make_trainer(directory, name, max_steps=1, uneven=True, **settings)
+    """How many collective calls begin inside the last step's sampling, and how many rounds of rows there were."""
+    trainer = make_trainer(directory, name, max_steps=2, uneven=True, **settings)
     counts = {"collectives": 0, "rounds": 0}
     inside: list[bool] = []
 
@@ -33,6 +33,7 @@ def collectives_of_rounds(directory: Path, name: str, **settings) -> dict:
     round_ = interleaved.interleaved_sample
 
     def sample(*args, **kwargs):
+        counts.update(collectives=0, rounds=0)  # of the last step: in the first models are proved
         inside.append(True)
         try:
             rollout = round_(*args, **kwargs)

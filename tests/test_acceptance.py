@@ -1,6 +1,6 @@
 """Acceptance rules: what each keeps, and for the ones that promise a distribution, that distribution."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import reference
@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from test_sampler import sample
 from tiny import tiny_model
 
-from skd_trl import ACCEPTANCE_RULES, SamplingParams
+from skd_trl import ACCEPTANCE_RULES, AcceptanceRule, SamplingParams, interleaved_sample
 from skd_trl.sampling.acceptance import Draft, Judgement
 
 
@@ -125,3 +125,19 @@ def test_speculative_texts_are_the_teachers_and_mixture_texts_the_mixtures(
     keep = wanted > 0
     assert keep.sum() > 5
     assert chisquare(observed[keep].numpy(), wanted[keep].numpy()).pvalue > 1e-5
+
+
+def test_a_rule_that_holds_a_list_is_run_as_any_other():
+    @dataclass(frozen=True)
+    class OneOf(AcceptanceRule):
+        tokens: list
+
+        def __call__(self, draft):
+            return torch.isin(draft.tokens, torch.tensor(self.tokens))
+
+    model, prompt = tiny_model("llama", seed=1), torch.tensor([[5, 9, 200]])
+    rollout = interleaved_sample(
+        model, tiny_model("llama", seed=2), prompt, torch.ones_like(prompt), accept=OneOf([1, 2]), max_new_tokens=4,
+        eos_token_ids=[], noise=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert rollout.num_tokens == 4 and rollout.num_replaced >= 1

@@ -142,6 +142,15 @@ def test_what_is_saved_before_training_is_the_student_as_it_was(directory, name)
 
 
 @on_several
+@pytest.mark.parametrize("name", [name for name in CASES if "resumed" in name])
+def test_a_run_goes_on_from_a_checkpoint_of_shards(directory, name):
+    for result in results(directory, name):
+        assert result["num_steps"] == 1 and len(result["losses"]) == 3  # two of them are the checkpoint's record
+    checkpoint = directory / "runs" / name / "checkpoint-2"
+    assert not (checkpoint / "model.safetensors").exists()
+
+
+@on_several
 def test_fsdp2_trains_a_second_time_as_ddp_does(directory):
     expected, result = (results(directory, f"{mode}-trains_twice")[0] for mode in ("ddp", "fsdp2"))
     assert result["losses_again"] == pytest.approx(expected["losses_again"], abs=1e-4)

@@ -266,7 +266,7 @@ def test_a_script_of_trls_form_runs_with_two_names_changed(tmp_path, config_clas
     ).parse_args_and_config(
         f"--dataset_name {tmp_path} --model_name_or_path {tmp_path}/student --teacher_model_name_or_path {tmp_path}/teacher "
         f"--output_dir {tmp_path}/out --max_steps 2 --eval_strategy steps --eval_steps 1 --max_new_tokens 8 --max_length 64 "
-        "--dtype float32 --use_cpu true --bf16 false --report_to none --use_peft --lora_r 2 --lora_target_modules q_proj".split()
+        "--dtype float32 --use_cpu true --bf16 false --report_to none --use_peft --lora_r 2 --lora_target_modules q_proj v_proj".split()
     )
     loading = {"revision": model_args.model_revision, "dtype": model_args.dtype}
     training_args.model_init_kwargs = {**loading, "use_cache": not training_args.gradient_checkpointing}

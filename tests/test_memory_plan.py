@@ -107,7 +107,7 @@ def test_an_error_of_a_full_device_names_the_options(tmp_path, monkeypatch, mome
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
     if moment == "sampling":
-        monkeypatch.setattr("skd_trl.skd_trainer.interleaved_sample", full)
+        monkeypatch.setattr("skd_trl.training.sampled_steps.interleaved_sample", full)
     else:
         monkeypatch.setattr("skd_trl.skd_trainer.distillation_loss", full)
     with pytest.raises(torch.OutOfMemoryError, match=rf"20 GiB\.\n.*{option}"):

@@ -20,8 +20,8 @@ PACKAGE = Path(skd_trl.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
 # What each folder may know of the package. Everything else is glue: trainers, configurations, the command line.
-WALLS = {"sampling": {"sampling"}, "loss": {"loss"}, "data": {"data"},
-         "training": {"training", "sampling", "loss", "data", "_compat", "skd_config"}}  # fmt: skip
+WALLS = {"sampling": {"sampling"}, "loss": {"loss"}, "data": {"data"}, "serving": {"serving", "sampling"},
+         "training": {"training", "sampling", "loss", "data", "serving", "_compat", "skd_config", "inherited_options"}}  # fmt: skip
 ENGINES_AND_TRAINERS = {"trl", "accelerate", "deepspeed"}
 
 

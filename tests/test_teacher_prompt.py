@@ -239,7 +239,7 @@ def test_eight_rows_with_two_prompts_each_are_one_update_however_they_are_cut(tm
     whole = make_trainer(tmp_path, ROWS, per_device_train_batch_size=8, **settings)
     expected = update_of(whole)
     assert expected.norm() > 0.1
-    for batch_size in (4, 2, 1):
+    for batch_size in (4, 1):
         cut = make_trainer(
             tmp_path, ROWS, per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size,
             **settings,

@@ -358,7 +358,7 @@ def test_completions_that_cannot_be_kept_or_shown_do_not_stop_training(tmp_path,
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(f"skd_trl.skd_trainer.{function}", fail)
+    monkeypatch.setattr(f"skd_trl.training.shown_run.{function}", fail)
     trainer = make_trainer(tmp_path, log_completions=True, max_steps=2)
     trainer.train()
     assert trainer.state.global_step == 2

@@ -6,7 +6,7 @@ never the distribution of the responses. This module knows no trainer and no con
 Shapes: B prompts, N rows being written, P prompt, T response (at most `max_new_tokens`), G draft, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -183,9 +183,18 @@ def run_round(
     device = rows.tokens.device
     precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     key = (
-        num_rows, num_draft, rows.max_new_tokens, accept, nucleus.level, precision, student.round_key(), teacher.round_key(),
+        num_rows, num_draft, rows.max_new_tokens, _by_value(accept), nucleus.level, precision, student.round_key(), teacher.round_key(),
     )  # fmt: skip
     return rows.rounds.run(key, play, device)
+
+
+def _by_value(rule: AcceptanceRule) -> Hashable:
+    """A rule as part of a key; one that holds a list is told by its repr."""
+    try:
+        hash(rule)
+    except TypeError:
+        return repr(rule)
+    return rule
 
 
 def interleave_round(

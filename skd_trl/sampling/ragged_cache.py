@@ -359,7 +359,7 @@ def _attention_spans(config) -> dict[str, int | None]:
         return {FULL: None} if window is None else {SLIDING: window}
     spans = {kind: window if "sliding" in kind else None for kind in kinds if kind not in WITHOUT_ATTENTION}
     if spans and is_stateful(config):
-        # Such models look masks up by names other than these.
+        # Such models look masks up by other names.
         spans |= {FULL: None} if window is None else {FULL: None, SLIDING: window}
     return spans
 

@@ -78,7 +78,7 @@ class TeacherClient(Scorer):
             )
 
     def tokenize(self, text: str) -> list[int] | None:
-        """The ids of a text in the server's tokenizer, or `None` if it does not say."""
+        """The ids of `text` in the server's tokenizer, or `None` if it does not say."""
         return self.replicas[0].route.tokenize(text)
 
     def score(self, texts: Sequence[Sequence[int]], num_scored: int, keys: Sequence[int]) -> Scores:

@@ -70,7 +70,7 @@ class Route(ABC):
     url: str
 
     def tokenize(self, text: str) -> list[int] | None:
-        """The ids of a text in the server's tokenizer, or `None` if it does not say. Both kinds have vLLM's route."""
+        """The ids of `text` in the server's tokenizer, or `None` if it does not say. Both kinds have vLLM's route."""
         response = self.http.post(self.url + "/tokenize", json={"model": self.info.model, "prompt": text})
         return response.json()["tokens"] if response.status_code == 200 else None
 

@@ -1,0 +1,80 @@
+"""The part of the trainer that evaluates: sets are prepared as the training set is, and metrics are sums over a set, divided once."""
+
+from dataclasses import replace
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, Trainer
+
+from ..data.batches import (
+    Key,
+    merge_prompts,
+)
+from ..data.mixed_batches import mix_sampled_rows
+from .engine_lifetime import engine_for_evaluation
+from .metrics import (
+    num_own_rows,
+    with_prefix,
+    without_filled_rows,
+)
+from .sampled_batches import sampled_batches
+from .sampled_evaluation import any_on_any_process, row_noise, rows_to_sample
+
+
+class EvaluatedRun(Trainer):
+    """Evaluates on references, and on a response of the student where a row has none.
+    A part of [`~skd_trl.SKDTrainer`], whose attributes it uses."""
+
+    def _prepare_eval(self, dataset, student: PreTrainedModel):
+        """Prepared evaluation sets: one, a dict of them, or none."""
+        if isinstance(dataset, dict):
+            return {name: self._prepare_eval_set(split, name, student) for name, split in dataset.items()}
+        return None if dataset is None else self._prepare_eval_set(dataset, "eval", student)
+
+    def _prepare_eval_set(self, dataset, name: str, student: PreTrainedModel) -> Dataset | IterableDataset:
+        rules = replace(self._rules, needs_response=self._is_recorded, reads_response=True)
+        with self._main_process_first():
+            prepared = self._prepare(dataset, rules=rules, name=name)
+        self._check_sampled_evaluation(prepared, name, student)
+        return prepared
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_eval(eval_dataset, self._inner_student())
+        return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """As [`~transformers.Trainer.predict`], on the responses and with the metrics of an evaluation."""
+        return super().predict(self._prepare_eval(test_dataset, self._inner_student()), ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums
+        over the tokens of the set, divided once: no batch size changes them."""
+        self._ratios["eval"].reset()
+        self._num_evaluated = 0  # rows so far, on all processes
+        with engine_for_evaluation(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._ratios["eval"].compute(self.accelerator)
+        if metrics.get("sampled_share") == 0:
+            del metrics["sampled_share"]
+        output.metrics.update(with_prefix(metrics, f"{metric_key_prefix}_"))
+        return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs = self._with_sampled_responses(inputs)
+        return super().prediction_step(model, without_filled_rows(inputs, self.accelerator), *args, **kwargs)
+
+    def _with_sampled_responses(self, batch: dict) -> dict:
+        """A batch of an evaluation in which rows without a reference have a response of the student's."""
+        size, rank, metrics = len(batch[Key.LABELS]), self.accelerator.process_index, self._ratios["eval"]
+        first = self._num_evaluated + rank * size
+        self._num_evaluated += self.accelerator.num_processes * size
+        is_missing = rows_to_sample(batch, self.accelerator)
+        metrics.add("sampled_share", is_missing.sum(), num_own_rows(batch, self.accelerator))
+        if not any_on_any_process(is_missing, self.accelerator):
+            return batch
+        noise = row_noise((first + is_missing.nonzero().flatten()).tolist(), self.args.max_new_tokens, self.args.seed)
+        some = {name: values[is_missing.to(values.device)] for name, values in merge_prompts([batch]).items()}
+        rollout = self._write(some, "student", noise)
+        metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
+        metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
+        return mix_sampled_rows([batch], sampled_batches(rollout, [some]), is_missing, self.data_collator)[0]

@@ -1,0 +1,174 @@
+"""The part of the trainer that has responses written: those of a whole optimizer step before its first backward.
+
+Shapes: B rows, P prompt, T response.
+"""
+
+import time
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from ..data.batches import (
+    IGNORE_INDEX,
+    Key,
+    merge_prompts,
+)
+from ..data.mixed_batches import mix_sampled_rows
+from ..sampling.interleaved import Execution, interleaved_sample
+from ..sampling.participants import LocalParticipant
+from ..sampling.rollout import Rollout
+from ..serving.client import TeacherServerError
+from .console import SamplingBar
+from .distributed import (
+    agree_on_maximum,
+    forwards_are_collective,
+    keyed_generator,
+    student_for_sampling,
+)
+from .memory_plan import (
+    Window,
+    out_of_memory_advised,
+    places_now,
+)
+from .metrics import (
+    add_rollout,
+    add_rollout_by_teacher,
+)
+from .router_logits import without_router_logits
+from .sampled_batches import sampled_batches
+from .sampling_copy import PRECISIONS, can_be_copied, is_worth_copying
+
+
+class SampledSteps(Trainer):
+    """Decides who writes the responses of an optimizer step, and has them written.
+    A part of [`~skd_trl.SKDTrainer`], whose attributes it uses."""
+
+    @contextmanager
+    def _server_awaited(self):
+        """The time in which a teacher's server is asked. If one process gives it up, all of them write a checkpoint and end."""
+        failure = None
+        try:
+            yield
+        except TeacherServerError as error:
+            failure = error
+        if self._is_served and agree_on_maximum(self.accelerator)(int(failure is not None))[0]:
+            if self.state.global_step > 0:
+                self._save_checkpoint(self.model, trial=None)
+            raise failure or TeacherServerError("Another process has given up the teacher's server.")
+
+    def _rollout_of_step(self, step: int) -> str:
+        """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
+        lmbda = self._args_of_step.lmbda
+        if self.args.rollout != "dataset" and lmbda > 0:
+            if self.args.lmbda_unit == "prompt" and lmbda < 1:
+                return "mixed"
+            if torch.rand((), generator=keyed_generator("lmbda", self.args.seed, step)).item() < lmbda:
+                return self.args.rollout
+        return "teacher" if self.seq_kd else "dataset"
+
+    def _check_references(self, batches: list[dict]) -> None:
+        """A callback that lowers `lmbda` asks for references of rows that were not looked at for them."""
+        if any((batch[Key.LABELS] == IGNORE_INDEX).all(dim=1).any() for batch in batches):
+            raise ValueError(
+                f"Step {self.state.global_step + 1} trains on references, as trainer.lmbda was set to {self.lmbda}, and some of its rows "
+                "have none. Give every row a reference, or leave lmbda at 1."
+            )
+
+    def _sample_some(self, batches: list[dict]) -> list[dict]:
+        """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
+        row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
+        key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
+        window = merge_prompts(batches)
+        chosen = torch.rand(len(window[Key.PROMPTS]), generator=keyed_generator(*key))
+        is_sampled = chosen < self._args_of_step.lmbda
+        some = {name: values[is_sampled.to(values.device)] for name, values in window.items()}
+        sampled = self._sample([some], self.args.rollout)
+        return mix_sampled_rows(batches, sampled, is_sampled, self.data_collator)
+
+    def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
+        start = time.perf_counter()
+        window = merge_prompts(batches)
+        noise = self._noise(
+            len(window[Key.PROMPTS]), "sampling", self.state.global_step, self.accelerator.process_index
+        )
+        sampled = self._write(window, rollout, noise)
+        if self._teacher_names:
+            add_rollout_by_teacher(self._ratios["train"], sampled, window[Key.TEACHER_INDEX], self._teacher_names)
+        add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
+        self._keep_completions(sampled, rollout)
+        return sampled_batches(sampled, batches)
+
+    def _noise(self, num_rows: int, *key) -> torch.Tensor:
+        """Uniform numbers (B, T, 3) that depend on the seed and the key alone."""
+        generator = keyed_generator(key[0], self.args.seed, *key[1:])
+        return torch.rand((num_rows, self.args.max_new_tokens, 3), generator=generator)
+
+    def _write(self, window: dict[str, torch.Tensor], rollout: str, noise: torch.Tensor) -> Rollout:
+        """Sampled responses to the left-padded prompts (B, P) of both models, of which a rank may have none, on noise (B, T, 3);
+        collective where the models are."""
+        prompts, mask = window[Key.PROMPTS], window[Key.PROMPT_ATTENTION_MASK]
+        is_shown = self.accelerator.is_main_process and not self.args.disable_tqdm
+        if self._shared is not None:
+            self._shared.check(self.accelerator.unwrap_model(self.model))
+        with (
+            SamplingBar(
+                self.args.max_new_tokens, f"step {self.state.global_step + 1}: sampling ", disable=not is_shown
+            ) as observe,
+            student_for_sampling(self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation) as student,
+            self.compute_loss_context_manager(),
+            without_router_logits(self._inner_student(), *self._teacher.inner),
+            # `torch_compile` is for the training step: every round has another shape, and would be compiled again.
+            nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
+            out_of_memory_advised("sampling"),
+        ):
+            collective = self.accelerator.num_processes > 1 and forwards_are_collective(student, *self._teacher.inner)
+            if self._samples_with_a_copy(student):
+                student = self._sampling_copy.of(student, PRECISIONS[self.accelerator.mixed_precision])
+            num_places = self._places(student, prompts)
+            return interleaved_sample(
+                LocalParticipant(
+                    student,
+                    self._args_of_step.student_sampling(),
+                    vocab_size=self.vocab_size,
+                ),
+                self._teacher.participant(
+                    window, self._args_of_step.teacher_sampling(), self.vocab_size, self.accelerator
+                ),
+                prompts,
+                mask,
+                accept=self._args_of_step.acceptance_rule(rollout),
+                max_new_tokens=self.args.max_new_tokens,
+                eos_token_ids=self.eos_token_ids,
+                noise=noise,
+                execution=Execution(
+                    self._draft_length,
+                    num_places,
+                    agree_on_maximum(self.accelerator) if collective else None,
+                    self._rounds,
+                    observe=observe,
+                ),
+            )
+
+    def _samples_with_a_copy(self, student: nn.Module) -> bool:
+        if self.args.sampling_copy is None:
+            return is_worth_copying(student, self.accelerator)
+        return self.args.sampling_copy and can_be_copied(student, self.accelerator)
+
+    def _places(self, student: nn.Module, prompts: torch.Tensor) -> int | None:
+        """How many responses to `prompts` (B, P) are written at once: as configured, or fewer if only those fit."""
+        num_places = min(self.args.rollout_batch_size or len(prompts), len(prompts))
+        if not self._teacher.inner or num_places < 2:
+            return self.args.rollout_batch_size
+        window = Window(num_places, len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts))
+        return places_now(student, self._teacher.inner[0], self.accelerator, window)
+
+    def _sample_fixed_prompts(self, rollout: str) -> Rollout:
+        """The same few prompts with the same noise whenever completions are kept, on the first process: what differs is the student."""
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        num_rows = self.args.log_fixed_prompts if self.accelerator.is_main_process else 0
+        batch = self.data_collator(list(dataset.take(max(num_rows, 1))))
+        window = {name: values[:num_rows].to(self.args.device) for name, values in merge_prompts([batch]).items()}
+        return self._write(window, rollout, self._noise(num_rows, "fixed prompts"))

@@ -1,0 +1,53 @@
+"""The part of the trainer that saves and resumes: whole weights, read back; what a schedule or an average needs to go on."""
+
+from contextlib import nullcontext
+
+from transformers import Trainer
+
+from .checkpoints import load_draft_length, save_draft_length
+from .finite_check import require_finite_weights
+from .saved_weights import check_saved, whole_parameters, whole_weights, writes_shards
+
+
+class SavedRun(Trainer):
+    """Saves what a user and a resumed run need.
+    A part of [`~skd_trl.SKDTrainer`], whose attributes it uses."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
+        Weights that are not finite are not written over good ones, and what was written is read back and counted."""
+        output_dir = output_dir or self.args.output_dir
+        require_finite_weights(self._inner_student(), self.state.global_step, output_dir, self.accelerator)
+        if self.is_deepspeed_enabled and self.deepspeed is None:  # before training there is no engine to ask
+            with whole_parameters(self.model):
+                return self._save(output_dir)
+        is_checkpoint_of_shards = _internal_call and writes_shards(self.accelerator)
+        with nullcontext() if is_checkpoint_of_shards else whole_weights(self.accelerator, self.model_wrapped):
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not is_checkpoint_of_shards:
+            check_saved(self.model, output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        # The Trainer pickles its arguments beside the weights, and not every idea given as an object can be pickled.
+        args, self.args = self.args, self.args.described()
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
+        student = self._inner_student()
+        if student is not self.accelerator.unwrap_model(self.model) and student.generation_config is not None:
+            # An adapter is saved without its base model's.
+            student.generation_config.save_pretrained(output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_draft_length(self._draft_length, output_dir, self.accelerator, self.args)
+        if self._average is not None and self.accelerator.is_main_process:
+            self._average.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_draft_length(self._draft_length, checkpoint, self.accelerator, self.args)
+        if checkpoint is not None and self._average is not None:
+            self._average.load(checkpoint)

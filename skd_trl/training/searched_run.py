@@ -1,0 +1,46 @@
+"""The part of the trainer for hyperparameter searches: each trial has a new student and other numbers."""
+
+from transformers import Trainer
+
+from .ends_of_sequence import stop_at
+from .forward_patches import take_off_patches
+from .models import (
+    base_model,
+    disable_dropout,
+)
+from .pair_check import check_pair, require
+from .quantised import keep_gradients
+
+
+class SearchedRun(Trainer):
+    """Sets up the student and the numbers of a trial.
+    A part of [`~skd_trl.SKDTrainer`], whose attributes it uses."""
+
+    def call_model_init(self, trial=None):
+        """A new student of a hyperparameter search, set up as the one that the trainer was constructed with."""
+        model = super().call_model_init(trial)
+        if self._has_adapter and base_model(model) is model:
+            raise ValueError(
+                "model_init returned a model without an adapter, and this trainer was given one (peft_config). Return "
+                "get_peft_model(model, peft_config), so the same parameters train in every trial."
+            )
+        take_off_patches(model)
+        keep_gradients(model)
+        if self.args.teacher_model_kind is not None:
+            raise ValueError(
+                f"teacher_model_kind={self.args.teacher_model_kind!r} is a teacher around the tensors of the first student, and a search "
+                "makes others. Search with the model as teacher_model, or construct a trainer for each trial."
+            )
+        for teacher in self._teacher.inner or [base_model(model)]:
+            require(check_pair(base_model(model), teacher, self.processing_class, self.args))
+        if self.args.disable_dropout:
+            disable_dropout(model)
+        stop_at(base_model(model), self.eos_token_ids)
+        return model
+
+    def _hp_search_setup(self, trial) -> None:
+        super()._hp_search_setup(trial)
+        if self.hp_search_backend is not None and trial is not None:
+            self.args.check_numbers()  # they were set one by one, unseen
+            self._set_attributes()
+            self._draft_length = self.args.draft_length()

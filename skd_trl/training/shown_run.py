@@ -1,0 +1,94 @@
+"""The part of the trainer that people look at: completions, the plan of the memory, the model card."""
+
+import logging
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import Trainer
+
+from .._compat import get_config_model_id
+from ..sampling.rollout import Rollout
+from .completions import (
+    completion_records,
+    print_completions,
+    save_completions,
+    send_completions,
+    with_prompt_texts,
+)
+from .memory_plan import (
+    describe_plan,
+    fitted_plan,
+)
+from .model_card import add_distillation, describe_distillation
+
+
+logger = get_logger(__name__)
+
+
+class ShownRun(Trainer):
+    """Shows what is sampled, what is held, and what the model is.
+    A part of [`~skd_trl.SKDTrainer`], whose attributes it uses."""
+
+    def add_callback(self, callback):
+        # LogCompletionsCallback, WeaveCallback: they write to the prompts of the evaluation set, which are tokens by now.
+        if getattr(callback, "eval_dataset", None) is not None and "eval_dataset" in vars(callback):
+            callback.eval_dataset = with_prompt_texts(callback.eval_dataset, self.processing_class)
+        super().add_callback(callback)
+
+    def _log_plan(self) -> None:
+        """Logs what the training will hold on a GPU, as a warning if it does not fit."""
+        if self.accelerator.device.type == "cpu" or not self._teacher.inner:
+            return
+        rows = (
+            self.train_dataset["prompt_ids"]
+            if isinstance(self.train_dataset, Dataset)
+            else [range(self._rules.max_prompt_length or 1024)]
+        )
+        try:
+            plan = fitted_plan(self.model, self._teacher.inner[0], self.accelerator, self.args, max(map(len, rows)))
+        except Exception:  # whatever a model may do with tensors that hold nothing
+            logger.warning("The memory of this training could not be planned; it starts all the same.", exc_info=True)
+            return
+        logger.log(logging.INFO if plan.fits else logging.WARNING, describe_plan(plan, self.accelerator, self.args))
+
+    def _keep_completions(self, sampled: Rollout, rollout: str) -> None:
+        step = self.state.global_step + 1  # the step that these responses train
+        every = self.args.log_completions_steps or max(int(self.state.logging_steps or self.args.logging_steps), 1)
+        if not self.args.log_completions or (step % every != 0 and step != 1):
+            return
+        records = completion_records(sampled, self.processing_class, step)
+        if self.args.log_fixed_prompts:
+            again = self._sample_fixed_prompts(rollout)
+            records = completion_records(again, self.processing_class, step, is_fixed=True) + records
+        records = sorted(gather_object(records), key=lambda record: not record["is_fixed"])
+        if self.accelerator.is_main_process:
+            writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
+            try:
+                save_completions(records, self.args.output_dir, step)
+                print_completions(records, self.args.num_completions_to_print, step)
+                send_completions(records, step, self.args.report_to, next(filter(None, writers), None))
+            except (
+                Exception
+            ) as error:  # a full disk, a closed console, a tracker out of reach: no reason to lose a run
+                logger.warning(f"Step {step}: its completions could not be kept or shown ({error}). Training goes on.")
+
+    def create_model_card(self, *args, **kwargs):
+        """As [`~transformers.Trainer.create_model_card`], with what this distillation was."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            section = describe_distillation(self, self._describe_teacher())
+            add_distillation(Path(self.args.output_dir) / "README.md", section)
+
+    def _describe_teacher(self) -> str:
+        """Who the teacher was, for people."""
+        if self._is_recorded:
+            return "recorded scores"
+        if self._is_served:
+            return f"{self._teacher.scorer.model} behind a server, its {self.args.teacher_top_k} most probable tokens"
+        if self.args.teacher_model_kind is not None:
+            return f"the student itself ({self.args.teacher_model_kind})"
+        sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]
+        names = [f"{name}: " for name in self._teacher_names] or [""]
+        return ", ".join(name + source for name, source in zip(names, sources, strict=True))
