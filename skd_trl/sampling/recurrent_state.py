@@ -64,7 +64,7 @@ class Mixer:
 
 
 def is_stateful(config) -> bool:
-    """Whether a text config has layers that keep a state (of a class that can, but need not)."""
+    """Whether layers of this configuration keep a state (of a class that can, but need not)."""
     return bool(STATEFUL_KINDS & set(getattr(config, "layer_types", None) or ()))
 
 
