@@ -123,7 +123,7 @@ CASES = {
     # Quantised teachers.
     "ddp-quantized_teacher": Case("ddp", {"quantized_teacher": True}),
     "zero3-quantized_teacher": Case("zero3", {"quantized_teacher": True}),
-    "fsdp2-quantized_teacher": Case("fsdp2", {"quantized_teacher": True}),
+    "fsdp2-quantized_teacher": Case("fsdp2", {"quantized_teacher": True, "shard_teacher": None}),
     "fsdp2-quantized_teacher_split": Case(
         "fsdp2", {"quantized_teacher": True, "shard_teacher": True}, refused="FSDP2 cannot split the teacher's quantised weights"
     ),

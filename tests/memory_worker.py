@@ -42,7 +42,7 @@ def collectives_of_rounds(directory: Path, name: str, **settings) -> dict:
         counts["rounds"] += rollout.num_rounds
         return rollout
 
-    import skd_trl.skd_trainer as trainer_module
+    import skd_trl.training.sampled_steps as trainer_module
 
     trainer_module.interleaved_sample = sample
     for each in names:

@@ -188,7 +188,9 @@ def test_columns_become_conversations_by_templates():
     prompt, answer = {"role": "user", "content": "Solve: 1 + 1?"}, {"role": "assistant", "content": "{2}"}
     both = rows.from_templates(dataset, "Solve: {question}", "{answer}")
     assert both[:] == {"prompt": [[prompt]], "completion": [[answer]]}
-    assert rows.from_templates(dataset.to_iterable_dataset(), "Solve: {question}", None).column_names == ["prompt"]
+    assert list(rows.from_templates(dataset.to_iterable_dataset(), "Solve: {question}", None)) == [
+        {"prompt": [prompt]}
+    ]
     for prompt_template, completion_template, message in (
         ("{what}", None, r"prompt_template names \['what'\], and the rows have the columns \['question'"),
         ("{question}", "fixed", "completion_template='fixed' names no column"),

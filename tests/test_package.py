@@ -95,7 +95,8 @@ def test_where_gkd_is_gone_a_config_with_its_fields_and_a_trainer_on_sft_take_it
     script = (
         "import without_gkd, json; from skd_trl import SKDTrainer; from test_package import fields_of; "
         "from skd_trl._compat import GKDConfig; "
-        "print(json.dumps([fields_of(GKDConfig), [c.__module__ + '.' + c.__name__ for c in SKDTrainer.__mro__[1:3]]]))"
+        "names = [c.__module__ + '.' + c.__name__ for c in SKDTrainer.__mro__ if not c.__module__.startswith('skd_trl.training')]; "
+        "print(json.dumps([fields_of(GKDConfig), names[1:3]]))"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(PACKAGE.parent)])
     process = subprocess.run(

@@ -12,8 +12,8 @@ from tiny import byte_tokenizer, save_models, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    MambaConfig,
-    MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     RobertaConfig,
     RobertaForCausalLM,
     T5Config,
@@ -161,11 +161,11 @@ def test_a_head_that_does_more_than_is_known_is_refused():
     assert "does not compute its logits as a linear map" in found(roberta(is_decoder=True))["heads"].detail
 
 
-def test_a_recurrent_model_is_refused_for_sampling_and_good_for_given_responses():
+def test_a_model_without_a_cache_is_refused_for_sampling_and_good_for_given_responses():
     torch.manual_seed(0)
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=1, state_size=4))
-    assert "rollout='dataset'" in found(mamba)["sampling"].detail
-    findings = found(mamba, rollout="dataset")
+    without_cache = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=259, n_embd=32, n_layer=1, n_head=2))
+    assert "rollout='dataset'" in found(without_cache)["sampling"].detail
+    findings = found(without_cache, rollout="dataset")
     assert findings["sampling"].verdict == Verdict.UNCHECKED
     assert findings["heads"].verdict == findings["padding"].verdict == Verdict.GOOD
 

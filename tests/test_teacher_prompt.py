@@ -99,7 +99,7 @@ BAD_ROWS = {
     "Row 1.*its `privileged_context` is empty": [ROWS[0], {**ROWS[1], "privileged_context": ""}],
     "its `teacher_prompt` is empty": [{"prompt": "q", "completion": "a", "teacher_prompt": None}],
     "both `teacher_prompt` and `privileged_context`": [{**ROWS[0], "teacher_prompt": ROWS[0]["prompt"]}],
-    "its prompt is a conversation and its `teacher_prompt` is a text": [
+    "its prompt is a conversation and its `teacher_prompt` is plain text": [
         {**{k: ROWS[0][k] for k in ("prompt", "completion")}, "teacher_prompt": "q"}
     ],
     "beside token ids": [{"prompt_ids": [1], "response_ids": [2], "privileged_context": "x"}],

@@ -395,8 +395,10 @@ def test_arguments_of_a_class_by_the_user_are_taken(tmp_path, config_class, trai
     assert type(trainer.args) is config_class
 
 
-@pytest.mark.parametrize("value", [[], ["a", "b"], {"a": "b"}, 3])
-@pytest.mark.parametrize("name", ["model", "teacher"])
+@pytest.mark.parametrize(
+    "name, value",
+    [("model", {"a": "b"}), *((name, value) for name in ("model", "teacher") for value in ([], ["a", "b"], 3))],
+)
 def test_what_is_no_model_is_refused_by_name(tmp_path, name, value):
     argument = {"model": "model", "teacher": "teacher_model"}[name]
     with pytest.raises(TypeError, match=f"{argument} is a {type(value).__name__}, which is no model"):

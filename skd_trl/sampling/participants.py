@@ -290,7 +290,7 @@ class LocalParticipant(Participant):
     def idle(self, num_tokens: int = 1) -> None:
         tokens = torch.zeros((1, num_tokens), dtype=torch.long, device=next(self.model.parameters()).device)
         # Modules that read a block token by token gather their weights for each: as often on every rank.
-        states = self.decoder.states
+        states = self.decoder.states if hasattr(self, "decoder") else None  # it may have no row on this rank
         with nullcontext() if states is None else states.idle(tokens.shape):
             self.model(input_ids=tokens, use_cache=False)
 

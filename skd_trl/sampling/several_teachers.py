@@ -15,6 +15,7 @@ import torch
 from .acceptance import Judgement
 from .participants import LocalParticipant, Participant, Setting
 from .prompts import Prompts
+from .recurrent_state import is_stateful
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class SeveralTeachers(Participant):
             )
         for i, teacher in enumerate(self.teachers):
             teacher.check(f"{name} {i}", teacher.own_prompts, max_new_tokens)
+            if self.agree is not None and is_stateful(teacher.model.config.get_text_config()):
+                raise ValueError(
+                    f"The {name} {i} has recurrent layers and is spread over processes. Where one of them has no row for it, its forwards "
+                    "would gather weights in another order. Keep it whole (shard_teacher=False), or train with one teacher."
+                )
 
     @contextmanager
     def session(self, prompts: Prompts, setting: Setting):
@@ -143,7 +149,7 @@ class SeveralTeachers(Participant):
             if len(places) > 0:
                 judgements.append((places, teacher.judge(proposals[places])))
             elif self.agree is not None:  # other ranks have rows for it
-                teacher.idle()
+                teacher.idle(proposals.shape[1])
         # As wide, and of one type, whoever is left: what is kept with the responses has one shape.
         logits = self._together([(places, j.logits) for places, j in judgements], (*proposals.shape, self.vocab_size))
         shape = (*proposals.shape, self.hidden_size)
