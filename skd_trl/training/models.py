@@ -49,6 +49,7 @@ def load_pair(
         tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
         student = _load_student(model, args) if isinstance(model, str) else model
         take_off_patches(student)
+        keep_gradients(student)
         return student, student, tokenizer
     teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
     if teacher_model is None:
