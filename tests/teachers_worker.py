@@ -44,7 +44,7 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-several-dataset"] = {**several, "rollout": "dataset"}
         cases[f"{mode}-several-sampled"] = several
     for mode in ("zero3", "fsdp2"):
-        cases[f"{mode}-refused_live"] = {**own, **SELF_TEACHERS["live"], "refused": True}
+        cases[f"{mode}-refused_live"] = {**own, **SELF_TEACHERS["live"], "refused": True, "shard_teacher": None}
     return cases
 
 
