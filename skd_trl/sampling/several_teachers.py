@@ -70,7 +70,8 @@ class SeveralTeachers(Participant):
             )
         for i, teacher in enumerate(self.teachers):
             teacher.check(f"{name} {i}", teacher.own_prompts, max_new_tokens)
-            if self.agree is not None and is_stateful(teacher.model.config.get_text_config()):
+            config = teacher.model.config
+            if self.agree is not None and is_stateful(config.get_text_config()):  # type: ignore[operator, union-attr]
                 raise ValueError(
                     f"The {name} {i} has recurrent layers and is spread over processes. Where one of them has no row for it, its forwards "
                     "would gather weights in another order. Keep it whole (shard_teacher=False), or train with one teacher."
