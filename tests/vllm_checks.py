@@ -94,7 +94,7 @@ def test_greedy_text_with_k_of_one_is_the_local_teachers_up_to_near_ties(server,
         )  # fmt: skip
         return responses(rollout, prompts)
 
-    served = text(ServedTeacher(TeacherClient(server.url, 64), GREEDY))
+    served = text(ServedTeacher(TeacherClient(server.url, 64), GREEDY, vocab_size=teacher.config.vocab_size))
     for prompt, here, there in zip(prompts, text(LocalParticipant(teacher, GREEDY)), served, strict=True):
         different = [i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b]
         if different:
@@ -133,6 +133,7 @@ def test_two_tokens_have_the_distribution_that_the_rule_prescribes(tmp_path):
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 32,
+        "max_position_embeddings": 1024,
         "initializer_range": 0.2,
     }
     student, teacher = (tiny_model("llama", seed=seed, **sizes) for seed in (1, 2))
