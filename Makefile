@@ -31,8 +31,8 @@ install: $(VENV)/.installed  ## virtual environment with the package and everyth
 assets: install  ## a real teacher, students and texts that need no model hub
 	$(BIN)/python examples/offline_assets.py --output_dir examples/assets
 
-demo: assets  ## distil a 135M teacher into a 99M student on a CPU: 10 minutes on two idle cores, up to 21 on busy ones
-	@echo "Scores before (3 to 5 minutes), 32 steps (6 to 12, with the time left on each line), scores after (2 to 4)."
+demo: assets  ## distil a 135M teacher into a 99M student on a CPU: 13 to 21 minutes were measured on two busy cores
+	@echo "Scores before, 32 steps with the time left on each line, scores after."
 	$(BIN)/python examples/train_summarization.py --config examples/configs/demo.yaml
 
 test: install  ## lint, types and the whole test suite
@@ -88,7 +88,7 @@ bench: assets  ## the tables of benchmarks/, in about an hour and a half
 bench-gpu: install  ## benchmarks/results/gpu.md: speed on one GPU beside transformers and TRL, in under four minutes
 	$(BIN)/python benchmarks/gpu.py
 
-decoders: install  ## docs/decoders.md: which models of the installed transformers the sampler can run, in about ten minutes
+decoders: install  ## docs/decoders.md: which models of the installed transformers the sampler can run
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decoders.py
 
 refusals:  ## docs/refusals.md: what is refused and in which words, from the source

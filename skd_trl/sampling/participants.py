@@ -131,10 +131,6 @@ class LocalParticipant(Participant):
 
     def check(self, name: str, prompts: Prompts, max_new_tokens: int) -> None:
         own = prompts if self.own_prompts is None else self.own_prompts
-        if len(own) != len(prompts):
-            raise ValueError(
-                f"The {name} has {len(own)} separate prompts for {len(prompts)} rows. Give one for each row."
-            )
         config = self.model.config.get_text_config()
         if not 0 < self.vocab_size <= config.vocab_size:
             raise ValueError(
@@ -147,10 +143,7 @@ class LocalParticipant(Participant):
                 f"{own.longest + max_new_tokens} positions, but the {name} has {room} to sample in. Shorten prompts or "
                 "max_new_tokens."
             )
-        if own.largest_id >= self.vocab_size:
-            raise ValueError(
-                f"A prompt of the {name} has token id {own.largest_id}, beyond the {self.vocab_size} ids that both models share."
-            )
+        own.check(name, len(prompts), self.vocab_size)
 
     @contextmanager
     def session(self, prompts: Prompts, setting: Setting):

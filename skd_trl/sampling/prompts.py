@@ -35,6 +35,17 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def check(self, name: str, num_rows: int, vocab_size: int) -> None:
+        """Raises `ValueError`, calling their reader `name`, unless these are prompts of so many rows with ids below `vocab_size`."""
+        if len(self) != num_rows:
+            raise ValueError(
+                f"The {name} has {len(self)} separate prompts for {num_rows} rows. Give one for each row."
+            )
+        if self.largest_id >= vocab_size:
+            raise ValueError(
+                f"A prompt of the {name} has token id {self.largest_id}, beyond the {vocab_size} ids that both models share."
+            )
+
     @property
     def longest(self) -> int:
         return max(self.host_lengths, default=0)

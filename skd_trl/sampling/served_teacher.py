@@ -65,20 +65,13 @@ class ServedTeacher(Participant):
 
     def check(self, name: str, prompts: Prompts, max_new_tokens: int) -> None:
         own = prompts if self.own_prompts is None else self.own_prompts
-        if len(own) != len(prompts):
-            raise ValueError(
-                f"The {name} has {len(own)} separate prompts for {len(prompts)} rows. Give one for each row."
-            )
+        own.check(name, len(prompts), self.num_ids)
         # vLLM generates a token after each text that it scores.
         if own.longest + max_new_tokens >= self.scorer.max_length:
             raise ValueError(
                 f"The longest prompt has {own.longest} tokens; with max_new_tokens={max_new_tokens} and one more it needs "
                 f"{own.longest + max_new_tokens + 1} positions, but the {name}'s server takes {self.scorer.max_length}. Shorten "
                 "prompts or max_new_tokens, or start the server with a larger --max-model-len."
-            )
-        if own.largest_id >= self.num_ids:
-            raise ValueError(
-                f"A prompt of the {name} has token id {own.largest_id}, beyond the {self.vocab_size} ids that both models share."
             )
 
     @contextmanager

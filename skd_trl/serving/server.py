@@ -11,7 +11,6 @@ Shapes: N texts, S scored positions, k known tokens.
 import asyncio
 import hmac
 import inspect
-import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ import torch
 
 from ..sampling.top_judgement import Scores
 from .wire import INFO_ROUTE, MEDIA_TYPE, SCORE_ROUTE, VERSION, pack_scores, unpack_request
-
-
-logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
