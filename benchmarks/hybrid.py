@@ -4,22 +4,28 @@ Random models with the layers of Qwen3.5 (three of gated delta net to one of att
 proposal is accepted with a given probability a, whatever it is. A round of N rows and G tokens costs G steps, one verification (in
 which the recurrent layers read token by token), and from G = 2 on going back. It brings a row that needs R more tokens
 1 + a + ... + a^(min(G, R) - 1) of them. Steps, verifications and going back are measured on the models alone, for all rows and for
-half of them: rows end at different times, and a line through both says what a smaller round costs.
+half of them, in turn with the rest: rows end at different times, and a line through both says what a smaller round costs. Draws are
+from the whole distribution: random models have no nucleus.
 
     python benchmarks/hybrid.py --clock cpu
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from baselines import Bernoulli
 from common import Report, median, parser, prepare, take_turns
-from sampler import measured_policy, sample
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from skd_trl.sampling.draft_length import DraftLength, ForwardCost, expected_tokens
+from skd_trl import Execution, interleaved_sample
+from skd_trl.sampling.draft_length import AutoDraftLength, DraftLength, ForwardCost, expected_tokens
 from skd_trl.sampling.ragged_cache import RaggedDecoder
 from skd_trl.sampling.recurrent_state import Reading
+
+
+# Forwards that one turn of a part is timed over.
+TIMES = 2
 
 
 def main() -> None:
@@ -36,10 +42,9 @@ def main() -> None:
     report = Report("hybrid", "Hybrid decoders", args)
     student, teacher = (hybrid(*sizes) for sizes in zip(args.hidden_sizes, args.num_layers, strict=True))
     for batch_size in args.batch_sizes:
-        costs = parts(student, teacher, batch_size, args, clock)
         rows = []
         for acceptance in args.acceptance:
-            rows += compare(student, teacher, batch_size, acceptance, costs, args, clock)
+            rows += compare(student, teacher, batch_size, acceptance, args, clock)
         report.table(
             f"{batch_size} rows, {args.num_tokens} tokens each",
             ["acceptance", "G", "tokens/s", "cost measured / predicted", "going back, % of a round", "over the best fixed"],
@@ -48,23 +53,27 @@ def main() -> None:
         )  # fmt: skip
 
 
-def compare(student, teacher, batch_size: int, acceptance: float, costs, args, clock) -> list[list]:
+def compare(student, teacher, batch_size: int, acceptance: float, args, clock) -> list[list]:
     """The rows of the table for one batch size and one acceptance."""
-    rule = Bernoulli(acceptance)
     ids = torch.randint(3, 4000, (batch_size, args.prompt_length))
-    mask = torch.ones_like(ids)
-    policy = measured_policy(args, student, teacher, ids, mask, rule)
-    watched = {length: Watched(DraftLength(length)) for length in args.lengths} | {"auto": Watched(policy)}
 
     def whole(length, max_new_tokens=args.num_tokens):
-        rollout = sample(
-            args, student, teacher, ids, mask, rule, num_draft_tokens=length, max_new_tokens=max_new_tokens
-        )
-        return rollout.num_tokens
+        return interleaved_sample(
+            student, teacher, ids, torch.ones_like(ids), accept=Bernoulli(acceptance), max_new_tokens=max_new_tokens,
+            eos_token_ids=[], execution=Execution(length),
+        ).num_tokens  # fmt: skip
 
+    policy = AutoDraftLength()
+    while policy.is_measuring:
+        whole(policy)
+    watched = {length: Watched(DraftLength(length)) for length in args.lengths} | {"auto": Watched(policy)}
     arms = {name: lambda own=own: whole(own) for name, own in watched.items()}
     arms["prompts"] = lambda: whole(1, 1)
-    seconds = {name: median(values) for name, values in take_turns(arms, args.repeats, clock, "whole").items()}
+    for num_rows in (batch_size // 2, batch_size):
+        arms |= parts(student, teacher, num_rows, args)
+    title = f"{batch_size} rows, acceptance {acceptance}"
+    seconds = {name: median(values) for name, values in take_turns(arms, args.repeats, clock, title).items()}
+    costs = {length: Costs.of(length, seconds) for length in args.lengths}
     # What one token of each prompt costs beyond a round is the prompts' prefill.
     prefill = seconds["prompts"] * batch_size - costs[1].round(batch_size)
     best = min(seconds[length] for length in args.lengths)
@@ -79,7 +88,7 @@ def compare(student, teacher, batch_size: int, acceptance: float, costs, args, c
             )
             predicted = (seconds[name] - prefill / (batch_size * args.num_tokens)) * tokens / cost
         if name != "auto":
-            share = 100 * costs[name].share_of_going_back(batch_size)
+            share = 100 * costs[name].back.seconds(batch_size) / costs[name].round(batch_size)
         shown = name if name != "auto" else f"auto ({sum(lengths) / len(lengths):.1f})"
         rows.append([f"{acceptance}", shown, 1 / seconds[name], predicted, share, seconds[name] / best])
     return rows
@@ -113,8 +122,14 @@ class Costs:
     def round(self, num_rows: int) -> float:
         return self.length * self.step.seconds(num_rows) + self.block.seconds(num_rows) + self.back.seconds(num_rows)
 
-    def share_of_going_back(self, num_rows: int) -> float:
-        return self.back.seconds(num_rows) / self.round(num_rows)
+    @staticmethod
+    def of(length: int, seconds: dict) -> "Costs":
+        """From the medians of the arms that `parts` has made."""
+        costs = Costs(length, ForwardCost(), ForwardCost(), ForwardCost())
+        for name, value in seconds.items():
+            if isinstance(name, tuple) and name[1] == length:
+                getattr(costs, name[0]).add(name[2], value)
+        return costs
 
 
 def hybrid(hidden_size: int, num_layers: int) -> PreTrainedModel:
@@ -129,42 +144,34 @@ def hybrid(hidden_size: int, num_layers: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
-@torch.no_grad()
-def parts(student, teacher, batch_size: int, args, clock) -> dict[int, Costs]:
-    """What rounds consist of, by draft length."""
-    start = args.prompt_length + args.num_tokens // 2
-    lengths = sorted({1, *args.lengths})
-    costs = {length: Costs(length, ForwardCost(), ForwardCost(), ForwardCost()) for length in lengths}
-    for num_rows in (batch_size // 2, batch_size):
-        decoders = [RaggedDecoder(model, num_rows, start + max(lengths)) for model in (student, teacher)]
+def parts(student, teacher, num_rows: int, args) -> dict[tuple[str, int, int], Callable[[], int]]:
+    """Arms for what rounds of so many rows consist of, by its name, the draft length and the number of rows."""
+    start, arms = args.prompt_length + args.num_tokens // 2, {}
+    for length in args.lengths:
+        decoders = [RaggedDecoder(model, num_rows, start + length) for model in (student, teacher)]
+        positions = torch.arange(start).expand(num_rows, start)
         for decoder in decoders:
-            positions = torch.arange(start).expand(num_rows, start)
-            decoder(torch.ones_like(positions), positions, num_slots_in_use=start, reading=Reading(is_beginning=True))
-        kept = torch.ones(num_rows, dtype=torch.long)
-        for length in lengths:
-            for decoder in decoders:
-                decoder.states.begin_round(length)
-            positions = torch.arange(start, start + length).expand(num_rows, length)
+            with torch.no_grad():
+                decoder(torch.ones_like(positions), positions, without_logits=True, reading=Reading(is_beginning=True))
+            decoder.states.begin_round(length)
+        positions, kept = torch.arange(start, start + length).expand(num_rows, length), torch.ones(num_rows).long()
 
-            def read(decoder, count, positions=positions, length=length):
-                tokens = torch.ones_like(positions[:, :count])
-                decoder(tokens, positions[:, :count], num_slots_in_use=start + length, reading=Reading(step=0))
-                return 1
+        def read(decoder, count, positions=positions):
+            with torch.no_grad():
+                for _ in range(TIMES):
+                    decoder(torch.ones_like(positions[:, :count]), positions[:, :count], reading=Reading(step=0))
+            return TIMES
 
-            def back(decoders=decoders, kept=kept):
+        def back(decoders=decoders, kept=kept):
+            for _ in range(TIMES):
                 for decoder in decoders:
                     decoder.states.keep(kept)
-                return 1
+            return TIMES
 
-            arms = {
-                "step": lambda read=read, own=decoders[0]: read(own, 1),
-                "block": lambda read=read, own=decoders[1], length=length: read(own, length),
-                "back": back,
-            }
-            seconds = take_turns(arms, 2 * args.repeats, clock, f"parts, {num_rows} rows, G = {length}")
-            for name, values in seconds.items():
-                getattr(costs[length], name).add(num_rows, median(values))
-    return costs
+        arms["step", length, num_rows] = lambda read=read, own=decoders[0]: read(own, 1)
+        arms["block", length, num_rows] = lambda read=read, own=decoders[1], length=length: read(own, length)
+        arms["back", length, num_rows] = back
+    return arms
 
 
 if __name__ == "__main__":
