@@ -232,6 +232,15 @@ def test_padding_that_leaves_a_trace_is_not_used(monkeypatch):
     assert responses(rollout) == [greedy_text(student, prompt, 12) for prompt in PROMPTS]
 
 
+def test_rows_that_are_read_apart_are_refused_where_weights_are_spread_over_ranks():
+    """Ranks with other numbers of rows would gather them in another order, and wait for ever."""
+    model = tiny_model("rwkv", seed=1)
+    prove(model)
+    next(model.parameters()).ds_id = 0  # ZeRO-3's mark
+    with pytest.raises(ValueError, match="row by row.*shard_teacher=False"):
+        prove(model)
+
+
 # Training
 
 

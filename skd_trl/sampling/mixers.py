@@ -40,6 +40,8 @@ class StatePlace:
 class Mixer:
     """A module that reads and writes states."""
 
+    rows_apart = False  # whether a token of several rows takes a forward for each of them
+
     def __init__(self, module: nn.Module, places: tuple[StatePlace, ...]):
         self.module, self.places = module, places
 
