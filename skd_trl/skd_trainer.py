@@ -92,7 +92,7 @@ from .training.saved_run import SavedRun
 from .training.saved_weights import describe_shards
 from .training.searched_run import SearchedRun
 from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
-from .training.served import RemoteTeacher, check_rule, check_server, connect
+from .training.served import RemoteHiddenStates, RemoteTeacher, check_rule, check_server, connect, fetched_head
 from .training.shown_run import ShownRun
 from .training.teachers import OneTeacher, RecordedTeacher, Teacher, TeachersByRow, whole_signal
 
@@ -238,7 +238,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         self.vocab_size = min(shared_vocab_size(student, one) for one in teachers)
         client = None
         if self._is_served:
-            client = connect(args.teacher_model_server_url, args.teacher_top_k, args.teacher_server_patience)
+            top_k = args.teacher_top_k if args.teacher_signal == "top_k" else 1
+            client = connect(args.teacher_model_server_url, top_k, args.teacher_server_patience)
             check_server(client, tokenizer, self.vocab_size)
             self.vocab_size = min(self.vocab_size, client.vocab_size or self.vocab_size)
         self.eos_token_ids = sorted({i for one in teachers for i in end_of_sequence_ids(student, one, tokenizer)})
@@ -322,6 +323,9 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
     def _make_teacher(self, teachers: list[PreTrainedModel], client: TeacherClient | None) -> Teacher:
         teacher, kind = teachers[0], self.args.teacher_model_kind
         self._average = self._shared = None
+        if client is not None and self.args.teacher_signal == "hidden_states":
+            self.teacher_model = self._inner_teacher = None
+            return RemoteHiddenStates(client, fetched_head(client, self.accelerator.device, self.vocab_size))
         if self._is_recorded or client is not None:
             self.teacher_model = self._inner_teacher = None
             self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
