@@ -138,6 +138,14 @@ def test_a_rule_that_reads_logits_is_told_what_it_can_read_instead(model):
         sampled(ServedTeacher(LocalScorer(model, 30, V)), ByLogits(), GREEDY, 2)
 
 
+def test_a_teacher_that_ranks_tokens_that_the_student_has_not_is_refused():
+    larger = tiny_model("llama", seed=2, vocab_size=V + 200)
+    with pytest.raises(ValueError, match=r"ranks token \d+ among its 100 most probable, but both models share 259"):
+        sampled(
+            ServedTeacher(LocalScorer(larger, 100, V + 200), vocab_size=V), ACCEPTANCE_RULES["top_k"](k=20), GREEDY, 2
+        )
+
+
 def test_prompts_that_the_server_has_no_room_for_are_refused(model):
     scorer = LocalScorer(model, 30, V)
     scorer.max_length = 20

@@ -1,5 +1,7 @@
 """Training with a teacher behind a server, against the same teacher in this process."""
 
+import threading
+
 import pytest
 import torch
 from teacher_server import TeacherServer, serving
@@ -153,6 +155,43 @@ def test_a_run_that_gives_up_its_server_has_left_a_checkpoint_that_resumes(tmp_p
         resumed = served(tmp_path / "cut", server, **settings)
         resumed.train(resume_from_checkpoint=True)
     assert losses(resumed)[-2:] == losses(whole)[-2:]
+
+
+@pytest.mark.parametrize(("event", "signal"), [("restarts", EXACT), ("replica gone", {})], ids=["restarts", "gone"])
+def test_a_run_that_survives_its_server_has_the_losses_of_one_that_was_not_disturbed(tmp_path, event, signal):
+    settings = {"max_steps": 2, "logging_steps": 1, **signal}
+    model = tiny_model(seed=2)
+    with serving(model, top_k=64) as server:
+        whole = served(tmp_path / "whole", server, **settings)
+        whole.train()
+    gone, with_it = TeacherServer(model, top_k=64), []
+
+    def restart():
+        with_it.append(TeacherServer(model, top_k=64, port=gone.http.server_port))
+
+    def stop():
+        gone.stop()
+        if event == "restarts":
+            threading.Timer(0.3, restart).start()
+
+    if event == "replica gone":
+        with_it.append(TeacherServer(model, top_k=64))
+        settings["teacher_model_server_url"] = [gone.url, with_it[0].url]
+    disturbed = served(tmp_path / "disturbed", gone, **settings)
+    disturbed.add_callback(At(1, stop))
+    disturbed.train()
+    assert with_it[0].num_texts > 0
+    with_it[0].stop()
+    assert losses(disturbed) == losses(whole)
+
+
+def test_a_key_that_is_refused_in_the_middle_leaves_a_checkpoint(tmp_path):
+    with serving(tiny_model(seed=2), top_k=100) as server:
+        cut = served(tmp_path, server, max_steps=2)
+        cut.add_callback(At(1, lambda: setattr(server, "api_key", "new")))
+        with pytest.raises(ValueError, match="refuses the API key"):
+            cut.train()
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
 
 
 def test_what_the_top_k_cannot_give_is_refused_by_name(tmp_path):

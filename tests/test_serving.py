@@ -158,6 +158,34 @@ def test_a_server_that_misbehaves_is_asked_again_and_given_up_at_the_limit(model
         ask(TEXTS, 2, [0, 1, 2])
 
 
+@pytest.mark.parametrize("fault", ["hangs", "nan", "error", "half"])
+def test_a_server_that_recovers_within_the_limit_gives_the_answer_that_was_asked_for(model, fault):
+    with serving(model) as server:
+        client = TeacherClient(server.url, 20, patience=Patience(1.0, 60.0, 0.05, 0.2))
+        server.fault = fault
+        timer = threading.Timer(0.5, setattr, (server, "fault", ""))
+        timer.start()
+        assert_equal(client.score(TEXTS, 2, [0, 1, 2]), LocalScorer(model, 20, V).score(TEXTS, 2, []))
+        timer.join()
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "another"}, {"vocab_size": 200}, {"api_key": "new"}, {"kind": "generate"}]
+)
+def test_a_server_that_comes_back_as_another_one_is_refused(model, change):
+    server = TeacherServer(model)
+    client = TeacherClient(server.url, 20, patience=Patience(1.0, 30.0, 0.05, 0.2))
+    client.score(TEXTS, 2, [0, 1, 2])
+    server.stop()
+    timer = threading.Timer(0.2, lambda: other.append(TeacherServer(model, port=server.http.server_port, **change)))
+    other: list[TeacherServer] = []
+    timer.start()
+    with pytest.raises(ValueError, match="refuses the API key" if "api_key" in change else "come back as another one"):
+        client.score(TEXTS, 2, [0, 1, 2])
+    timer.join()
+    other[0].stop()
+
+
 def test_texts_of_a_replica_that_is_gone_go_to_the_other(model):
     with serving(model) as one, serving(model) as other:
         client = TeacherClient([one.url, other.url], 20, patience=QUICK)

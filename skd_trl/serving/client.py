@@ -47,6 +47,7 @@ class Replica:
     url: str
     route: Route
     rests_until: float = field(default=0.0)
+    has_failed: bool = field(default=False)  # since it last answered: it may be another server now
 
 
 # Asks one replica for its share of the texts: tensors of which each has a row for each of these.
@@ -144,11 +145,14 @@ class TeacherClient(HiddenStatesScorer):
 
         def ask(replica: Replica, share: list[int]) -> str:
             try:
+                if replica.has_failed:
+                    self._check_is_same(replica)
                 answer = question(replica.route, [texts[index] for index in share])
+                replica.has_failed = False
             except ServerRefusal:
                 raise
             except (requests.RequestException, ValueError, KeyError) as error:
-                replica.rests_until = time.monotonic() + REST_SECONDS
+                replica.rests_until, replica.has_failed = time.monotonic() + REST_SECONDS, True
                 return f"{replica.url}: {type(error).__name__} {error}"
             for position, index in enumerate(share):
                 rows[index] = tuple(values[position] for values in answer)
@@ -156,6 +160,16 @@ class TeacherClient(HiddenStatesScorer):
 
         jobs = [self.threads.submit(ask, awake[which], share) for which, share in shares.items()]
         return "; ".join(failure for job in jobs if (failure := job.result()))
+
+    def _check_is_same(self, replica: Replica) -> None:
+        """A server that comes back may have been started with something else."""
+        now = type(replica.route).find(self.http, replica.url, self.threads)
+        said = None if now is None else now.info
+        if said != replica.route.info:
+            raise ServerRefusal(
+                f"The server at {replica.url} has come back as another one: it said {replica.route.info} before, and says {said} "
+                "now. Start it with the same model and options, and resume from the last checkpoint."
+            )
 
     def _find_route(self, url: str) -> Route:
         """The first route that the server has, waiting for one that is still starting."""

@@ -77,6 +77,11 @@ class Route(ABC):
 
     info: ServerInfo
 
+    @classmethod
+    @abstractmethod
+    def find(cls, http: "Http", url: str, threads: ThreadPoolExecutor) -> "Route | None":
+        """This way to ask the server at `url`, or `None` if it does not have it."""
+
     @abstractmethod
     def score(self, texts: Sequence[Sequence[int]], num_scored: int, top_k: int) -> Scores:
         """See [`~skd_trl.sampling.served_teacher.Scorer`]."""
