@@ -70,9 +70,13 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="name or path of the teacher")
     parser.add_argument("--top_k", type=int, default=64, help="how many tokens a question may ask for at most")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask; then set --api_key")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask; then set a key")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--api_key", help="questions without `Authorization: Bearer KEY` are refused")
+    parser.add_argument(
+        "--api_key",
+        default=os.environ.get("SKD_TEACHER_API_KEY"),
+        help="questions without `Authorization: Bearer KEY` are refused; default: the environment variable SKD_TEACHER_API_KEY",
+    )
     return parser
 
 
@@ -132,7 +136,7 @@ class Scoring:
         return torch.stack([states[key] for key in keys])
 
     async def _compute(self, text: Sequence[int], num_scored: int, key: str) -> None:
-        """Has the engine compute a text, and its worker keep the states of the asked positions under `key`."""
+        """Has the engine compute the text, and its worker keep the states of the asked positions under `key`."""
         first, stop = (len(text) - 1, len(text)) if num_scored == 0 else (len(text) - num_scored - 1, len(text) - 1)
         output = await self._run(text, {"extra_args": {ASKED: [key, first, stop]}})
         if (output.num_cached_tokens or 0) > first:

@@ -38,7 +38,7 @@ class Kept:
 
 @dataclass
 class HiddenStatesKeeper:
-    """Stands before a model runner's prompt log-probabilities, which see the hidden states of all that was computed in a step."""
+    """Is called before a model runner's prompt log-probabilities, which see the hidden states of all that was computed in a step."""
 
     runner: Any
     kept: dict[str, Kept] = field(default_factory=dict)
