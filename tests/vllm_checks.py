@@ -39,21 +39,14 @@ GREEDY, FREE = SamplingParams(temperature=0.0), SamplingParams()
 QUESTIONS = ["What is a package?", "The library reads", "To install it,", "A short description of"]
 
 
-@pytest.fixture(scope="module")
-def own():
-    with VLLMServer("own", ASSETS / "teacher") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def stock():
-    with VLLMServer("stock", ASSETS / "teacher") as running:
-        yield running
-
-
 @pytest.fixture(scope="module", params=["own", "stock"])
 def server(request):
-    return request.getfixturevalue(request.param)
+    """One at a time: tests of one kind come one after the other."""
+    with VLLMServer(request.param, ASSETS / "teacher") as running:
+        yield running
+
+
+own = pytest.mark.parametrize("server", ["own"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +119,12 @@ def make_run(tmp_path, trainer_class=SKDTrainer, teacher=None, **settings):
     )
 
 
+@own
 @pytest.mark.timeout(1200)
-def test_hidden_states_are_those_of_the_model_with_and_without_a_cached_beginning(own, teacher):
+def test_hidden_states_are_those_of_the_model_with_and_without_a_cached_beginning(server, teacher):
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(100, 40000, (300,), generator=generator).tolist()
-    client = TeacherClient(own.url, 64)
+    client = TeacherClient(server.url, 64)
     sizes = []
     client.http.session.hooks["response"].append(lambda response, **_: sizes.append(len(response.content)))
     head = client.head()
@@ -151,13 +145,16 @@ def test_hidden_states_are_those_of_the_model_with_and_without_a_cached_beginnin
         file=sys.stderr,
     )
     assert sizes[0] < 40 * 576 * 4 + 200 and sizes[1] < 40 * 520 + 500
-    assert requests.get(own.url + "/skd/v1/info", timeout=60).json()["num_repeated"] > 0
+    assert requests.get(server.url + "/skd/v1/info", timeout=60).json()["num_repeated"] > 0
 
 
+@own
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("settings", [{"rollout": "dataset"}, {"rollout": "interleaved"}], ids=["given", "sampled"])
-def test_loss_and_gradient_of_hidden_states_are_those_of_the_teacher_in_this_process(own, teacher, tmp_path, settings):
-    exact = {"teacher_model_server_url": [own.url], "teacher_signal": "hidden_states"}
+def test_loss_and_gradient_of_hidden_states_are_those_of_the_teacher_in_this_process(
+    server, teacher, tmp_path, settings
+):
+    exact = {"teacher_model_server_url": [server.url], "teacher_signal": "hidden_states"}
     served = make_run(tmp_path / "served", without_teacher(SKDTrainer), **exact, **settings)
     local = make_run(tmp_path / "local", teacher=teacher, **settings)
     batches = [spy_on_trained_batches(run) for run in (served, local)]
