@@ -19,8 +19,8 @@ from ._compat import TrlParser
 from .skd_config import SKDConfig
 from .training.limits import room_for_prompts
 from .training.memory_plan import describe_plan, fitted_plan
-from .training.models import load_pair
 from .training.pair_check import Finding, Verdict, check_launch, check_pair
+from .training.teacher_loading import load_pair
 
 
 # Name -> module of `commands/`, its function, and what it does.
