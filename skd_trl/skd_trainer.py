@@ -64,10 +64,9 @@ from .training.finite_check import FiniteCheck, GradientCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
-from .training.memory_plan import (
-    out_of_memory_advised,
-    shards_teacher,
-)
+from .training.machine import Machine
+from .training.memory_advice import out_of_memory_advised
+from .training.memory_plan import shards_teacher
 from .training.metrics import (
     RatioMetrics,
     add_loss_by_teacher,
@@ -409,7 +408,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         self.divergence = self._args_of_step.make_divergence()
 
     def _is_spread(self, teacher: nn.Module) -> bool:
-        return shards_teacher(self.args.shard_teacher, teacher, self.accelerator)
+        return shards_teacher(self.args.shard_teacher, teacher, Machine.of(self.accelerator))
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.
