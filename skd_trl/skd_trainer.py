@@ -62,9 +62,7 @@ from .training.finite_check import FiniteCheck, GradientCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
-from .training.memory_plan import (
-    out_of_memory_advised,
-)
+from .training.memory_advice import out_of_memory_advised
 from .training.metrics import (
     RatioMetrics,
     add_loss_by_teacher,

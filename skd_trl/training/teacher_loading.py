@@ -17,6 +17,7 @@ from ..serving.client import TeacherClient
 from .distributed import forwards_are_collective, prepare_teacher
 from .engine_settings import check_parallel_models
 from .forward_patches import take_off_patches
+from .machine import Machine
 from .memory_plan import shards_teacher
 from .models import given_model, load_student, load_tokenizer, with_options
 from .pair_check import check_teacher_differs, require
@@ -121,7 +122,7 @@ def place_teacher(
     if args.teacher_model_kind is not None:
         return _placed_self_teacher(student, args, accelerator, has_own_prompts)
     prepared = [
-        prepare_teacher(one, accelerator, shards_teacher(args.shard_teacher, one, accelerator))
+        prepare_teacher(one, accelerator, shards_teacher(args.shard_teacher, one, Machine.of(accelerator)))
         for one in loaded.models
     ]
     if not loaded.names:
