@@ -5,7 +5,6 @@ directory. On several GPUs: `accelerate launch -m skd_trl train --config ...`.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -24,13 +23,14 @@ from .._compat import ModelConfig, ScriptArguments, get_peft_config, get_quantiz
 from ..evaluation.callback import HeldOutEvaluation
 from ..evaluation.comparison import comparison_table
 from ..evaluation.draft_model import Drafting
+from ..evaluation.text_metrics import text_metrics
 from ..skd_config import SKDConfig
 from ..skd_trainer import SKDTrainer
 from ..speckd_config import SpecKDConfig
 from ..speckd_trainer import SpecKDTrainer
 from ..training.console import LogLine
 from ..training.run_files import LogFile, run_settings, write_settings
-from .options import Command
+from .options import Command, json_option
 from .rows import from_templates, hold_out, load_rows, split_names
 from .supervised import supervised_stage
 
@@ -102,8 +102,9 @@ class TrainArguments(ScriptArguments):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} has to be 0 or more.")
         for name in ("teacher_sft", "student_sft"):
-            value = getattr(self, name)
-            setattr(self, name, json.loads(value) if isinstance(value, str) else value)
+            setattr(self, name, json_option(name, getattr(self, name), '{"max_steps": 80}'))
+        if self.compare:
+            text_metrics(self.metrics)  # an unknown one is told before models are loaded
 
 
 def run(arguments: list[str]) -> int:

@@ -82,14 +82,13 @@ def check_server(client: TeacherClient, tokenizer: PreTrainedTokenizerBase, voca
         logger.warning(f"The teacher's server scores one text with its prefix cache and without {gap:.2f} nats apart.")
 
 
-def fetched_head(client: TeacherClient, device: torch.device, vocab_size: int) -> LMHead:
+def fetched_head(client: TeacherClient, device: torch.device) -> LMHead:
     """
-    The head of a server's teacher, for the whole run; checked by the server's own scores of the probe's last tokens.
+    The head of a server's teacher, for the whole run; checked by the server's own scores of a few tokens.
 
     Args:
         client ([`TeacherClient`]): the connection.
         device (`torch.device`): where the logits are to be made.
-        vocab_size (`int`): how many ids both models share.
 
     Raises:
         `ValueError`: if the server gives no hidden states, or these and the head do not make its scores.
@@ -97,11 +96,7 @@ def fetched_head(client: TeacherClient, device: torch.device, vocab_size: int) -
     sent = client.head()
     bias = None if sent.bias is None else sent.bias.to(device)
     head = LMHead(sent.weight.to(device), bias, sent.scale, sent.softcap or None)
-    if len(sent.weight) < vocab_size:
-        raise ValueError(
-            f"The server's head makes {len(sent.weight)} logits, and the models share {vocab_size} tokens."
-        )
-    text = torch.arange(2, min(32, vocab_size)).tolist()
+    text = torch.arange(2, min(32, len(sent.weight))).tolist()
     states, scores = client.hidden_states([text], 4, [0]), client.score([text], 4, [0])
     log_probs = head.logits(states[0].to(device)).log_softmax(-1).cpu()
     own = log_probs.gather(-1, torch.tensor(text[-4:])[:, None]).squeeze(-1)
