@@ -4,10 +4,10 @@ Shapes: R places, B rows of a micro-batch, S their columns, P longest prompt, T 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import finalize
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from accelerate.utils import extract_model_from_parallel as unwrapped
@@ -81,15 +81,20 @@ class Allocations(TorchDispatchMode):
 
 
 @contextmanager
-def fake(model: nn.Module, device: torch.device, is_trained: bool) -> Iterator[tuple[FakeTensorMode, Allocations]]:
-    """Inside, `model` has fake weights on `device`, and what is allocated is followed."""
+def fake(
+    model: nn.Module, device: torch.device, is_trained: bool = False, most_bytes: int = 8
+) -> Iterator[tuple[FakeTensorMode, Allocations]]:
+    """Inside, `model` has fake weights on `device`, in bf16 where `most_bytes` is 2, and what is allocated is followed."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tensors = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             shape = getattr(tensor, "ds_shape", tensor.shape)
             if isinstance(tensor, DTensor):
                 shape = tensor.size()
-            fake = torch.empty(shape, dtype=tensor.dtype, device=device)
+            dtype = (
+                torch.bfloat16 if tensor.is_floating_point() and tensor.element_size() > most_bytes else tensor.dtype
+            )
+            fake = torch.empty(shape, dtype=dtype, device=device)
             if tensor.requires_grad and is_trained:
                 fake = nn.Parameter(fake)
             tensors[name] = fake
@@ -99,21 +104,37 @@ def fake(model: nn.Module, device: torch.device, is_trained: bool) -> Iterator[t
             yield mode, allocations
 
 
+def _counted_once(count: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
+    """Keeps what `count` says of a model, machine and numbers: a plan for other places or another GPU asks the same again."""
+    known: WeakKeyDictionary[nn.Module, dict[tuple, tuple[int, ...]]] = WeakKeyDictionary()
+
+    def counted(model: nn.Module, machine: Machine, *numbers) -> tuple[int, ...]:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        key = (machine.device, machine.mixed_precision, trained, *numbers)
+        found = known.setdefault(model, {})
+        if key not in found:
+            found[key] = count(model, machine, *numbers)
+        return found[key]
+
+    return counted
+
+
 def sampling_bytes(
-    student: nn.Module, teacher: nn.Module, machine: Machine, window: Window
+    student: nn.Module, teacher: nn.Module, machine: Machine, window: Window, casts: bool
 ) -> tuple[dict[str, int], int]:
-    """Bytes of a window's sampling by part, and those of one more place."""
+    """Bytes of a window's sampling by part, and those of one more place. With `casts` the student samples with weights of two
+    bytes a number."""
     places, draft = window.num_places, window.num_draft_tokens
     slots = window.longest_prompt + window.max_new_tokens + draft - 1
     few = min(places, 2)  # quick, and nothing but caches, masks, logits and activations grows with them
     caches, logits, of_blocks, of_prompts = 0, 0, 0, 0
-    for model, block, kept in ((student, 1, draft), (teacher, draft, draft)):
-        cache, of_block, of_logits = _decoder(model, machine, few, slots, block)
+    for model, block, kept, most in ((student, 1, draft, 2 if casts else 8), (teacher, draft, draft, 8)):
+        cache, of_block, of_logits = _decoder(model, machine, few, slots, block, most)
         caches += cache * places // few
         logits += of_logits * kept * places // (block * few)
         of_blocks = max(of_blocks, of_block * places // few)
         rows = min(places, max(1, MOST_TOKENS // window.longest_prompt))
-        filled = _decoder(model, machine, rows, window.longest_prompt, window.longest_prompt, fills=True)
+        filled = _decoder(model, machine, rows, window.longest_prompt, window.longest_prompt, most, True)
         of_prompts = max(of_prompts, filled[1])
     # Prompts are read before a round, whose logits are given back at its end.
     in_round = {"logits of a draft": logits, "a forward": of_blocks}
@@ -122,17 +143,18 @@ def sampling_bytes(
     return {"caches": caches, **worse}, (caches + max(logits + of_blocks, grows)) // places
 
 
+@_counted_once
 def _decoder(
-    model: nn.Module, machine: Machine, rows: int, slots: int, block: int, fills: bool = False
+    model: nn.Module, machine: Machine, rows: int, slots: int, block: int, most_bytes: int = 8, fills: bool = False
 ) -> tuple[int, int, int]:
     """Bytes of the caches of so many rows and slots, of what a forward of `block` tokens of each needs beside them, and of its
-    logits."""
+    logits; of a model whose numbers take at `most_bytes` so many."""
     inner = unwrapped(model)
     with (
         torch.no_grad(),
         eval_mode(inner),
         without_router_logits(*([inner] if hasattr(inner, "config") else [])),
-        fake(inner, machine.device, is_trained=False) as (_, allocations),
+        fake(inner, machine.device, most_bytes=most_bytes) as (_, allocations),
         machine.autocast(),
     ):
         tokens = torch.zeros((rows, block), dtype=torch.long, device=machine.device)
@@ -147,11 +169,15 @@ def _decoder(
 def training_bytes(
     student: nn.Module, teacher: nn.Module, machine: Machine, args, window: Window, gradients: int, held: int
 ) -> dict[str, int]:
-    """Bytes of a micro-batch at its worse moment, beside what is `held` throughout. In the loss: what the forward left for the backward, and a chunk. In the backward:
-    that and what it makes, the gradients, and those that the loss hands out."""
+    """Bytes of a micro-batch at its worse moment, beside what is `held` throughout. In the loss: what the forward left for the
+    backward, and a chunk. In the backward: that and what it makes, the gradients, and those that the loss hands out."""
     inner = unwrapped(student)
     accumulates = window.num_micro_batches > 1
-    saved, backward = _backbone(inner, machine, args, window, accumulates)
+    is_reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    columns = window.longest_prompt + window.max_new_tokens
+    saved, backward = _backbone(
+        inner, machine, window.num_rows, columns, accumulates, args.gradient_checkpointing, is_reentrant
+    )
     chunk, handed = _loss(inner, teacher, machine, args, window, held + saved)
     kept = gradients if accumulates else 0  # of the micro-batches before
     moments = (
@@ -161,15 +187,24 @@ def training_bytes(
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
-def _backbone(student: nn.Module, machine: Machine, args, window: Window, accumulates: bool) -> tuple[int, int]:
+@_counted_once
+def _backbone(
+    student: nn.Module,
+    machine: Machine,
+    num_rows: int,
+    columns: int,
+    accumulates: bool,
+    checkpoints: bool,
+    is_reentrant: bool,
+) -> tuple[int, int]:
     """Bytes after the backbone's forward, and the most in its backward, new gradients among them. Weights are not, nor what is in the
     gradients already where it `accumulates`."""
     base = student.get_base_model() if hasattr(student, "get_base_model") else student
-    body, columns = backbone(base), window.longest_prompt + window.max_new_tokens
+    body = backbone(base)
     modes = {module: module.training for module in base.modules()}
-    switches = args.gradient_checkpointing and not any(getattr(m, "gradient_checkpointing", False) for m in modes)
+    switches = checkpoints and not any(getattr(m, "gradient_checkpointing", False) for m in modes)
     if switches:
-        base.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        base.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
     try:
         base.train()
         with fake(body, machine.device, is_trained=True) as (_, allocations), machine.autocast():
@@ -177,7 +212,7 @@ def _backbone(student: nn.Module, machine: Machine, args, window: Window, accumu
                 for parameter in body.parameters():
                     parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             before = allocations.live
-            ids = torch.zeros((window.num_rows, columns), dtype=torch.long, device=machine.device)
+            ids = torch.zeros((num_rows, columns), dtype=torch.long, device=machine.device)
             hidden = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
             saved = allocations.live
             hidden.backward(torch.empty_like(hidden))

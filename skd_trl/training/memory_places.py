@@ -21,7 +21,7 @@ def places_now(student: nn.Module, teacher: nn.Module, machine: Machine, window:
     rough = sum(_rough_bytes(model, slots, draft) for model in (student, teacher))
     if 2 * rough * window.num_places <= room:  # there is no need to count
         return window.num_places
-    parts, per_place = sampling_bytes(student, teacher, machine, window)
+    parts, per_place = sampling_bytes(student, teacher, machine, window, casts=False)
     fixed = max(sum(parts.values()) - per_place * window.num_places, 0)
     places = max(1, min(window.num_places, int(max(room - fixed, 0) // max(per_place, 1))))
     if places < window.num_places:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..sampling.rounds import KEPT_SHARE
 from .machine import Machine
 from .memory_count import (
     Window,
@@ -22,6 +23,7 @@ from .memory_count import (
     training_bytes,
     whole_bytes,
 )
+from .sampling_copy import PRECISIONS
 
 
 GIB = 2**30
@@ -90,7 +92,10 @@ def plan_memory(
         "optimizer": states // (ranks if stage > 0 else 1),
         "teacher": whole_bytes(teacher) // (ranks if is_spread else 1),
     }
-    sampling, per_place = sampling_bytes(student, teacher, machine, window)
+    casts = machine.is_gpu and stage < 3 and machine.mixed_precision in PRECISIONS and args.sampling_copy is not False
+    if casts:
+        held["student's copy for sampling"] = sum(2 * p.numel() for p in student.parameters() if p.element_size() > 2)
+    sampling, per_place = sampling_bytes(student, teacher, machine, window, casts or keeps_copies)
     if stage == 3 and args.ds3_gather_for_generation:
         sampling["gathered student"] = weights
     if is_spread:
@@ -102,6 +107,8 @@ def plan_memory(
     gradients //= ranks if stage > 1 else 1
     training = {"hidden states": hidden}
     training |= training_bytes(student, teacher, machine, args, window, gradients, sum(held.values()) + hidden)
+    if machine.is_gpu and sampling["caches"] <= KEPT_SHARE * machine.memory:
+        training["kept caches"] = sampling["caches"]
     if stage == 3:
         training["gathered layer"] = 2 * largest_layer(student)
     return MemoryPlan(held, sampling, training, per_place, window.num_places, window.num_prompts, machine.memory)
