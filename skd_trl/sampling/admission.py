@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .mixers import STATEFUL_KINDS, is_stateful
 from .prefill import left_padded
 from .ragged_cache import (
     CHUNKED,
@@ -30,7 +31,7 @@ from .ragged_cache import (
     eval_mode,
     sampling_attention,
 )
-from .recurrent_state import STATEFUL_KINDS, Reading, is_stateful
+from .recurrent_state import Reading
 
 
 WAY_OUT = (
@@ -76,7 +77,7 @@ def prove(model: nn.Module) -> Proof:
         name = _name(model)
         try:
             with eval_mode(model), _short_windows(model):
-                proof = _prove_states(model) if is_stateful(model.config.get_text_config()) else _run(model)
+                proof = _prove_states(model) if is_stateful(model) else _run(model)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # whatever a forward may raise on a cache that it was not written for
