@@ -69,8 +69,8 @@ NOT_RUN = {
 # Names that a block takes from its reader.
 READER = {"docs/teachers.md": {"rows": Dataset.from_list([{"prompt": "2 + 2?", "teacher_id": "code"}, {"prompt": "Hi", "teacher_id": "prose"}])}}  # fmt: skip
 # What a reader of a page has run before.
-BEFORE = {"docs/evaluation.md": "python examples/train_summarization.py --config examples/configs/demo.yaml"}
-LANGUAGES = {"bash", "python", "json", "bibtex"}
+BEFORE = {"docs/report.md": "python examples/train_summarization.py --config examples/configs/demo.yaml"}
+LANGUAGES = {"bash", "python", "yaml", "json", "bibtex"}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,7 @@ def reader(tmp_path_factory) -> Path:
     pairs = "\n".join(json.dumps({"prompt": row["messages"][:1], "completion": row["messages"][1:]}) for row in rows)
     for name in ("rows.jsonl", "held_out.jsonl"):
         (folder / name).write_text(text)
+    (folder / "dialogues.csv").write_text("dialogue,summary\n" + '"A: Hi. B: Bye.",They part.\n' * 4)
     (folder / "trl-lib/Capybara").mkdir(parents=True)
     (folder / "trl-lib/Capybara/train.jsonl").write_text("\n".join(text.splitlines()[:2]))
     (folder / "examples/assets/text").mkdir()
@@ -125,6 +126,9 @@ def test_the_code_of_a_page_runs_as_it_is_printed(page, reader, monkeypatch):
         elif language == "bash":
             for command in commands_of(text):
                 run_command(command)
+        elif language == "yaml":
+            Path("page.yaml").write_text(text)
+            run_command("skd train --config page.yaml")
         elif language == "json":
             make_trainer_of(json.loads(text))
 

@@ -123,10 +123,10 @@ class Command:
 
 
 def json_option(name: str, value: Any, example: str) -> Any:
-    """An option's value, read as JSON where it is a text, as it is on the command line.
+    """An option's value, read as JSON where it is a string, as on the command line.
 
     Raises:
-        `ValueError`: if the text is no JSON.
+        `ValueError`: if the string is no JSON.
     """
     if not isinstance(value, str):
         return value

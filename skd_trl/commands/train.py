@@ -110,7 +110,7 @@ class TrainArguments(ScriptArguments):
 def run(arguments: list[str]) -> int:
     """The command itself."""
     command = train_command(chosen_trainer(arguments))
-    script_args, training_args, model_args = command.parse(arguments)
+    script_args, training_args, model_args = command.parse(arguments, **for_this_machine())
     with command.one_line_errors(), PartialState().main_process_first():
         rows = load_train_and_test(script_args, training_args.seed)
     train(script_args, training_args, model_args, *rows, command=command)
@@ -129,6 +129,11 @@ def train_command(trainer: str = "skd") -> Command:
         "      --dataset_name rows.jsonl --output_dir out",
         lambda name: "It belongs to SpecKD's trainer: add --trainer speckd." if name in of_speckd else None,
     )
+
+
+def for_this_machine() -> dict[str, Any]:
+    """Defaults of a machine without an accelerator, where TRL's `bf16=True` is refused; the command line and the file override them."""
+    return {} if torch.accelerator.is_available() else {"use_cpu": True, "bf16": False}
 
 
 def chosen_trainer(arguments: list[str]) -> str:
@@ -191,7 +196,7 @@ def train(
             if not isinstance(trainer.teacher_model, torch.nn.Module):
                 raise ValueError(
                     "The comparison before and after measures the divergence from one teacher, and this run has "
-                    f"{'several' if trainer.teacher_model else 'none, only its scores'}. Give --compare false."
+                    f"{'several' if trainer.teacher_model else 'none here (its scores, or a server)'}. Give --compare false."
                 )
             drafting = Drafting(num_rows=script_args.draft_rows) if script_args.draft_rows else None
             held_out = HeldOutEvaluation(
