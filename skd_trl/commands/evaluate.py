@@ -23,7 +23,7 @@ from ..evaluation.scores import evaluate as score
 from ..evaluation.text_metrics import scored, text_metrics
 from ..evaluation.texts import decode, generate
 from ..loss.divergences import DIVERGENCES
-from .options import Command
+from .options import Command, json_option
 from .rows import load_rows
 
 
@@ -34,7 +34,7 @@ class EvaluationArguments:
     teacher: str = field(default="", metadata={"help": "The teacher's name or path."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "Type of the models' weights: auto, float32, bfloat16, float16."},
+        metadata={"help": "Type of the models' weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with a model."})
     dataset_name: str = field(
@@ -46,7 +46,7 @@ class EvaluationArguments:
     num_rows: int = field(default=64, metadata={"help": "A random sample of rows; 0 is all."})
     chat_template_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": "Given to the chat template, such as {'enable_thinking': false}."},
+        metadata={"help": "Given to the chat template, such as '{\"enable_thinking\": false}'."},
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of a response."})
     batch_size: int = field(default=8, metadata={"help": "Rows at once."})
@@ -83,8 +83,10 @@ class EvaluationArguments:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} has to be {least} or more.")
-        if isinstance(self.chat_template_kwargs, str):
-            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        self.chat_template_kwargs = json_option(
+            "chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
+        )
+        text_metrics(self.metrics)  # an unknown one is told before models are loaded
 
 
 @dataclass

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import shutil
 import textwrap
@@ -119,6 +120,20 @@ class Command:
                 f"`{self.prog} --help GROUP` explains a group, `--help OPTION` an option, `--help all` everything.",
             ]
         return "\n".join(lines)
+
+
+def json_option(name: str, value: Any, example: str) -> Any:
+    """An option's value, read as JSON where it is a string, as on the command line.
+
+    Raises:
+        `ValueError`: if the string is no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={value!r} is no JSON ({error}). Write it like '{example}'.") from error
 
 
 # Groups of options, in the order of the help, and what they are about.

@@ -5,7 +5,6 @@ directory. On several GPUs: `accelerate launch -m skd_trl train --config ...`.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -24,13 +23,14 @@ from .._compat import ModelConfig, ScriptArguments, get_peft_config, get_quantiz
 from ..evaluation.callback import HeldOutEvaluation
 from ..evaluation.comparison import comparison_table
 from ..evaluation.draft_model import Drafting
+from ..evaluation.text_metrics import text_metrics
 from ..skd_config import SKDConfig
 from ..skd_trainer import SKDTrainer
 from ..speckd_config import SpecKDConfig
 from ..speckd_trainer import SpecKDTrainer
 from ..training.console import LogLine
 from ..training.run_files import LogFile, run_settings, write_settings
-from .options import Command
+from .options import Command, json_option
 from .rows import from_templates, hold_out, load_rows, split_names
 from .supervised import supervised_stage
 
@@ -102,14 +102,15 @@ class TrainArguments(ScriptArguments):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} has to be 0 or more.")
         for name in ("teacher_sft", "student_sft"):
-            value = getattr(self, name)
-            setattr(self, name, json.loads(value) if isinstance(value, str) else value)
+            setattr(self, name, json_option(name, getattr(self, name), '{"max_steps": 80}'))
+        if self.compare:
+            text_metrics(self.metrics)  # an unknown one is told before models are loaded
 
 
 def run(arguments: list[str]) -> int:
     """The command itself."""
     command = train_command(chosen_trainer(arguments))
-    script_args, training_args, model_args = command.parse(arguments)
+    script_args, training_args, model_args = command.parse(arguments, **for_this_machine())
     with command.one_line_errors(), PartialState().main_process_first():
         rows = load_train_and_test(script_args, training_args.seed)
     train(script_args, training_args, model_args, *rows, command=command)
@@ -128,6 +129,11 @@ def train_command(trainer: str = "skd") -> Command:
         "      --dataset_name rows.jsonl --output_dir out",
         lambda name: "It belongs to SpecKD's trainer: add --trainer speckd." if name in of_speckd else None,
     )
+
+
+def for_this_machine() -> dict[str, Any]:
+    """Defaults of a machine without an accelerator, where TRL's `bf16=True` is refused; the command line and the file override them."""
+    return {} if torch.accelerator.is_available() else {"use_cpu": True, "bf16": False}
 
 
 def chosen_trainer(arguments: list[str]) -> str:
@@ -190,7 +196,7 @@ def train(
             if not isinstance(trainer.teacher_model, torch.nn.Module):
                 raise ValueError(
                     "The comparison before and after measures the divergence from one teacher, and this run has "
-                    f"{'several' if trainer.teacher_model else 'none, only its scores'}. Give --compare false."
+                    f"{'several' if trainer.teacher_model else 'none here (its scores, or a server)'}. Give --compare false."
                 )
             drafting = Drafting(num_rows=script_args.draft_rows) if script_args.draft_rows else None
             held_out = HeldOutEvaluation(

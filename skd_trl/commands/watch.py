@@ -4,7 +4,6 @@ In each round the student drafts a few tokens, the teacher judges them all in on
 and the first rejected one is replaced by a token of the teacher's.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 
@@ -21,7 +20,7 @@ from ..sampling.participants import LocalParticipant
 from ..sampling.rounds import Rounds
 from ..sampling.sampling_params import SamplingParams
 from ..training.completions import token_texts, whole_pieces
-from .options import Command
+from .options import Command, json_option
 
 
 PROMPT = (
@@ -43,7 +42,7 @@ class WatchArguments:
     )
     accept_top_k: int = field(default=25, metadata={"help": "K of the rule top_k."})
     accept_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Parameters of the other rules, such as {'alpha': 0.25} for min_prob."}
+        default=None, metadata={"help": "Parameters of the other rules, such as '{\"alpha\": 0.25}' for min_prob."}
     )
     num_draft_tokens: int | str = field(
         default=5, metadata={"help": "Tokens that the student drafts in a round, or auto."}
@@ -62,8 +61,7 @@ class WatchArguments:
                 raise ValueError(f"--{name} is missing.")
         if isinstance(self.num_draft_tokens, str) and self.num_draft_tokens.isdecimal():
             self.num_draft_tokens = int(self.num_draft_tokens)
-        if isinstance(self.accept_kwargs, str):
-            self.accept_kwargs = json.loads(self.accept_kwargs)
+        self.accept_kwargs = json_option("accept_kwargs", self.accept_kwargs, '{"alpha": 0.25}')
 
     def rule(self) -> AcceptanceRule:
         """The acceptance rule."""
