@@ -21,9 +21,11 @@ from .commands.loading import check_folder
 from .commands.options import Command
 from .skd_config import SKDConfig
 from .training.limits import room_for_prompts
-from .training.memory_plan import describe_plan, fitted_plan
-from .training.models import load_pair
+from .training.machine import Machine
+from .training.memory_advice import describe_plan
+from .training.memory_plan import fitted_plan
 from .training.pair_check import Finding, Verdict, check_launch, check_pair
+from .training.teacher_loading import load_pair
 
 
 # Name -> module of `commands/`, its function, and what it does.
@@ -126,13 +128,13 @@ def run_check(options: argparse.Namespace, rest: list[str]) -> int:
 
 def print_plan(student, teacher, args: SKDConfig, accelerator: Accelerator) -> None:
     """What a training with prompts of the longest admitted length would hold on each device."""
-    longest = room_for_prompts(args, student, teacher) or 1024
+    longest, machine = room_for_prompts(args, student, teacher) or 1024, Machine.of(accelerator)
     try:
-        plan = fitted_plan(student, teacher, accelerator, args, longest)
+        plan = fitted_plan(student, teacher, machine, args, longest)
     except Exception as error:  # whatever a model may do with tensors that hold nothing
         print(f"The memory could not be planned ({type(error).__name__}: {error}).")
     else:
-        print(f"With prompts of {longest} tokens:\n{describe_plan(plan, accelerator, args)}")
+        print(f"With prompts of {longest} tokens:\n{describe_plan(plan, machine, args)}")
 
 
 def print_findings(findings: list[Finding], console: Console | None = None) -> None:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .mixers import STATEFUL_KINDS, is_stateful
 from .prefill import left_padded
 from .ragged_cache import (
     CHUNKED,
@@ -30,7 +31,7 @@ from .ragged_cache import (
     eval_mode,
     sampling_attention,
 )
-from .recurrent_state import STATEFUL_KINDS, Reading, is_stateful
+from .recurrent_state import Reading
 
 
 WAY_OUT = (
@@ -47,9 +48,8 @@ class Proof:
 
     Attributes:
         error (`float`): the largest difference to the same texts without a cache.
-        limit (`float`): what rounding explains: half the digits of the type that is computed in, or eight times what the model
-            itself differs by when it reads the beginning of a row alone, or twice what it differs by when it writes with
-            transformers' cache.
+        limit (`float`): what rounding explains: half the digits of the coarsest type that is computed in, or eight times what the
+            model itself differs by when it reads the beginning of a row alone.
         padding (`str`, *optional*): on which side prompts of different lengths are padded in one forward: `"right"`, `"left"` where a
             recurrent state would keep what comes last, `None` where it keeps padding on either side.
         continues (`bool`): whether several tokens at once can be read on what was read before.
@@ -77,7 +77,7 @@ def prove(model: nn.Module) -> Proof:
         name = _name(model)
         try:
             with eval_mode(model), _short_windows(model):
-                proof = _prove_states(model) if is_stateful(model.config.get_text_config()) else _run(model)
+                proof = _prove_states(model) if is_stateful(model) else _run(model)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # whatever a forward may raise on a cache that it was not written for
@@ -196,11 +196,17 @@ def _run(model: nn.Module, padding: str | None = "right", num_shared: int = 0) -
         noise.append((beginning - alone[: len(beginning)]).abs().max())
         sizes.append(alone.abs().max())
     error, own = (float(torch.stack(values).max() / torch.stack(sizes).max()) for values in (errors, noise))
-    types = [trial.finished[0][1][0].dtype]
-    if torch.is_autocast_enabled(trial.device.type):
-        types.append(torch.get_autocast_dtype(trial.device.type))
-    rounding = max(torch.finfo(dtype).eps for dtype in types) ** 0.5
+    rounding = max(torch.finfo(dtype).eps for dtype in _types(model, trial.finished[0][1][0])) ** 0.5
     return Proof(error, max(rounding, min(8 * own, 0.1)), padding)
+
+
+def _types(model: nn.Module, hidden: torch.Tensor) -> set[torch.dtype]:
+    """The types that `model` computes in: that of its hidden states, of autocast, and of quantised layers. These (bitsandbytes' 4 bits,
+    HQQ) round their inputs to a `compute_dtype` of theirs and return the type that they were given."""
+    types = {hidden.dtype} | {getattr(module, "compute_dtype", None) for module in model.modules()}
+    if torch.is_autocast_enabled(hidden.device.type):
+        types.add(torch.get_autocast_dtype(hidden.device.type))
+    return {dtype for dtype in types if isinstance(dtype, torch.dtype) and dtype.is_floating_point}
 
 
 class _Trial:
