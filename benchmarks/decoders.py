@@ -159,6 +159,10 @@ OVERRIDES: dict[str, dict] = {
     "roc_bert": {"pronunciation_vocab_size": V, "shape_vocab_size": V},
     "vaultgemma": {"attn_implementation": "eager"},
     "xmod": {"default_language": "en_XX"},
+    "xlstm": {
+        "hidden_size": 128,
+        "embedding_dim": 128,
+    },  # its cache expects widths that are rounded up to multiples of 64
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 4, "mamba_d_state": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
