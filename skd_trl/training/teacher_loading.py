@@ -5,6 +5,7 @@ before the trainer is set up, and placed when its engine is known.
 accelerator, and returns what a trainer asks (`teachers.Teacher`). None of the objects that the caller gives changes.
 """
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -239,4 +240,13 @@ def _load_teacher(name: str, args: "SKDConfig") -> PreTrainedModel:
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = getattr(torch, kwargs["dtype"])
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except ValueError as error:
+        kind = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", str(error))
+        if kind is None:
+            raise
+        raise ValueError(
+            f"The teacher {name!r} is a {kind[1]}, which transformers does not load as a causal language model. Only text is read here: "
+            "use a decoder-only language model."
+        ) from error
