@@ -2,8 +2,8 @@
 
 Nothing is downloaded. A tokenizer, a teacher and a smaller student with the layers of Qwen3.5 (gated delta net and attention) are
 trained on the descriptions of Debian's packages that `make assets` has, the student for a few steps only; then SKDTrainer trains it
-on the continuations of descriptions that both write together. The divergence is KL(teacher || student) a token, in nats, of held-out
-continuations: of the teacher's own and of the student's own samples.
+on the continuations of descriptions that both write together. The divergence is KL(teacher || student) a token, in nats, over
+samples of both on held-out prompts.
 
 As a control, a copy of the student goes on for as many steps, of as many rows, on the descriptions themselves.
 
