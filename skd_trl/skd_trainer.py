@@ -87,7 +87,7 @@ from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
 from .training.sampled_evaluation import check_sampled_evaluation
 from .training.sampled_steps import SampledSteps
-from .training.sampling_copy import SamplingCopy
+from .training.sampling_copy import SamplingCopy, check_merging
 from .training.saved_run import SavedRun
 from .training.saved_weights import describe_shards
 from .training.searched_run import SearchedRun
@@ -306,6 +306,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         self._finite_check = FiniteCheck()
         self.add_callback(GradientCheck(self))
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
+        if args.merge_adapter:
+            check_merging(self.model, self.accelerator)
         self._sampling_copy = SamplingCopy()
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)

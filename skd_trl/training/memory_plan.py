@@ -34,6 +34,7 @@ from ..loss.teacher_signal import HiddenStates
 from ..sampling.prefill import MOST_TOKENS
 from ..sampling.ragged_cache import RaggedDecoder, eval_mode
 from .router_logits import without_router_logits
+from .sampling_copy import CopySettings, copied_bytes
 
 
 logger = get_logger(__name__)
@@ -129,6 +130,9 @@ def plan_memory(
         "optimizer": states // (ranks if stage > 0 else 1),
         "teacher": whole_bytes(teacher) // (ranks if is_spread else 1),
     }
+    copied = CopySettings.of(student, accelerator, args) if stage < 3 else CopySettings()
+    if copied.is_needed:
+        held["copy to sample with"] = copied_bytes(student, copied)
     sampling, per_place = _sampling(student, teacher, accelerator, window)
     if stage == 3 and args.ds3_gather_for_generation:
         sampling["gathered student"] = weights
@@ -238,6 +242,8 @@ def advice(plan: MemoryPlan, accelerator: Accelerator, args) -> list[str]:
                 "shard_teacher=True" if can_shard else "a quantised teacher, or several GPUs with shard_teacher=True",
             )
         )
+    if "copy to sample with" in plan.held:
+        found.append((plan.held["copy to sample with"], "sampling_copy=False and merge_adapter=False"))
     if plan.sampling.get("gathered student") and in_sampling:
         found.append((plan.sampling["gathered student"], "ds3_gather_for_generation=False"))
     found.append(
