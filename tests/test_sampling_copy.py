@@ -10,7 +10,9 @@ from tiny import tiny_model
 from transformers.utils import logging
 
 from skd_trl import SKDConfig
-from skd_trl.training.memory_plan import Window, plan_memory
+from skd_trl.training.machine import Machine
+from skd_trl.training.memory_count import Window
+from skd_trl.training.memory_plan import plan_memory
 from skd_trl.training.sampling_copy import CopySettings, SamplingCopy, copied_bytes
 
 
@@ -187,23 +189,18 @@ def test_a_trainer_samples_with_the_merged_copy_and_saves_nothing_of_it(tmp_path
     assert trainer.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
-def test_by_default_an_adapter_is_merged_on_cuda_alone_and_planned_for():
-    args, student = SKDConfig("out", report_to=[], bf16=False, use_cpu=True), adapted()
-    accelerator = Accelerator(cpu=True)
-    assert not CopySettings.of(student, accelerator, args).is_needed
-    window = Window(2, 2, 8, 8, 2)
+def test_by_default_an_adapter_is_merged_on_a_gpu_alone_and_planned_for():
+    args, student, window = SKDConfig("out", report_to=[], bf16=False, use_cpu=True), adapted(), Window(2, 2, 8, 8, 2)
+    machine = Machine(torch.device("cpu"), 0)
+    assert not CopySettings.of(student, args, "no", is_gpu=False).is_needed
     plans = []
     for args.merge_adapter in (False, True):
-        plans.append(plan_memory(student, tiny_model(seed=2), accelerator, args, window, False).held)
-    assert plans[1].pop("copy to sample with") == copied_bytes(student, MERGED)
+        plans.append(plan_memory(student, tiny_model(seed=2), machine, args, window, False).held)
+    assert plans[1].pop("student's copy for sampling") == copied_bytes(student, MERGED)
     assert plans[0] == plans[1]
-
-    class OnCuda:
-        device, mixed_precision = torch.device("cuda"), "bf16"
-
     args.merge_adapter = None
-    assert CopySettings.of(student, OnCuda(), args) == CopySettings(torch.bfloat16, True)
-    assert CopySettings.of(tiny_model(), OnCuda(), args) == BF16
+    assert CopySettings.of(student, args, "bf16", is_gpu=True) == CopySettings(torch.bfloat16, True)
+    assert CopySettings.of(tiny_model(), args, "bf16", is_gpu=True) == BF16
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])

@@ -37,16 +37,15 @@ class CopySettings:
         return self.dtype is not None or self.merges_adapter
 
     @classmethod
-    def of(cls, student: nn.Module, accelerator: Accelerator, args: Any) -> "CopySettings":
-        """As `sampling_copy` and `merge_adapter` of `args` ask; where they are `None`, what pays: on CUDA what is possible."""
+    def of(cls, student: nn.Module, args: Any, mixed_precision: str, is_gpu: bool) -> "CopySettings":
+        """As `sampling_copy` and `merge_adapter` of `args` ask; where they are `None`, what pays: on a GPU what is possible."""
         if is_sharded(student) or hasattr(student, "set_reshard_after_forward"):
             return cls()
-        pays = accelerator.device.type == "cuda" and not _has_own_forwards(student)
-        can_cast = accelerator.mixed_precision in PRECISIONS
-        can_cast = can_cast and any(p.dtype == torch.float32 for p in student.parameters())
+        pays = is_gpu and not _has_own_forwards(student)
+        can_cast = mixed_precision in PRECISIONS and any(p.dtype == torch.float32 for p in student.parameters())
         casts = can_cast and (pays if args.sampling_copy is None else args.sampling_copy)
         merges = (pays if args.merge_adapter is None else args.merge_adapter) and bool(plain_layers(student)[0])
-        return cls(PRECISIONS[accelerator.mixed_precision] if casts else None, merges)
+        return cls(PRECISIONS[mixed_precision] if casts else None, merges)
 
 
 def check_merging(student: nn.Module, accelerator: Accelerator) -> None:
