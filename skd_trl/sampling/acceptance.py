@@ -152,6 +152,9 @@ class Draft:
 class _Column(Draft):
     """A column of a draft, of which only what is asked for is taken out."""
 
+    draft: Draft
+    index: torch.Tensor
+
     def __init__(self, draft: Draft, index: torch.Tensor):
         names = ("student_sampling", "teacher_sampling", "nucleus", "is_drafted")
         vars(self).update({name: getattr(draft, name) for name in names}, draft=draft, index=index)

@@ -206,7 +206,8 @@ class Rows:
 
         # Prompts end, and responses start, at one column: a shift to the left by its padding lays a row out.
         width, total = prompts.ids.shape[1], prompts.lengths + lengths
-        column = torch.arange(int(total.max()) if num_prompts else 0, device=device)
+        longest = max(map(sum, zip(prompts.host_lengths, self.host_written, strict=True)), default=0)
+        column = torch.arange(longest, device=device)
         source = (column + (width - prompts.lengths)[:, None]).clamp(max=width + num_columns - 1)
         is_token, is_prompt = column < total[:, None], column < prompts.lengths[:, None]
         tokens, proposals, verdicts = self.written.unbind(dim=-1)
