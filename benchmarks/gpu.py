@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py            # or: make bench-gpu
     python benchmarks/gpu.py --small    # the same on a CPU, in small: whether it runs, not how fast
+    python benchmarks/gpu.py --predict  # without a GPU: what follows from kernels and bytes of a round
 
 Weights are random and built from configurations by size, and acceptance is forced, so nothing is downloaded. The floor of a round is
 the bytes of weights and of keys and values that it has to read, at the bandwidth of a copy in the same run. Each line is a
@@ -340,6 +341,11 @@ def steps(bench: Bench, pair: tuple[str, str], teacher) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help="counts kernels and bytes of a round, without a GPU, and prints what follows",
+    )
     parser.add_argument("--small", action="store_true", help="tiny models on whatever is there")
     parser.add_argument("--pair", choices=list(PAIRS), help="default: 8B, or small with --small")
     parser.add_argument("--num_draft_tokens", type=int, default=5)
@@ -347,6 +353,11 @@ def main() -> None:
     parser.add_argument("--without_inductor", action="store_true", help="saves the two minutes that it compiles")
     parser.add_argument("--output", type=Path, help="default: results/gpu.md")
     args = parser.parse_args()
+    if args.predict:
+        from gpu_prediction import predict
+
+        print("\n".join(predict(build, PAIRS["8B"], 151936, Forced(), args.num_draft_tokens)))
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.small:
         raise SystemExit("There is no GPU. Try the script with --small, or run it on a machine that has one.")

@@ -30,7 +30,7 @@ from .data.batches import (
 )
 from .data.dataset import num_scored_tokens, prepare_dataset
 from .data.recorded_scores import has_scores
-from .data.tokenization import RowRules
+from .data.row_rules import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
 from .inherited_options import (
     FOLLOWED_ATTRIBUTES,
@@ -62,9 +62,7 @@ from .training.finite_check import FiniteCheck, GradientCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
-from .training.memory_plan import (
-    out_of_memory_advised,
-)
+from .training.memory_advice import out_of_memory_advised
 from .training.metrics import (
     RatioMetrics,
     add_loss_by_teacher,
@@ -294,7 +292,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
         for one in teachers:
             require(check_launch(self._inner_student(), one, args, self.accelerator))
-        if client is not None or self._is_recorded:
+        if self._is_recorded or (client is not None and args.teacher_signal == "top_k"):
             self._check_coarse_teacher(client)
         has_own_prompts = "teacher_prompt_ids" in (self.train_dataset.column_names or [])
         placed = place_teacher(

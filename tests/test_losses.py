@@ -511,7 +511,7 @@ def test_a_default_chunk_is_as_long_as_its_memory_allows_but_never_empty(vocab_s
 
 
 def test_default_chunks_are_of_one_size(monkeypatch):
-    monkeypatch.setattr(chunks, "default_chunk_size", lambda vocab_size, device: 8)
+    monkeypatch.setattr(chunks, "default_chunk_size", lambda vocab_size, device, memory: 8)
     sizes = []
     for num_positions in (17, 16, 1, 0):
         hidden = torch.zeros(num_positions, 4)

@@ -11,8 +11,10 @@ from memory import peak_bytes
 from test_skd_trainer import make_trainer
 from tiny import tiny_model
 
-from skd_trl.training import memory_plan
-from skd_trl.training.memory_plan import GIB, fitted_plan, out_of_memory_advised, shards_teacher
+from skd_trl.training import machine
+from skd_trl.training.machine import Machine
+from skd_trl.training.memory_advice import describe_plan, out_of_memory_advised
+from skd_trl.training.memory_plan import GIB, fitted_plan, shards_teacher
 
 
 STUDENT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -44,7 +46,7 @@ def trainer_of(tmp_path, num_prompt_tokens=80, **settings):
 
 def planned(trainer):
     longest = max(map(len, trainer.train_dataset["prompt_ids"]))
-    return fitted_plan(trainer.model, trainer._inner_teacher, trainer.accelerator, trainer.args, longest)
+    return fitted_plan(trainer.model, trainer._inner_teacher, Machine.of(trainer.accelerator), trainer.args, longest)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_the_planned_peak_is_within_a_tenth_of_the_measured_one(tmp_path, settin
 
 def test_rows_that_do_not_fit_at_once_take_turns_and_the_texts_are_the_same(tmp_path, monkeypatch, caplog):
     def responses(free, free_now):
-        monkeypatch.setattr(memory_plan, "free_bytes", lambda device, now=False: free_now if now else free)
+        monkeypatch.setattr(machine, "free_bytes", lambda device, now=False: free_now if now else free)
         trainer, written = trainer_of(tmp_path, per_device_train_batch_size=16, max_steps=1, num_draft_tokens=3), []
         original = trainer.training_step
         trainer.training_step = lambda model, inputs, *rest: (
@@ -91,10 +93,10 @@ def test_rows_that_do_not_fit_at_once_take_turns_and_the_texts_are_the_same(tmp_
 
 
 def test_a_plan_that_does_not_fit_names_what_saves_most(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_plan, "free_bytes", lambda device, now=False: GIB // 64)
+    monkeypatch.setattr(machine, "free_bytes", lambda device, now=False: GIB // 64)
     trainer = trainer_of(tmp_path)
     plan = planned(trainer)
-    text = memory_plan.describe_plan(plan, trainer.accelerator, trainer.args)
+    text = describe_plan(plan, Machine.of(trainer.accelerator), trainer.args)
     assert not plan.fits and "That does not fit" in text
     assert "a smaller loss_chunk_size (saves about" in text and "gradient_checkpointing=True (saves about" in text
 
@@ -114,15 +116,12 @@ def test_an_error_of_a_full_device_names_the_options(tmp_path, monkeypatch, mome
         trainer.train()
 
 
-def test_a_teacher_is_whole_where_it_takes_less_than_half_of_a_device(monkeypatch):
-    class Two:
-        num_processes, distributed_type, device = 2, "FSDP", torch.device("cpu")
-
+def test_a_teacher_is_whole_where_it_takes_less_than_half_of_a_device():
     teacher = tiny_model()
     size = sum(p.numel() * 4 for p in teacher.parameters())
-    for free, is_spread in ((3 * size, False), (int(1.5 * size), True)):
-        monkeypatch.setattr(memory_plan, "free_bytes", lambda device, now=False, free=free: free)
-        assert shards_teacher(None, teacher, Two) is is_spread
-        assert shards_teacher(True, teacher, Two) and not shards_teacher(False, teacher, Two)
+    for memory, is_spread in ((3 * size, False), (int(1.5 * size), True)):
+        two = Machine(torch.device("cpu"), memory, "FSDP", 2, 3)
+        assert shards_teacher(None, teacher, two) is is_spread
+        assert shards_teacher(True, teacher, two) and not shards_teacher(False, teacher, two)
     with out_of_memory_advised("sampling"):
         pass

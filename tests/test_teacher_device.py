@@ -15,7 +15,8 @@ from tiny import byte_tokenizer, tiny_model
 
 from skd_trl import SKDConfig
 from skd_trl.training import teacher_weights
-from skd_trl.training.teacher_weights import Launch, check_teacher_device
+from skd_trl.training.machine import Machine
+from skd_trl.training.teacher_weights import check_teacher_device
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,8 @@ def test_a_teacher_that_is_named_is_read_to_its_device_and_nowhere_else(tmp_path
         teacher_weights.AutoModelForCausalLM, "from_pretrained",
         lambda name, **kwargs: asked.append(kwargs.pop("device_map", None)) or original(name, **kwargs),
     )  # fmt: skip
-    gpu = Launch("MULTI_GPU", 2, torch.device("cuda:1"))
-    monkeypatch.setattr(Launch, "of", classmethod(lambda cls, args: gpu))
+    gpu = Machine(torch.device("cuda:1"), 2**36, "MULTI_GPU", 2)
+    monkeypatch.setattr(teacher_weights, "machine_of", lambda args: gpu)
     make_trainer(tmp_path / "gpu", ROWS, **settings)
     make_trainer(tmp_path / "host", ROWS, teacher_device="cpu", **settings)
     assert asked == [{"": "cuda:1"}, None]
@@ -109,8 +110,8 @@ def test_what_contradicts_a_device_of_the_teachers_own_is_refused(tmp_path):
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MULTI_GPU"])
 def test_engines_that_place_weights_themselves_refuse_it_by_name(tmp_path, monkeypatch, engine):
-    launch = Launch(teacher_weights.DistributedType(engine), 2, torch.device("cpu"))
-    monkeypatch.setattr(Launch, "of", classmethod(lambda cls, args: launch))
+    machine = Machine(torch.device("cpu"), 2**36, engine, 2)
+    monkeypatch.setattr(teacher_weights, "machine_of", lambda args: machine)
     message = "each of 2 processes" if engine == "MULTI_GPU" else f"under {engine} the engine decides"
     with pytest.raises(ValueError, match=message):
         check_teacher_device(config(tmp_path, teacher_device="lazy:0"))

@@ -20,6 +20,7 @@ from ..sampling.interleaved import Execution, interleaved_sample
 from ..sampling.participants import LocalParticipant
 from ..sampling.rollout import Rollout
 from ..serving.client import TeacherServerError
+from ..serving.routes import ServerRefusal
 from .console import SamplingBar
 from .distributed import (
     agree_on_maximum,
@@ -27,11 +28,10 @@ from .distributed import (
     keyed_generator,
     student_for_sampling,
 )
-from .memory_plan import (
-    Window,
-    out_of_memory_advised,
-    places_now,
-)
+from .machine import Machine
+from .memory_advice import out_of_memory_advised
+from .memory_count import Window
+from .memory_places import places_now
 from .metrics import (
     add_rollout,
     add_rollout_by_teacher,
@@ -51,7 +51,7 @@ class SampledSteps(Trainer):
         failure = None
         try:
             yield
-        except TeacherServerError as error:
+        except (TeacherServerError, ServerRefusal) as error:
             failure = error
         if self._is_served and agree_on_maximum(self.accelerator)(int(failure is not None))[0]:
             if self.state.global_step > 0:
@@ -162,7 +162,7 @@ class SampledSteps(Trainer):
         if not self._teacher.inner or num_places < 2:
             return self.args.rollout_batch_size
         window = Window(num_places, len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts))
-        return places_now(student, self._teacher.inner[0], self.accelerator, window)
+        return places_now(student, self._teacher.inner[0], Machine.of(self.accelerator), window)
 
     def _sample_fixed_prompts(self, rollout: str) -> Rollout:
         """The same few prompts with the same noise whenever completions are kept, on the first process: what differs is the student."""

@@ -17,10 +17,9 @@ from .completions import (
     send_completions,
     with_prompt_texts,
 )
-from .memory_plan import (
-    describe_plan,
-    fitted_plan,
-)
+from .machine import Machine
+from .memory_advice import describe_plan
+from .memory_plan import fitted_plan
 from .model_card import add_distillation, describe_distillation
 
 
@@ -47,11 +46,12 @@ class ShownRun(Trainer):
             else [range(self._rules.max_prompt_length or 1024)]
         )
         try:
-            plan = fitted_plan(self.model, self._teacher.inner[0], self.accelerator, self.args, max(map(len, rows)))
+            machine = Machine.of(self.accelerator)
+            plan = fitted_plan(self.model, self._teacher.inner[0], machine, self.args, max(map(len, rows)))
         except Exception:  # whatever a model may do with tensors that hold nothing
             logger.warning("The memory of this training could not be planned; it starts all the same.", exc_info=True)
             return
-        logger.log(logging.INFO if plan.fits else logging.WARNING, describe_plan(plan, self.accelerator, self.args))
+        logger.log(logging.INFO if plan.fits else logging.WARNING, describe_plan(plan, machine, self.args))
 
     def _keep_completions(self, sampled: Rollout, rollout: str) -> None:
         step = self.state.global_step + 1  # the step that these responses train
@@ -86,7 +86,9 @@ class ShownRun(Trainer):
         if self._is_recorded:
             return "recorded scores"
         if self._is_served:
-            return f"{self._teacher.scorer.model} behind a server, its {self.args.teacher_top_k} most probable tokens"
+            top_k = f"its {self.args.teacher_top_k} most probable tokens"
+            signal = top_k if self.args.teacher_signal == "top_k" else "its last hidden states"
+            return f"{self._teacher.scorer.model} behind a server, {signal}"
         if self.args.teacher_model_kind is not None:
             return f"the student itself ({self.args.teacher_model_kind})"
         sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]

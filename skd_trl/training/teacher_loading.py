@@ -17,12 +17,13 @@ from ..serving.client import TeacherClient
 from .distributed import forwards_are_collective, is_stand_in, prepare_teacher, put_on_device
 from .engine_settings import check_parallel_models
 from .forward_patches import take_off_patches
+from .machine import Machine
 from .memory_plan import shards_teacher
 from .models import given_model, load_student, load_tokenizer, with_options
 from .pair_check import check_teacher_differs, require
 from .quantised import keep_gradients
 from .self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
-from .served import RemoteTeacher, check_server, connect
+from .served import RemoteHiddenStates, RemoteTeacher, check_server, connect, fetched_head
 from .teacher_weights import check_teacher_device, load_in_shards, load_teacher
 from .teachers import OneTeacher, RecordedTeacher, Teacher, TeacherElsewhere, TeachersByRow
 
@@ -88,7 +89,8 @@ def connected(
     """The checked connection to a served teacher; `None` for any other."""
     if not loaded.is_served:
         return None
-    client = connect(args.teacher_model_server_url, args.teacher_top_k, args.teacher_server_patience)
+    top_k = args.teacher_top_k if args.teacher_signal == "top_k" else 1
+    client = connect(args.teacher_model_server_url, top_k, args.teacher_server_patience)
     check_server(client, tokenizer, vocab_size)
     return client
 
@@ -116,6 +118,8 @@ def place_teacher(
     Raises:
         `ValueError`: for a self-teacher whose student is spread, or that would never differ from it.
     """
+    if client is not None and args.teacher_signal == "hidden_states":
+        return PlacedTeacher(RemoteHiddenStates(client, fetched_head(client, accelerator.device)))
     if client is not None:
         return PlacedTeacher(RemoteTeacher(client))
     if loaded.is_recorded:
@@ -132,7 +136,8 @@ def place_teacher(
         prepared = [put_on_device(one, device, accelerator) for one in models]
     else:
         prepared = [
-            prepare_teacher(one, accelerator, shards_teacher(args.shard_teacher, one, accelerator)) for one in models
+            prepare_teacher(one, accelerator, shards_teacher(args.shard_teacher, one, Machine.of(accelerator)))
+            for one in models
         ]
     is_collective = accelerator.num_processes > 1 and forwards_are_collective(*models)
     if loaded.names:
@@ -159,7 +164,7 @@ def _placed_self_teacher(
     if kind == "ema":
         average = StudentAverage(inner, student, args.teacher_update_rate, args.teacher_sync_steps)
     shared = SharedTensors(inner, student)
-    # Without an engine of its own, which would move the student's tensors.
+    # Without a separate engine, which would move the student's tensors.
     prepared = accelerator.prepare_model(inner, evaluation_mode=True)
     return PlacedTeacher(OneTeacher(inner, prepared), prepared, inner, average, shared)
 

@@ -8,13 +8,11 @@ holds more than its share and one tensor, but the main process, which reads the 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -22,6 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .._compat import deepspeed_configuration
 from .distributed import is_stand_in, split_by_layers
 from .engine_settings import teacher_settings
+from .machine import Machine, free_bytes
 from .memory_plan import shards_teacher
 
 
@@ -33,36 +32,17 @@ if TYPE_CHECKING:
 OF_CONFIG = ("trust_remote_code", "revision", "subfolder", "cache_dir", "token", "local_files_only", "code_revision")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What the arguments say of processes before there is an accelerator, under the names that it has."""
-
-    distributed_type: DistributedType
-    num_processes: int
-    device: torch.device
-
-    @classmethod
-    def of(cls, args: "SKDConfig") -> "Launch":
-        device = args.device  # the first look at it starts the processes' group
-        kind = args.distributed_state.distributed_type if args.distributed_state is not None else DistributedType.NO
-        if args.deepspeed_plugin is not None:
-            kind = DistributedType.DEEPSPEED
-        elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1") or args.fsdp:
-            kind = DistributedType.FSDP
-        return cls(kind, args.world_size, device)
-
-
 def load_teacher(name: str, args: "SKDConfig") -> PreTrainedModel:
     """The teacher `name`, whole and on the device where it will run; or, if it will be spread, a stand-in for it."""
-    launch, kwargs = Launch.of(args), loading_options(args)
+    machine, kwargs = machine_of(args), loading_options(args)
     with deepspeed_configuration(None), _environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-        if launch.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP) and _can_wait(name, kwargs):
+        if machine.engine in ("DEEPSPEED", "FSDP") and _can_wait(name, kwargs):
             stand_in = _stand_in(name, kwargs)
-            if shards_teacher(args.shard_teacher, stand_in, launch):
+            if shards_teacher(args.shard_teacher, stand_in, machine):
                 return stand_in
         elif args.shard_teacher:
             return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-        device = torch.device(args.teacher_device or launch.device)
+        device = torch.device(args.teacher_device or machine.device)
         if device.type != "cpu":
             kwargs.setdefault("device_map", {"": str(device)})
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
@@ -72,7 +52,7 @@ def load_in_shards(stand_in: PreTrainedModel, args: "SKDConfig", accelerator: Ac
     """The teacher that `stand_in` is for, spread over the processes of `accelerator`; collective."""
     assert is_stand_in(stand_in)
     name, kwargs = stand_in.name_or_path, loading_options(args)
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if accelerator.distributed_type == "FSDP":
         return _load_by_layers(name, kwargs, accelerator)
     hidden_size = stand_in.config.get_text_config().hidden_size
     settings = teacher_settings(accelerator.state.deepspeed_plugin.deepspeed_config, hidden_size, shard=True)
@@ -83,29 +63,38 @@ def load_in_shards(stand_in: PreTrainedModel, args: "SKDConfig", accelerator: Ac
 def check_teacher_device(args: "SKDConfig") -> None:
     """
     Raises:
-        `ValueError`: for a `teacher_device` that this machine lacks, or that does not go with what was launched.
+        `ValueError`: for a `teacher_device` that this machine lacks, or that does not go with the engine.
     """
     if args.teacher_device is None:
         return
-    launch, device, given = (
-        Launch.of(args),
-        torch.device(args.teacher_device),
-        f"teacher_device={args.teacher_device!r}",
-    )
-    if launch.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    machine, device = machine_of(args), torch.device(args.teacher_device)
+    given = f"teacher_device={args.teacher_device!r}"
+    if machine.engine in ("DEEPSPEED", "FSDP"):
         raise ValueError(
-            f"{given}: under {launch.distributed_type.value} the engine decides where weights are. Leave it out; shard_teacher spreads the "
+            f"{given}: under {machine.engine} the engine decides where weights are. Leave it out; shard_teacher spreads the "
             "teacher over all GPUs, and offload_param (DeepSpeed) or fsdp_offload_params keep it on the host."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{given}: this process sees {torch.cuda.device_count()} GPU(s), counted from 0.")
-    if device.type != "cpu" and launch.num_processes > 1:
+    if device.type != "cpu" and machine.num_processes > 1:
         raise ValueError(
-            f"{given}: each of {launch.num_processes} processes would put a teacher there. Leave it out, which puts each beside its "
+            f"{given}: each of {machine.num_processes} processes would put a teacher there. Leave it out, which puts each beside its "
             "student, use 'cpu', or train in one process."
         )
     if (given_map := loading_options(args).get("device_map")) is not None:
         raise ValueError(f"{given}, and teacher_model_init_kwargs has device_map={given_map!r}. Drop one of them.")
+
+
+def machine_of(args: "SKDConfig") -> Machine:
+    """What the arguments say of the machine before there is an accelerator."""
+    device = args.device  # the first look at it starts the processes' group
+    state = args.distributed_state
+    engine = "NO" if state is None else str(getattr(state.distributed_type, "value", state.distributed_type))
+    if args.deepspeed_plugin is not None:
+        engine = "DEEPSPEED"
+    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        engine = "FSDP"
+    return Machine(device, free_bytes(device), engine, args.world_size)
 
 
 def loading_options(args: "SKDConfig") -> dict[str, Any]:
@@ -140,7 +129,7 @@ def _stand_in(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     try:
         model.generation_config = GenerationConfig.from_pretrained(name, **own)
     except OSError:
-        pass  # it has none of its own
+        pass  # it has none
     model.is_stand_in = True
     return model.eval()
 

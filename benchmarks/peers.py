@@ -1,0 +1,300 @@
+"""Optimizer steps of SKDTrainer beside TRL's on-policy trainers, fp32: DistillationTrainer and GKDTrainer, and where each spends its time.
+
+All arms are trained at once, in one process, and take turns step by step, so other work of the machine meets all of them. The
+first step of each is not counted. Each trainer runs at its defaults and at its best for a CPU, without gradient checkpointing.
+
+The floor of a step is its matrix products alone: the products of one more step are written down, with attention as one of them,
+and each is timed by itself on numbers in the same layout. A trainer that took no time for anything else would take the floor.
+
+    python benchmarks/peers.py --clock cpu
+    python benchmarks/peers.py --threads 2
+    python benchmarks/peers.py --clock cpu --batch_size 2 --max_new_tokens 16 --output benchmarks/results/peers_gkd.md \
+        --trainers "SKDTrainer interleaved" "SKDTrainer interleaved, best" GKDTrainer "GKDTrainer, best"
+"""
+
+import tempfile
+import threading
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import fields
+
+import torch
+from common import Report, load_model, load_tokenizer, median, parser, prepare, spread
+from step import prompts_and_completions
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from skd_trl import SKDConfig, SKDTrainer
+
+
+ON_POLICY = {"rollout": "student", "temperature": 1.0, "student_top_p": 1.0}
+BEST = {"gradient_checkpointing": False}
+ARMS = {
+    "SKDTrainer on-policy": (SKDTrainer, SKDConfig, ON_POLICY),
+    "SKDTrainer on-policy, best": (SKDTrainer, SKDConfig, {**ON_POLICY, **BEST}),
+    "SKDTrainer interleaved": (SKDTrainer, SKDConfig, {}),
+    "SKDTrainer interleaved, best": (SKDTrainer, SKDConfig, BEST),
+    "DistillationTrainer": (DistillationTrainer, DistillationConfig, {}),
+    "DistillationTrainer, best": (DistillationTrainer, DistillationConfig, BEST),
+    "GKDTrainer": (GKDTrainer, GKDConfig, {"lmbda": 1.0}),
+    "GKDTrainer, best": (GKDTrainer, GKDConfig, {"lmbda": 1.0, **BEST}),
+}
+PHASES = ("writing", "teacher's forward", "student's forward and loss", "backward")
+# What writes responses, by trainer.
+WRITERS = {
+    SKDTrainer: "_sample",
+    DistillationTrainer: "_generate_and_score_completions",
+    GKDTrainer: "generate_on_policy_outputs",
+}
+
+
+def main() -> None:
+    own = parser(__doc__.splitlines()[0])
+    own.add_argument("--batch_size", type=int, default=4)
+    own.add_argument("--max_new_tokens", type=int, default=32)
+    own.add_argument("--prompt_tokens", type=int, nargs=2, default=[105, 135], help="shortest and longest prompt")
+    own.add_argument("--trainers", nargs="+", choices=list(ARMS), default=list(ARMS)[:6], help="GKDTrainer's are slow")
+    args = own.parse_args()
+    clock = prepare(args)
+    rows = prompts_and_completions(args, args.batch_size * (args.repeats + 2))
+    report = Report("peers" if args.threads == 1 else f"peers_{args.threads}_threads", "Beside TRL's trainers", args)
+    with tempfile.TemporaryDirectory() as directory:
+        turns = Turns(args.trainers)
+        arms = [Arm(name, make_trainer(name, args, rows, directory), turns, clock, args) for name in args.trainers]
+        for arm in arms:
+            arm.start()
+        for arm in arms:
+            arm.join()
+    for arm in arms:
+        if arm.error is not None:
+            raise SystemExit(f"{arm.name} failed: {arm.error!r}") from arm.error
+    shapes = f"{args.batch_size} prompts of {args.prompt_tokens[0]} to {args.prompt_tokens[1]} tokens, up to {args.max_new_tokens} new"
+    times = {arm.name: arm.seconds for arm in arms}
+    compared = [*ours_beside_theirs(times)]
+    if compared:
+        report.table(
+            f"How many times as fast: {shapes}",
+            ["ours", "theirs", "times as fast", "lowest..highest turn", "their time by our floor"],
+            [[ours, theirs, *ratio, median(times[theirs]) / floor] for ours, theirs, ratio, floor in
+             ((ours, theirs, ratio, floor_of(arms, ours)) for ours, theirs, ratio in compared)],
+            "Medians of the ratios within a turn. The last column is what we would reach if our step were its matrix products alone.",
+        )  # fmt: skip
+    report.table(
+        f"Seconds of a step, medians: {shapes}",
+        ["trainer", "step", "spread", *PHASES, "optimizer and the rest"],
+        [[arm.name, median(arm.seconds), spread(arm.seconds), *arm.by_phase()] for arm in arms],
+    )
+    report.table(
+        "The floor: matrix products and attention of one step, each timed alone, in seconds",
+        ["trainer", "step", *PHASES, "GFLOP", "GFLOP a second"],
+        [[arm.name, sum(floor.values()), *(floor.get(phase, 0.0) for phase in PHASES), num / 1e9, num / 1e9 / sum(floor.values())]
+         for arm, floor, num in ((arm, arm.products.seconds(clock), arm.products.num_operations) for arm in arms)],
+    )  # fmt: skip
+
+
+def floor_of(arms: "list[Arm]", name: str) -> float:
+    arm = next(arm for arm in arms if arm.name == name)
+    return sum(arm.products.seconds(arm.clock).values())
+
+
+def ours_beside_theirs(times: dict[str, list[float]]):
+    """Each of our arms against each of theirs with the same settings, as (ours, theirs, [median ratio, its range])."""
+    for ours in times:
+        for theirs in times:
+            is_pair = ours.startswith("SKDTrainer") and not theirs.startswith("SKDTrainer")
+            if is_pair and ours.endswith("best") == theirs.endswith("best"):
+                ratios = [b / a for a, b in zip(times[ours], times[theirs], strict=True)]
+                yield ours, theirs, [median(ratios), f"{min(ratios):.2f}..{max(ratios):.2f}"]
+
+
+def make_trainer(name: str, args, rows, directory: str):
+    trainer_class, config_class, settings = ARMS[name]
+    known = {field.name for field in fields(config_class)}
+    limit = "max_completion_length" if "max_completion_length" in known else "max_new_tokens"
+    prompts = rows.map(lambda row: {"prompt": row["messages"][:-1]}, remove_columns=rows.column_names)
+    return trainer_class(
+        model=load_model(args, "student"),
+        teacher_model=load_model(args, "teacher"),
+        args=config_class(
+            f"{directory}/{name}", bf16=False, use_cpu=True, per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=1, max_steps=args.repeats + 2, learning_rate=1e-5, save_strategy="no",
+            logging_steps=1000, report_to="none", disable_tqdm=True, dataloader_num_workers=0, seed=7,
+            **{limit: args.max_new_tokens}, **settings,
+        ),
+        train_dataset=prompts if trainer_class is DistillationTrainer else rows,
+        processing_class=load_tokenizer(args),
+    )  # fmt: skip
+
+
+class Turns:
+    """One arm runs at a time, in a fixed order; those that have ended are passed over."""
+
+    def __init__(self, names: list[str]):
+        self.names, self.condition = list(names), threading.Condition()
+
+    def wait(self, name: str) -> None:
+        with self.condition:
+            self.condition.wait_for(lambda: self.names[0] == name)
+
+    def pass_on(self, name: str, is_over: bool = False) -> None:
+        with self.condition:
+            self.names.remove(name)
+            self.names += [] if is_over else [name]
+            self.condition.notify_all()
+
+
+class Arm(threading.Thread):
+    """A training in its thread, with the time of each step but the first, by phase, and the products of the last."""
+
+    def __init__(self, name: str, trainer, turns: Turns, clock, args):
+        super().__init__(name=name, daemon=True)
+        self.trainer, self.turns, self.clock, self.threads = trainer, turns, clock, args.threads
+        self.seconds: list[float] = []
+        self.phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self.now, self.products, self.error = Counter(), Products(), None
+        self.stack: list[str] = []
+        self.recording = ExitStack()
+        writer = next(WRITERS[kind] for kind in type(trainer).__mro__ if kind in WRITERS)
+        self._time(trainer, writer, "writing")
+        self._time(trainer, "compute_loss", "student's forward and loss")
+        self._time(trainer.accelerator, "backward", "backward")
+        self._time(trainer.accelerator.unwrap_model(trainer.teacher_model).model, "forward", "teacher's forward")
+        trainer.add_callback(_AtStepEnd(self))
+
+    def run(self) -> None:
+        torch.set_num_threads(self.threads)
+        self.turns.wait(self.name)
+        try:
+            self.started = self.clock()
+            self.trainer.train()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.recording.close()
+            self.turns.pass_on(self.name, is_over=True)
+
+    def step_ended(self) -> None:
+        num = self.trainer.state.global_step
+        if 1 < num < self.trainer.args.max_steps:
+            self.seconds.append(self.clock() - self.started)
+            for phase in PHASES:
+                self.phases[phase].append(self.now[phase])
+        self.now = Counter()
+        if num < self.trainer.args.max_steps:
+            self.turns.pass_on(self.name)
+            self.turns.wait(self.name)
+            if num == self.trainer.args.max_steps - 1:
+                self.recording.enter_context(self.products.of(self))
+            self.started = self.clock()
+        else:
+            self.recording.close()
+
+    def by_phase(self) -> list[float]:
+        """Median seconds of each phase, and of what is left of a step."""
+        rest = [whole - sum(self.phases[phase][i] for phase in PHASES) for i, whole in enumerate(self.seconds)]
+        return [*(median(self.phases[phase]) for phase in PHASES), median(rest)]
+
+    def _time(self, owner, method: str, phase: str) -> None:
+        """Counts the time inside `method` to `phase`, without that of phases inside it. A teacher that judges is part of the writing."""
+        original = getattr(owner, method)
+
+        def timed(*args, **kwargs):
+            if phase == "teacher's forward" and "writing" in self.stack:
+                return original(*args, **kwargs)
+            outer = self.stack[-1] if self.stack else None
+            self.stack.append(phase)
+            start = self.clock()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                taken = self.clock() - start
+                self.stack.pop()
+                self.now[phase] += taken
+                if outer is not None:
+                    self.now[outer] -= taken
+
+        setattr(owner, method, timed)
+
+
+class _AtStepEnd(TrainerCallback):
+    def __init__(self, arm: Arm):
+        self.arm = arm
+
+    def on_step_end(self, *args, **kwargs):
+        self.arm.step_ended()
+
+
+class Products(TorchDispatchMode):
+    """Writes down the matrix products that run inside, and times them afterwards."""
+
+    KINDS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "_scaled_dot_product")
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter = Counter()
+        self.num_operations, self.found = 0, None
+
+    def of(self, arm: Arm) -> "Products":
+        self.arm = arm
+        return self
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.KINDS or name.startswith("_scaled_dot_product"):
+            leaves, spec = tree_flatten((args, kwargs or {}))
+            key = tuple(
+                (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+                for leaf in leaves
+            )
+            phase = self.arm.stack[-1] if self.arm.stack else "the rest"
+            self.calls[(phase, func, key, spec)] += 1
+            self.num_operations += _operations(name, [arg for arg in args if isinstance(arg, torch.Tensor)])
+        return func(*args, **(kwargs or {}))
+
+    def seconds(self, clock) -> Counter:
+        """Seconds of all products by phase, each kind timed alone (the shortest of three)."""
+        if self.found is None:
+            alone, self.found = {}, Counter()
+            for (phase, func, key, spec), count in self.calls.items():
+                if (func, key) not in alone:
+                    alone[func, key] = _seconds_alone(func, key, spec, clock)
+                self.found[phase] += count * alone[func, key]
+        return self.found
+
+
+def _seconds_alone(func, key, spec, clock) -> float:
+    leaves = [_like(*leaf) if isinstance(leaf, tuple) else leaf for leaf in key]
+    args, kwargs = tree_unflatten(leaves, spec)
+    times = []
+    with torch.no_grad():
+        for _ in range(4):
+            start, repeats = clock(), 0
+            while repeats == 0 or (clock() - start < 0.002 and repeats < 50):
+                func(*args, **kwargs)
+                repeats += 1
+            times.append((clock() - start) / repeats)
+    return min(times[1:])
+
+
+def _like(shape, stride, dtype) -> torch.Tensor:
+    """A tensor in the same layout."""
+    size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+    numbers = torch.rand(max(size, 1)) if dtype.is_floating_point else torch.ones(max(size, 1))
+    return numbers.to(dtype).as_strided(shape, stride)
+
+
+def _operations(name: str, tensors: list[torch.Tensor]) -> int:
+    """Multiplications and additions: of a product of (n, k) and (k, m), 2 n k m; of attention its two products, or in the backward five."""
+    if name.startswith("_scaled_dot_product"):
+        is_backward = "backward" in name
+        query, keys = (tensors[1], tensors[2]) if is_backward else (tensors[0], tensors[1])
+        return (10 if is_backward else 4) * query.numel() * keys.shape[-2]
+    left, right = tensors[-2], tensors[-1]
+    return 2 * left.numel() * (right.shape[-1] if name != "linear" else right.shape[0])
+
+
+if __name__ == "__main__":
+    main()
