@@ -6,6 +6,8 @@ Names that TRL's SDFT has are those of SDFT, with their meaning and defaults.
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .data.teacher_prompts import DEFAULT_TEMPLATE, check_template
 
 
@@ -22,6 +24,9 @@ class TeacherOptions:
         teacher_models (`dict`, *optional*):
             Several teachers, in the place of one: names and where each is loaded from. A row's `teacher_id` says which is its own.
             (The trainer's `teacher_model` may also be such a dict, of models too.)
+        teacher_device (`str`, *optional*):
+            Where the teacher runs, if not beside the student: another GPU of this process (`"cuda:1"`) or `"cpu"`. Not under DeepSpeed
+            and FSDP.
         teacher_model_server_url (`list[str]`, *optional*):
             The teacher is behind a server, in the place of a `teacher_model`: the address of `skd serve` or `vllm serve`, or those of
             its replicas. An API key is taken from the environment variable `SKD_TEACHER_API_KEY`.
@@ -51,6 +56,13 @@ class TeacherOptions:
         metadata={
             "help": "Several teachers, in the place of one: names and paths, such as {'code': 'path', 'prose': 'path'}. A row's "
             "`teacher_id` says which is its own."
+        },
+    )
+    teacher_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the teacher runs, if not beside the student: another GPU of this process ('cuda:1') or 'cpu'. Not under "
+            "DeepSpeed and FSDP."
         },
     )
     teacher_model_server_url: list[str] | None = field(
@@ -152,6 +164,7 @@ class TeacherOptions:
             "teacher_models",
             "teacher_model_kind",
             "shard_teacher",
+            "teacher_device",
         )
         for name in others:
             if self.teacher_model_server_url and getattr(self, name):
@@ -162,11 +175,21 @@ class TeacherOptions:
         kind = self.teacher_model_kind
         if kind is not None and kind not in SELF_TEACHERS:
             raise ValueError(f"teacher_model_kind={kind!r} is unknown; choose one of {', '.join(SELF_TEACHERS)}.")
-        for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs", "shard_teacher"):
+        for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs", "shard_teacher", "teacher_device"):
             if kind is not None and getattr(self, name):
                 raise ValueError(
                     f"teacher_model_kind={kind!r} makes the student its own teacher, and {name}={getattr(self, name)!r} is about "
                     "another one. Drop one of them."
+                )
+        if self.teacher_device is not None:
+            try:
+                torch.device(self.teacher_device)
+            except RuntimeError as error:
+                raise ValueError(f"teacher_device={self.teacher_device!r} is no device: {error}") from None
+            if getattr(self, "shard_teacher", None):
+                raise ValueError(
+                    f"teacher_device={self.teacher_device!r} is one device, and shard_teacher=True spreads the teacher over all. "
+                    "Drop one of them."
                 )
         if not 0 < self.teacher_update_rate <= 1:
             raise ValueError(f"teacher_update_rate={self.teacher_update_rate} must be above 0 and at most 1.")
