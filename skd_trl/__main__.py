@@ -17,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ._compat import TrlParser
+from .commands.loading import check_folder
+from .commands.options import Command
 from .skd_config import SKDConfig
 from .training.limits import room_for_prompts
 from .training.machine import Machine
@@ -95,6 +97,7 @@ def add_check(commands) -> None:
 
 
 def run_check(options: argparse.Namespace, rest: list[str]) -> int:
+    Command("check", "", (StudentName, SKDConfig)).refuse_unknown(rest)
     for name in ("model", "teacher_model_name_or_path", "config"):
         if (value := getattr(options, name)) is not None:
             rest = [*rest, f"--{name}", value]
@@ -105,10 +108,15 @@ def run_check(options: argparse.Namespace, rest: list[str]) -> int:
     except (ValueError, TypeError, OSError) as error:
         options.parser.error(str(error))
     model = student_name.model or student_name.model_name_or_path
+    if model is None:
+        options.parser.error("--model is missing: the student's name or path.")
     try:
+        check_folder("student", model)
+        check_folder("teacher", args.teacher_model_name_or_path)
         student, teacher, tokenizer = load_pair(model, None, None, args)
     except Exception as error:  # whatever the loading of a model raises
-        options.parser.error(f"{model!r} and {args.teacher_model_name_or_path!r} cannot be loaded. {error}")
+        pair = " and ".join(repr(name) for name in (model, args.teacher_model_name_or_path) if name is not None)
+        options.parser.error(f"{pair} cannot be loaded. {' '.join(str(error).split())}")
     accelerator = Accelerator(cpu=args.use_cpu)
     findings = check_pair(student, teacher, tokenizer, args)
     findings += [found for found in check_launch(student, teacher, args, accelerator) if found not in findings]

@@ -23,7 +23,8 @@ from ..evaluation.scores import evaluate as score
 from ..evaluation.text_metrics import scored, text_metrics
 from ..evaluation.texts import decode, generate
 from ..loss.divergences import DIVERGENCES
-from .options import Command, json_option
+from .loading import naming
+from .options import Command
 from .rows import load_rows
 
 
@@ -83,9 +84,8 @@ class EvaluationArguments:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} has to be {least} or more.")
-        self.chat_template_kwargs = json_option(
-            "chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}'
-        )
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
         text_metrics(self.metrics)  # an unknown one is told before models are loaded
 
 
@@ -168,13 +168,13 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
     rows = load_rows(
         options.dataset_name, split, config=options.dataset_config, num_rows=options.num_rows, seed=options.seed
     )
-    tokenizer = AutoTokenizer.from_pretrained(
-        next(iter(students.values())), trust_remote_code=options.trust_remote_code
-    )
-    teacher = _load(options.teacher, options)
+    first = next(iter(students.values()))
+    with naming("student", first):
+        tokenizer = AutoTokenizer.from_pretrained(first, trust_remote_code=options.trust_remote_code)
+    teacher = _load("teacher", options.teacher, options)
     data, teacher_ids, found = None, [], []
     for name, path in students.items():
-        student = _load(path, options)
+        student = _load(name, path, options)
         check_vocabularies(student, teacher, tokenizer, trust_remote_code=options.trust_remote_code)
         decoding = Decoding.of(tokenizer, student, teacher, options.max_new_tokens, options.batch_size)
         decoding = Decoding(**{**vars(decoding), "seed": options.seed})
@@ -200,12 +200,13 @@ def examples_of(data: HeldOut, teacher_texts: list[str], **students: Scores) -> 
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _load(name: str, options: EvaluationArguments) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-        trust_remote_code=options.trust_remote_code,
-    ).to(PartialState().device)
+def _load(role: str, name: str, options: EvaluationArguments) -> PreTrainedModel:
+    with naming(role, name):
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+            trust_remote_code=options.trust_remote_code,
+        ).to(PartialState().device)
 
 
 def _show(table: Table, content: dict, output_file: str | None) -> None:

@@ -5,6 +5,7 @@ directory. On several GPUs: `accelerate launch -m skd_trl train --config ...`.
 """
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -30,7 +31,8 @@ from ..speckd_config import SpecKDConfig
 from ..speckd_trainer import SpecKDTrainer
 from ..training.console import LogLine
 from ..training.run_files import LogFile, run_settings, write_settings
-from .options import Command, json_option
+from .loading import check_folder, naming
+from .options import Command
 from .rows import from_templates, hold_out, load_rows, split_names
 from .supervised import supervised_stage
 
@@ -102,7 +104,8 @@ class TrainArguments(ScriptArguments):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} has to be 0 or more.")
         for name in ("teacher_sft", "student_sft"):
-            setattr(self, name, json_option(name, getattr(self, name), '{"max_steps": 80}'))
+            value = getattr(self, name)
+            setattr(self, name, json.loads(value) if isinstance(value, str) else value)
         if self.compare:
             text_metrics(self.metrics)  # an unknown one is told before models are loaded
 
@@ -112,6 +115,7 @@ def run(arguments: list[str]) -> int:
     command = train_command(chosen_trainer(arguments))
     script_args, training_args, model_args = command.parse(arguments, **for_this_machine())
     with command.one_line_errors(), PartialState().main_process_first():
+        check_names(training_args, model_args)
         rows = load_train_and_test(script_args, training_args.seed)
     train(script_args, training_args, model_args, *rows, command=command)
     return 0
@@ -143,9 +147,38 @@ def chosen_trainer(arguments: list[str]) -> str:
     parser.add_argument("--config", type=Path)
     known, _ = parser.parse_known_args(arguments)
     if known.trainer is None and known.config is not None and known.config.is_file():
-        settings = yaml.safe_load(known.config.read_text())
+        with train_command().one_line_errors():
+            settings = yaml.safe_load(known.config.read_text())
         known.trainer = settings.get("trainer") if isinstance(settings, dict) else None
     return known.trainer if known.trainer in TRAINERS else "skd"
+
+
+def check_names(training_args: SKDConfig, model_args: ModelConfig) -> None:
+    """Whether there is a student, and the folders that the options name: known before rows are read or a hub is asked."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: the student's name or path.")
+    for role, name in (
+        ("student", model_args.model_name_or_path),
+        ("teacher", training_args.teacher_model_name_or_path),
+    ):
+        check_folder(role, name)
+    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
+
+
+def checkpoint_to_resume(args: SKDConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names; `true` is the last one of `output_dir`."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    there_are = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    if str(wanted).lower() == "true" and there_are:
+        return str(there_are[-1])
+    if Path(wanted).is_dir():
+        return wanted
+    raise ValueError(
+        f"resume_from_checkpoint={wanted!r} is no folder; {args.output_dir} has "
+        f"{', '.join(path.name for path in there_are) or 'no checkpoint, so start without it'}."
+    )
 
 
 def load_train_and_test(args: TrainArguments, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
@@ -193,11 +226,6 @@ def train(
         trainer, settings = make_trainer(script_args, training_args, model_args, train_rows, test_rows)
         held_out = None
         if test_rows is not None:
-            if not isinstance(trainer.teacher_model, torch.nn.Module):
-                raise ValueError(
-                    "The comparison before and after measures the divergence from one teacher, and this run has "
-                    f"{'several' if trainer.teacher_model else 'none here (its scores, or a server)'}. Give --compare false."
-                )
             drafting = Drafting(num_rows=script_args.draft_rows) if script_args.draft_rows else None
             held_out = HeldOutEvaluation(
                 trainer,
@@ -257,11 +285,12 @@ def make_trainer(
 ) -> tuple[SKDTrainer, dict[str, Any]]:
     """The trainer, after the supervised stages that the configuration asks for, and what a reader needs to place its figures."""
     set_model_init_kwargs(training_args, model_args)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    with naming("student", model_args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
     models = {"student": model_args.model_name_or_path, "teacher": training_args.teacher_model_name_or_path}
     data = [script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split]
     stages = {"teacher": script_args.teacher_sft, "student": script_args.student_sft}
