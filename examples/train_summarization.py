@@ -25,15 +25,16 @@ import sys
 from accelerate import PartialState
 from summarization_data import load_summarization
 
-from skd_trl.commands.train import chosen_trainer, train, train_command
+from skd_trl.commands.train import check_names, chosen_trainer, for_this_machine, train, train_command
 
 
 def main(arguments: list[str]) -> None:
     command = train_command(chosen_trainer(arguments))
-    script_args, training_args, model_args = command.parse(arguments)
+    script_args, training_args, model_args = command.parse(arguments, **for_this_machine())
     if script_args.prompt_template or script_args.completion_template:
         command.fail("this script knows the columns of its sets; templates are for `skd train`.")
     with command.one_line_errors(), PartialState().main_process_first():
+        check_names(training_args, model_args)
         train_rows, test_rows = (
             load_summarization(
                 script_args.dataset_name,

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ._compat import TrlParser
+from .commands.loading import check_folder
+from .commands.options import Command
 from .skd_config import SKDConfig
 from .training.limits import room_for_prompts
 from .training.machine import Machine
 from .training.memory_advice import describe_plan
 from .training.memory_plan import fitted_plan
-from .training.models import load_pair
 from .training.pair_check import Finding, Verdict, check_launch, check_pair
+from .training.teacher_loading import load_pair
 
 
 # Name -> module of `commands/`, its function, and what it does.
@@ -41,6 +44,12 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command that `arguments` (by default those of the process) name, and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if (
+        os.getcwd() not in sys.path and "" not in sys.path
+    ):  # a console script does not look there for the user's own modules
+        sys.path.insert(0, os.getcwd())
+    # TRL gives transformers the name that all its releases know; whoever runs a command can do nothing about that.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     if arguments and arguments[0] in COMMANDS:
         module, function, _ = COMMANDS[arguments[0]]
         return getattr(importlib.import_module(f"skd_trl.commands.{module}"), function)(arguments[1:])
@@ -88,6 +97,7 @@ def add_check(commands) -> None:
 
 
 def run_check(options: argparse.Namespace, rest: list[str]) -> int:
+    Command("check", "", (StudentName, SKDConfig)).refuse_unknown(rest)
     for name in ("model", "teacher_model_name_or_path", "config"):
         if (value := getattr(options, name)) is not None:
             rest = [*rest, f"--{name}", value]
@@ -98,12 +108,18 @@ def run_check(options: argparse.Namespace, rest: list[str]) -> int:
     except (ValueError, TypeError, OSError) as error:
         options.parser.error(str(error))
     model = student_name.model or student_name.model_name_or_path
+    if model is None:
+        options.parser.error("--model is missing: the student's name or path.")
     try:
+        check_folder("student", model)
+        check_folder("teacher", args.teacher_model_name_or_path)
         student, teacher, tokenizer = load_pair(model, None, None, args)
     except Exception as error:  # whatever the loading of a model raises
-        options.parser.error(f"{model!r} and {args.teacher_model_name_or_path!r} cannot be loaded. {error}")
+        pair = " and ".join(repr(name) for name in (model, args.teacher_model_name_or_path) if name is not None)
+        options.parser.error(f"{pair} cannot be loaded. {' '.join(str(error).split())}")
     accelerator = Accelerator(cpu=args.use_cpu)
-    findings = check_pair(student, teacher, tokenizer, args) + check_launch(student, teacher, args, accelerator)
+    findings = check_pair(student, teacher, tokenizer, args)
+    findings += [found for found in check_launch(student, teacher, args, accelerator) if found not in findings]
     if accelerator.is_main_process:
         print_findings(findings)
         print_plan(student, teacher, args, accelerator)

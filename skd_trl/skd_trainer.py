@@ -30,7 +30,7 @@ from .data.batches import (
 )
 from .data.dataset import num_scored_tokens, prepare_dataset
 from .data.recorded_scores import has_scores
-from .data.tokenization import RowRules
+from .data.row_rules import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
 from .inherited_options import (
     FOLLOWED_ATTRIBUTES,
@@ -51,22 +51,18 @@ from .serving.client import TeacherClient
 from .skd_config import SKDConfig
 from .training.distributed import (
     bound_waits,
-    forwards_are_collective,
     name_layers_to_shard,
-    prepare_teacher,
     whole_head,
 )
 from .training.ends_of_sequence import stop_at
 from .training.engine_lifetime import check_first_training
-from .training.engine_settings import check_parallel_models, describe_offloading
+from .training.engine_settings import describe_offloading
 from .training.evaluated_run import EvaluatedRun
 from .training.finite_check import FiniteCheck, GradientCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
-from .training.machine import Machine
 from .training.memory_advice import out_of_memory_advised
-from .training.memory_plan import shards_teacher
 from .training.metrics import (
     RatioMetrics,
     add_loss_by_teacher,
@@ -77,11 +73,9 @@ from .training.models import (
     copied_arguments,
     disable_dropout,
     given_model,
-    load_pair,
-    named_teachers,
     pad_token_id,
 )
-from .training.pair_check import check_launch, check_pair, check_teacher_differs, require
+from .training.pair_check import check_launch, check_pair, require
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
 from .training.sampled_evaluation import check_sampled_evaluation
@@ -90,10 +84,10 @@ from .training.sampling_copy import SamplingCopy
 from .training.saved_run import SavedRun
 from .training.saved_weights import describe_shards
 from .training.searched_run import SearchedRun
-from .training.self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
-from .training.served import RemoteTeacher, check_rule, check_server, connect
+from .training.served import check_rule
 from .training.shown_run import ShownRun
-from .training.teachers import OneTeacher, RecordedTeacher, Teacher, TeachersByRow, whole_signal
+from .training.teacher_loading import connected, load_models, place_teacher
+from .training.teachers import whole_signal
 
 
 if TYPE_CHECKING:
@@ -217,28 +211,16 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         check_overrides(self, SKDTrainer)
         model = given_model("model", model)
         args = copied_arguments(args, self._config_class, f"-{self._name}", model)
-        named = named_teachers(teacher_model, args)
-        self._teacher_names = tuple(named)
-        teacher_model, *others = named.values() if named else [given_model("teacher_model", teacher_model)]
-        check_parallel_models(args, {"model": model, "teacher_model": teacher_model})
         scored = train_dataset is not None and has_scores(train_dataset.column_names)
-        student, teacher, tokenizer = load_pair(model, teacher_model, processing_class, args, scored)
+        student, loaded, tokenizer = load_models(model, teacher_model, processing_class, args, scored)
         name_layers_to_shard(student)
-        self._is_served = args.teacher_model_server_url is not None
-        self._is_recorded = teacher is student and args.teacher_model_kind is None and not self._is_served
-        if self._is_recorded and args.rollouts != {"dataset"}:
-            raise ValueError(
-                "There is no teacher but the scores beside the rows, which are of given responses and judge no others: set "
-                "rollout='dataset' (and lmbda and seq_kd at their defaults), or give a teacher_model."
-            )
-        teachers = [teacher, *(load_pair(student, other, tokenizer, args)[1] for other in others)]
+        teachers, self._teacher_names = loaded.models, loaded.names
+        self._is_served, self._is_recorded = loaded.is_served, loaded.is_recorded
         for one in teachers:
             require(check_pair(student, one, tokenizer, args, peft_config))
         self.vocab_size = min(shared_vocab_size(student, one) for one in teachers)
-        client = None
-        if self._is_served:
-            client = connect(args.teacher_model_server_url, args.teacher_top_k, args.teacher_server_patience)
-            check_server(client, tokenizer, self.vocab_size)
+        client = connected(loaded, args, tokenizer, self.vocab_size)
+        if client is not None:
             self.vocab_size = min(self.vocab_size, client.vocab_size or self.vocab_size)
         self.eos_token_ids = sorted({i for one in teachers for i in end_of_sequence_ids(student, one, tokenizer)})
         self._rules = RowRules(
@@ -310,7 +292,16 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
         for one in teachers:
             require(check_launch(self._inner_student(), one, args, self.accelerator))
-        self._teacher = self._make_teacher(teachers, client)
+        if self._is_recorded or (client is not None and args.teacher_signal == "top_k"):
+            self._check_coarse_teacher(client)
+        has_own_prompts = "teacher_prompt_ids" in (self.train_dataset.column_names or [])
+        placed = place_teacher(
+            loaded, self.model, args, self.accelerator, client=client, has_own_prompts=has_own_prompts
+        )
+        self._teacher, self.teacher_model, self._inner_teacher = placed.teacher, placed.prepared, placed.inner
+        self._average, self._shared = placed.average, placed.shared
+        if self._average is not None:
+            self.add_callback(self._average)
         bound_waits(args.ddp_timeout)
         by_teacher = names_by_teacher(self._teacher_names)
         own_names = (*self._metric_names, *itertools.chain(*by_teacher.values()))
@@ -318,42 +309,12 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         totals = ("skipped_rows", *by_teacher["num_tokens"])
         self._ratios = {mode: RatioMetrics(names[mode], totals=totals) for mode in names}
 
-    def _make_teacher(self, teachers: list[PreTrainedModel], client: TeacherClient | None) -> Teacher:
-        teacher, kind = teachers[0], self.args.teacher_model_kind
-        self._average = self._shared = None
-        if self._is_recorded or client is not None:
-            self.teacher_model = self._inner_teacher = None
-            self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
-            if client is None:
-                self._check_scores(num_scored_tokens(self.train_dataset, "train"))
-                return RecordedTeacher()
-            self._check_scores(client.top_k)
-            for rollout in self.args.rollouts - {"dataset", "student"}:
-                check_rule(self.args.acceptance_rule(rollout), client.top_k, self.vocab_size)
-            return RemoteTeacher(client)
-        if self._teacher_names:
-            prepared = [prepare_teacher(one, self.accelerator, self._is_spread(one)) for one in teachers]
-            self.teacher_model = dict(zip(self._teacher_names, prepared, strict=True))
-            self._inner_teacher = nn.ModuleList(teachers)  # for the messages of checks
-            is_collective = self.accelerator.num_processes > 1 and forwards_are_collective(*teachers)
-            return TeachersByRow(teachers, prepared, is_collective)
-        if kind is not None:
-            check_self_teacher(kind, self.accelerator, self.model)
-            teacher = self_teacher(self.model, kind)
-            self._shared = SharedTensors(teacher, self.model)
-            has_own_prompts = "teacher_prompt_ids" in (self.train_dataset.column_names or [])
-            require([check_teacher_differs(kind, has_own_prompts)])
-        if kind == "ema":
-            self._average = StudentAverage(
-                teacher, self.model, self.args.teacher_update_rate, self.args.teacher_sync_steps
-            )
-            self.add_callback(self._average)
-        self._inner_teacher = teacher
-        if kind is None:
-            self.teacher_model = prepare_teacher(teacher, self.accelerator, self._is_spread(teacher))
-        else:  # without its own engine, which would move the student's tensors
-            self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        return OneTeacher(teacher, self.teacher_model)
+    def _check_coarse_teacher(self, client: TeacherClient | None) -> None:
+        """Refuses what k tokens of a server's, or of recorded scores, cannot give."""
+        self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
+        self._check_scores(num_scored_tokens(self.train_dataset, "train") if client is None else client.top_k)
+        for rollout in self.args.rollouts - {"dataset", "student"} if client is not None else ():
+            check_rule(self.args.acceptance_rule(rollout), client.top_k, self.vocab_size)
 
     def _check_scores(self, top_k: int) -> None:
         """Refuses what k recorded tokens cannot give."""
@@ -406,9 +367,6 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
             self.args, self.args.at(step, num_steps), self._attributes, self._given_attributes
         )
         self.divergence = self._args_of_step.make_divergence()
-
-    def _is_spread(self, teacher: nn.Module) -> bool:
-        return shards_teacher(self.args.shard_teacher, teacher, Machine.of(self.accelerator))
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed's precision is for what goes into the models: a uniform below 1 would round to 1.

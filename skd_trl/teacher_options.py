@@ -10,6 +10,7 @@ from .data.teacher_prompts import DEFAULT_TEMPLATE, check_template
 
 
 SELF_TEACHERS = ("base", "ema", "live")
+TEACHER_SIGNALS = ("top_k", "hidden_states")
 
 
 @dataclass
@@ -24,8 +25,11 @@ class TeacherOptions:
         teacher_model_server_url (`list[str]`, *optional*):
             The teacher is behind a server, in the place of a `teacher_model`: the address of `skd serve` or `vllm serve`, or those of
             its replicas. An API key is taken from the environment variable `SKD_TEACHER_API_KEY`.
+        teacher_signal (`str`, *optional*, defaults to `"top_k"`):
+            What a served teacher sends of each position: `"top_k"`, its most probable tokens, or `"hidden_states"`, its last hidden
+            states, of which the trainer makes all logits with a copy of the teacher's head.
         teacher_top_k (`int`, *optional*, defaults to `64`):
-            How many of its most probable tokens a served teacher sends of each position.
+            How many of its most probable tokens a served teacher sends with `"top_k"`.
         teacher_server_patience (`float`, *optional*, defaults to `600.0`):
             Seconds for which a server that does not answer is asked again. After them a checkpoint is written and the run ends.
         teacher_model_kind (`str`, *optional*):
@@ -56,8 +60,19 @@ class TeacherOptions:
             "those of its replicas. The API key is in the environment variable SKD_TEACHER_API_KEY."
         },
     )
+    teacher_signal: str = field(
+        default="top_k",
+        metadata={
+            "help": "What a served teacher sends of each position: 'top_k' (its teacher_top_k most probable tokens) or 'hidden_states' "
+            "(the exact signal, of `skd serve`; the trainer keeps a copy of the teacher's head).",
+            "choices": list(TEACHER_SIGNALS),
+        },
+    )
     teacher_top_k: int = field(
-        default=64, metadata={"help": "How many of its most probable tokens a served teacher sends of each position."}
+        default=64,
+        metadata={
+            "help": "How many of its most probable tokens a served teacher sends of each position, if these are its signal."
+        },
     )
     teacher_server_patience: float = field(
         default=600.0,
@@ -114,13 +129,22 @@ class TeacherOptions:
         ):
             if is_wrong:
                 raise ValueError(f"{name}={getattr(self, name)} is too small.")
-        for name in ("teacher_top_k", "teacher_server_patience"):
+        if self.teacher_signal not in TEACHER_SIGNALS:
+            raise ValueError(
+                f"teacher_signal={self.teacher_signal!r} is unknown; choose one of {', '.join(TEACHER_SIGNALS)}."
+            )
+        default_top_k = type(self).__dataclass_fields__["teacher_top_k"].default
+        if self.teacher_signal == "hidden_states" and self.teacher_top_k != default_top_k:
+            raise ValueError(
+                f"teacher_top_k={self.teacher_top_k} would have no effect: with teacher_signal='hidden_states' all tokens are known."
+            )
+        for name in ("teacher_signal", "teacher_top_k", "teacher_server_patience"):
             if (
                 not self.teacher_model_server_url
                 and getattr(self, name) != type(self).__dataclass_fields__[name].default
             ):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} would have no effect: it belongs to teacher_model_server_url."
+                    f"{name}={getattr(self, name)!r} would have no effect: it belongs to teacher_model_server_url."
                 )
         others = (
             "teacher_model_name_or_path",

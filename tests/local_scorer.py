@@ -1,12 +1,13 @@
-"""A teacher's server without the server: scores of a model in this process, from uncached forwards, as a `Scorer` gives them."""
+"""A teacher's server without the server: scores and hidden states of a model in this process, from uncached forwards."""
 
 import torch
 
-from skd_trl.sampling.served_teacher import Scorer
+from skd_trl.loss.lm_head import backbone
+from skd_trl.sampling.served_hidden_states import HiddenStatesScorer
 from skd_trl.sampling.top_judgement import Scores
 
 
-class LocalScorer(Scorer):
+class LocalScorer(HiddenStatesScorer):
     def __init__(self, model, top_k: int, vocab_size: int):
         self.model, self.top_k, self.vocab_size, self.max_length = model, top_k, vocab_size, 512
         self.requests: list[list[list[int]]] = []
@@ -16,6 +17,12 @@ class LocalScorer(Scorer):
         self.requests.append([list(text) for text in texts])
         rows = [self._of_text(text, num_scored) for text in texts]
         return Scores(*(torch.stack(values) for values in zip(*rows, strict=True)))
+
+    @torch.no_grad()
+    def hidden_states(self, texts, num_scored, keys) -> torch.Tensor:
+        self.requests.append([list(text) for text in texts])
+        rows = [backbone(self.model)(input_ids=torch.tensor([text]), use_cache=False)[0][0] for text in texts]
+        return torch.stack([row[-1:] if num_scored == 0 else row[-1 - num_scored : -1] for row in rows])
 
     def _of_text(self, text, num_scored):
         logits = self.model(input_ids=torch.tensor([text]), use_cache=False).logits[0, :, : self.vocab_size].float()

@@ -13,6 +13,7 @@ from tiny import byte_tokenizer, tiny_model
 from skd_trl import SKDConfig, SKDTrainer
 from skd_trl.data import dataset as dataset_module
 from skd_trl.sampling import interleaved
+from skd_trl.training.distributed import is_sharded
 
 
 def collectives_of_rounds(directory: Path, name: str, **settings) -> dict:
@@ -55,7 +56,7 @@ def collectives_of_rounds(directory: Path, name: str, **settings) -> dict:
             setattr(dist, each, own[each])
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     trainer.accelerator.free_memory()
-    return {**counts, "losses": losses, "is_spread": trainer._is_spread(trainer._inner_teacher)}
+    return {**counts, "losses": losses, "is_spread": is_sharded(trainer._inner_teacher)}
 
 
 def tokenized_rows(directory: Path) -> int:

@@ -12,8 +12,20 @@ import torch
 from local_scorer import LocalScorer
 from tiny import byte_tokenizer
 
+from skd_trl.loss.lm_head import LMHead
 from skd_trl.sampling.top_judgement import Scores
-from skd_trl.serving.wire import INFO_ROUTE, SCORE_ROUTE, VERSION, pack_scores, unpack_request
+from skd_trl.serving.wire import (
+    HEAD_ROUTE,
+    HIDDEN_STATES_ROUTE,
+    INFO_ROUTE,
+    SCORE_ROUTE,
+    VERSION,
+    Head,
+    pack_head,
+    pack_hidden_states,
+    pack_scores,
+    unpack_request,
+)
 
 
 class TeacherServer:
@@ -25,7 +37,9 @@ class TeacherServer:
         self.api_key, self.name, self.kind, self.fault = api_key, name, kind, ""
         self.says_cached, self.block_size = True, 4
         self.cached: set[tuple[int, ...]] = set()  # beginnings in the prefix cache
+        self.why_no_hidden_states = ""
         self.paths: list[str] = []
+        self.num_bytes: list[int] = []  # of the answers
         self.num_texts = 0
         self.lock = threading.Lock()
         outer = self
@@ -54,6 +68,7 @@ class TeacherServer:
         if self.fault == "hangs":
             time.sleep(5)
         status, answer = self.answer(request, body)
+        self.num_bytes.append(len(answer))
         request.send_response(status)
         request.send_header("Content-Length", str(len(answer)))
         request.end_headers()
@@ -68,11 +83,19 @@ class TeacherServer:
             return 200, json.dumps({"tokens": self.tokenizer.encode(json.loads(body)["prompt"])}).encode()
         if self.kind == "own" and request.path == INFO_ROUTE:
             said = {"version": VERSION, "model": self.name, "vocab_size": self.scorer.vocab_size, "max_length": 512}
-            return 200, json.dumps({**said, "top_k": self.top_k}).encode()
+            said |= {"top_k": self.top_k, "why_no_hidden_states": self.why_no_hidden_states}
+            return 200, json.dumps(said).encode()
         if self.kind == "own" and request.path == SCORE_ROUTE:
             question = unpack_request(body)
             texts = question.texts[:1] if self.fault == "half" else question.texts
             return 200, pack_scores(self.scores(texts, question.num_scored, question.top_k))
+        if self.kind == "own" and request.path == HIDDEN_STATES_ROUTE and not self.why_no_hidden_states:
+            question = unpack_request(body)
+            texts = question.texts[:1] if self.fault == "half" else question.texts
+            return 200, pack_hidden_states(self.hidden_states(texts, question.num_scored))
+        if self.kind == "own" and request.path == HEAD_ROUTE and not self.why_no_hidden_states:
+            head = LMHead.of(self.scorer.model)
+            return 200, pack_head(Head(head.weight.detach(), head.bias, head.scale, head.softcap or 0.0))
         if self.kind != "own" and request.path == "/v1/models":
             return 200, json.dumps({"data": [{"id": self.name, "max_model_len": 512}]}).encode()
         if self.kind == "generate" and request.path == "/inference/v1/generate":
@@ -89,6 +112,12 @@ class TeacherServer:
         if self.fault == "nan":
             scores.log_probs.fill_(torch.nan)
         return scores
+
+    def hidden_states(self, texts, num_scored) -> torch.Tensor:
+        with self.lock:
+            self.num_texts += len(texts)
+            states = self.scorer.hidden_states(texts, num_scored, range(len(texts)))
+        return torch.full_like(states, torch.nan) if self.fault == "nan" else states
 
     def generate(self, said) -> tuple[int, bytes]:
         if "token_ids" not in said:

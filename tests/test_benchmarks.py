@@ -25,6 +25,10 @@ CASES = {
         "--num_positions 8",
         6,
     ),
+    "hybrid": (
+        "--num_tokens 4 --batch_sizes 2 --acceptance 0.7 --lengths 1 2 --hidden_sizes 64 64 --num_layers 4 4",
+        3,
+    ),
     "memory": ("--vocab_sizes 2000 --lengths 32 64 --batch_size 8 --hidden_sizes 8 16", 2),
 }
 
@@ -51,7 +55,7 @@ def assets(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_a_benchmark_runs_and_writes_its_tables(name, assets, tmp_path):
     arguments, num_rows = CASES[name]
-    models = [] if name == "memory" else ["--assets", str(assets)]
+    models = [] if name in ("hybrid", "memory") else ["--assets", str(assets)]
     result = tmp_path / f"{name}.md"
     subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", *arguments.split(), *models, "--repeats", "1", "--output", result],

@@ -14,6 +14,7 @@ from datasets import Dataset
 from rich.console import Console
 from tiny import EOS, byte_tokenizer
 
+from skd_trl import SKDConfig
 from skd_trl.__main__ import COMMANDS, main
 from skd_trl.commands import options, rows, train, watch
 from skd_trl.training.run_files import read_logs
@@ -89,17 +90,80 @@ WRONG = [
     (["--help", "nothing"], "no such group of options; choose one of"),
     (["--dataset_train_split", "dev"], "has no split 'dev'; it has test, train."),
     (["--metrics", "bleu"], "metric 'bleu' is unknown"),
+    (["--accept_kwargs", "{alpha: 1}"], "'{alpha: 1}' is no JSON: "),
+    (["--teacher_sft", "{'max_steps': 1}"], "is no JSON: Expecting property name enclosed in double quotes"),
+    (["--config", "BROKEN.yaml"], "the file named by --config is no YAML: while parsing a flow sequence"),
+    (["--model_name_or_path", "./nowhere"], "the student './nowhere' does not exist: there is no such folder."),
+    (["--teacher_model_name_or_path", "a/b/c"], "the teacher 'a/b/c' does not exist: there is no such folder."),
+    (["--model_name_or_path", "nowhere"], "the student 'nowhere' cannot be loaded, neither here nor from the hub. "),
+    (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint='nowhere' is no folder; "),
+    (["--dataset_name", "EMPTY.jsonl"], "EMPTY.jsonl has no rows: the file is empty."),
+    (["--dataset_name", "BROKEN.jsonl"], "BROKEN.jsonl cannot be read as .jsonl: JSON parse error"),
 ]
+FILES = {"BROKEN.yaml": "accept: [top_k\n", "EMPTY.jsonl": "", "BROKEN.jsonl": '{"messages": [\n'}
 
 
 @pytest.mark.parametrize("wrong, message", WRONG, ids=[" ".join(wrong) for wrong, _ in WRONG])
-def test_a_wrong_command_gives_one_line_with_a_hint_and_exit_code_2(wrong, message, assets, capsys, tmp_path):
+def test_a_wrong_command_gives_one_line_with_a_hint_and_exit_code_2(
+    wrong, message, assets, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     code, output = run(["train", *arguments_for(assets, output_dir=tmp_path / "run"), *wrong], capsys)
     assert code == 2
     assert message in output and "Traceback" not in output
 
 
-@pytest.mark.parametrize("name", ["evaluate", "compare", "watch", "report", "train"])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (
+            ["watch", "--accept", "min_prob", "--accept_kwargs", '{"beta": 1}'],
+            "unexpected 'beta'; min_prob takes alpha.",
+        ),
+        (["watch", "--num_draft_tokens", "0"], "num_draft_tokens='0' must be at least 1, or 'auto'."),
+        (["watch", "--accept", "best"], "accept='best' is unknown; choose one of top_k"),
+        (["evaluate", "--dataset_name", "x", "--metrics", "bleu"], "metric 'bleu' is unknown"),
+        (["score", "--topk", "5"], "--topk is no option. Did you mean --top_k?"),
+        (["check", "--acept", "top_k"], "--acept is no option. Did you mean --accept?"),
+        (["check"], "--model is missing: the student's name or path."),
+        (["train", "--dataset_name", "x"], "--model_name_or_path is missing: the student's name or path."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_other_commands_say_in_a_line_what_is_wrong_with_an_option(wrong, message, capsys):
+    pair = {"watch": ["--student", "s", "--teacher", "t"], "evaluate": ["--student", "s", "--teacher", "t"]}
+    code, output = run([wrong[0], *pair.get(wrong[0], []), *wrong[1:]], capsys)
+    assert code == 2 and message in output and "Traceback" not in output
+
+
+def test_a_run_is_resumed_from_its_last_checkpoint_or_the_one_that_is_named(tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for wanted, found in (
+        ("true", "checkpoint-10"),
+        (str(tmp_path / "checkpoint-2"), "checkpoint-2"),
+        ("false", None),
+    ):
+        args = SKDConfig(str(tmp_path), resume_from_checkpoint=wanted, use_cpu=True, bf16=False)
+        expected = found and str(tmp_path / found)
+        assert train.checkpoint_to_resume(args) == expected
+    with pytest.raises(ValueError, match="has checkpoint-2, checkpoint-10"):
+        train.checkpoint_to_resume(SKDConfig(str(tmp_path), resume_from_checkpoint="x", use_cpu=True, bf16=False))
+
+
+def test_modules_in_the_current_folder_are_found(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metric_in_the_folder.py").write_text("def length(predictions, targets): return [1.0]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    arguments = ["evaluate", "--student", "./no", "--teacher", "./no", "--dataset_name", "no.jsonl"]
+    code, output = run([*arguments, "--metrics", "metric_in_the_folder:length"], capsys)
+    assert code == 2 and "'no.jsonl' does not exist" in output
+
+
+@pytest.mark.parametrize("name", ["evaluate", "compare", "watch", "report", "score", "train"])
 def test_a_command_without_what_it_needs_says_what_is_missing(name, capsys):
     code, output = run([name], capsys)
     assert code == 2

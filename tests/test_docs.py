@@ -122,6 +122,8 @@ def test_commands_name_what_exists(line):
                 "-m build",
                 "-m pytest",
                 "-m sphinx",
+                "-m venv",
+                "vllm",
                 "pre-commit",
             }, part
         for word in given:

@@ -178,6 +178,22 @@ def test_the_log_that_goes_furthest_is_reported(run_dir):
     assert report.read_run(run_dir).history == [{"step": 12, "loss": 0.5}]
 
 
+def test_a_killed_run_is_as_long_as_it_was_to_be_where_a_checkpoint_went_as_far_as_the_log(run_dir):
+    """A checkpoint's entries do not say how long the run was to be; its state does."""
+    (run_dir / "trainer_state.json").unlink()
+    (run_dir / "checkpoint-4").mkdir()
+    state = {"log_history": [{"step": 4, "loss": 1.0}], "max_steps": 6}
+    (run_dir / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+    (run_dir / "logs.jsonl").write_text(json.dumps({"step": 4, "loss": 1.0, "max_steps": 6}))
+    report.write_report(run_dir)
+    assert json.loads((run_dir / "metrics.json").read_text())["progress"] == {
+        "step": 4,
+        "num_steps": 6,
+        "is_over": False,
+    }
+    assert "Not finished: step 4 of 6" in (run_dir / "samples.html").read_text()
+
+
 def test_the_plots_of_the_page_are_drawn_in_its_colours(run_dir):
     report.write_report(run_dir)
     page = (run_dir / "samples.html").read_text()

@@ -1,4 +1,4 @@
-"""A teacher that sends its top k, against the same teacher in this process on the same noise."""
+"""A teacher that sends its top k, or its hidden states, against the same teacher in this process on the same noise."""
 
 import pytest
 import torch
@@ -6,11 +6,13 @@ from local_scorer import LocalScorer
 from test_sampler import EOS, PROMPTS, V, left_padded, responses
 from tiny import tiny_model
 
+from skd_trl.loss.lm_head import LMHead
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft, Judgement
 from skd_trl.sampling.interleaved import Execution, interleaved_sample
 from skd_trl.sampling.nucleus import Nucleus
 from skd_trl.sampling.participants import LocalParticipant
 from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
+from skd_trl.sampling.served_hidden_states import ServedHiddenStates
 from skd_trl.sampling.served_teacher import ServedTeacher
 from skd_trl.sampling.top_judgement import Scores, TopJudgement
 
@@ -68,6 +70,34 @@ def test_a_teacher_that_sends_its_top_k_writes_the_text_of_one_in_this_process(
     assert torch.equal(served.teacher_rank, here.teacher_rank)
 
 
+class ByLogits(AcceptanceRule):
+    """A rule that looks at what only a teacher with all logits can show."""
+
+    def __call__(self, draft: Draft) -> torch.Tensor:
+        return draft.teacher_logits[..., ::2].logsumexp(-1) > draft.teacher_logits[..., 1::2].logsumexp(-1)
+
+
+@pytest.mark.parametrize("execution", [{}, {"max_rows": 3}], ids=["all", "refilled"])
+@pytest.mark.parametrize(
+    ("rule", "sampling"),
+    [
+        (ByLogits(), FREE),
+        (ACCEPTANCE_RULES["speculative"](), FREE),
+        (ACCEPTANCE_RULES["never"](), SamplingParams(1.5)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, AcceptanceRule) else str(value.temperature),
+)
+def test_a_teacher_that_sends_hidden_states_writes_the_text_of_one_in_this_process_whatever_the_rule(
+    model, rule, sampling, execution
+):
+    here = sampled(LocalParticipant(model), rule, sampling, 4, **execution)
+    exact = ServedHiddenStates(LocalScorer(model, 1, V), LMHead.of(model).logits)
+    served = sampled(exact, rule, sampling, 4, **execution)
+    assert responses(served, MIXED) == responses(here, MIXED)
+    assert torch.equal(served.replaced, here.replaced)
+    torch.testing.assert_close(served.teacher_hidden_states, here.teacher_hidden_states)
+
+
 def test_each_text_is_sent_with_its_proposals_and_none_for_rows_that_ended(model):
     scorer = LocalScorer(model, 30, V)
     rollout = sampled(ServedTeacher(scorer), ACCEPTANCE_RULES["top_k"](k=20), GREEDY, 4, max_rows=3)
@@ -104,12 +134,16 @@ def test_with_some_tokens_known_the_shaped_distribution_is_close_to_that_of_logi
 
 
 def test_a_rule_that_reads_logits_is_told_what_it_can_read_instead(model):
-    class ByLogits(AcceptanceRule):
-        def __call__(self, draft: Draft) -> torch.Tensor:
-            return draft.teacher_logits[..., 0] > 0
-
     with pytest.raises(ValueError, match=r"30 most probable tokens. Use `draft.teacher_rank`"):
         sampled(ServedTeacher(LocalScorer(model, 30, V)), ByLogits(), GREEDY, 2)
+
+
+def test_a_teacher_that_ranks_tokens_that_the_student_has_not_is_refused():
+    larger = tiny_model("llama", seed=2, vocab_size=V + 200)
+    with pytest.raises(ValueError, match=r"ranks token \d+ among its 100 most probable, but both models share 259"):
+        sampled(
+            ServedTeacher(LocalScorer(larger, 100, V + 200), vocab_size=V), ACCEPTANCE_RULES["top_k"](k=20), GREEDY, 2
+        )
 
 
 def test_prompts_that_the_server_has_no_room_for_are_refused(model):

@@ -1,5 +1,7 @@
 """Training with a teacher behind a server, against the same teacher in this process."""
 
+import threading
+
 import pytest
 import torch
 from teacher_server import TeacherServer, serving
@@ -46,6 +48,56 @@ def test_with_every_token_sent_the_update_is_that_of_the_teacher_in_this_process
     assert (updates[0] - updates[1]).norm() < 1e-3 * updates[1].norm()
 
 
+EXACT = {"teacher_signal": "hidden_states", "teacher_top_k": 64}
+
+
+@pytest.mark.parametrize(
+    "trainer_class, rows, settings",
+    [
+        (SKDTrainer, OWN_PROMPTS, {"gradient_accumulation_steps": 2}),
+        (SKDTrainer, OWN_PROMPTS, {"rollout": "dataset", "divergence": "skew_forward_kl"}),
+        (SpecKDTrainer, ROWS, {"rollout": "student", "gate": "spec_k"}),
+        (SpecKDTrainer, ROWS, {"gate": "greedy_top_k", "gate_top_k": 200, "gate_normalizer": "accepted"}),
+    ],
+    ids=["skd", "given", "spec_k", "greedy_top_k"],
+)
+def test_with_hidden_states_sent_the_update_is_that_of_the_teacher_in_this_process(
+    tmp_path, trainer_class, rows, settings
+):
+    with serving(tiny_model(seed=2), top_k=1) as server:
+        remote = served(tmp_path, server, rows, trainer_class, **EXACT, **settings)
+        here = make_trainer(tmp_path, rows, trainer_class=trainer_class, **SETTINGS, **settings)
+        batches = [spy_on_trained_batches(trainer) for trainer in (remote, here)]
+        updates = [update_of(remote), update_of(here)]
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one["labels"], other["labels"])
+    assert updates[1].norm() > 0.01
+    assert (updates[0] - updates[1]).norm() < 1e-3 * updates[1].norm()
+    entropies = [trainer.state.log_history[0]["teacher_entropy"] for trainer in (remote, here)]
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-3)
+    assert "teacher_mass_outside" not in remote.state.log_history[0]
+
+
+def test_a_rule_that_reads_logits_is_admitted_with_hidden_states(tmp_path):
+    class ByLogits(AcceptanceRule):
+        def __call__(self, draft):
+            return draft.teacher_logits[..., 0] > 0
+
+    with serving(tiny_model(seed=2), top_k=1) as server:
+        served(tmp_path, server, accept=ByLogits(), **EXACT).train()
+
+
+def test_hidden_states_that_do_not_make_the_servers_scores_are_refused(tmp_path):
+    with serving(tiny_model(seed=2), top_k=1) as server:
+        scorer = server.scorer
+        server.hidden_states = lambda texts, num_scored: 3 * scorer.hidden_states(texts, num_scored, texts)
+        with pytest.raises(ValueError, match=r"make other log-probabilities than its own, by \d+\.\d+ nats"):
+            served(tmp_path, server, **EXACT)
+        server.why_no_hidden_states = "its head is quantised"
+        with pytest.raises(ValueError, match="gives no hidden states: its head is quantised"):
+            served(tmp_path, server, **EXACT)
+
+
 def test_with_some_tokens_sent_the_loss_is_a_little_less_and_the_rest_is_a_metric(tmp_path):
     with serving(tiny_model(seed=2), top_k=100) as server:
         remote = served(tmp_path, server, rollout="student")
@@ -57,9 +109,10 @@ def test_with_some_tokens_sent_the_loss_is_a_little_less_and_the_rest_is_a_metri
     assert 0 < outside[0] < 0.3
 
 
-def test_an_evaluation_asks_the_server_too(tmp_path):
+@pytest.mark.parametrize("signal", [{}, EXACT], ids=["top_k", "hidden_states"])
+def test_an_evaluation_asks_the_server_too(tmp_path, signal):
     with serving(tiny_model(seed=2), top_k=V) as server:
-        remote = served(tmp_path, server).evaluate(make_dataset())
+        remote = served(tmp_path, server, **signal).evaluate(make_dataset())
     here = make_trainer(tmp_path, ROWS, **SETTINGS).evaluate(make_dataset())
     assert remote["eval_loss"] == pytest.approx(here["eval_loss"], rel=1e-4)
 
@@ -99,6 +152,43 @@ def test_a_run_that_gives_up_its_server_has_left_a_checkpoint_that_resumes(tmp_p
     assert losses(resumed)[-2:] == losses(whole)[-2:]
 
 
+@pytest.mark.parametrize(("event", "signal"), [("restarts", EXACT), ("replica gone", {})], ids=["restarts", "gone"])
+def test_a_run_that_survives_its_server_has_the_losses_of_one_that_was_not_disturbed(tmp_path, event, signal):
+    settings = {"max_steps": 2, "logging_steps": 1, **signal}
+    model = tiny_model(seed=2)
+    with serving(model, top_k=64) as server:
+        whole = served(tmp_path / "whole", server, **settings)
+        whole.train()
+    gone, with_it = TeacherServer(model, top_k=64), []
+
+    def restart():
+        with_it.append(TeacherServer(model, top_k=64, port=gone.http.server_port))
+
+    def stop():
+        gone.stop()
+        if event == "restarts":
+            threading.Timer(0.3, restart).start()
+
+    if event == "replica gone":
+        with_it.append(TeacherServer(model, top_k=64))
+        settings["teacher_model_server_url"] = [gone.url, with_it[0].url]
+    disturbed = served(tmp_path / "disturbed", gone, **settings)
+    disturbed.add_callback(At(1, stop))
+    disturbed.train()
+    assert with_it[0].num_texts > 0
+    with_it[0].stop()
+    assert losses(disturbed) == losses(whole)
+
+
+def test_a_key_that_is_refused_in_the_middle_leaves_a_checkpoint(tmp_path):
+    with serving(tiny_model(seed=2), top_k=100) as server:
+        cut = served(tmp_path, server, max_steps=2)
+        cut.add_callback(At(1, lambda: setattr(server, "api_key", "new")))
+        with pytest.raises(ValueError, match="refuses the API key"):
+            cut.train()
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+
+
 def test_what_the_top_k_cannot_give_is_refused_by_name(tmp_path):
     class ByLogits(AcceptanceRule):
         def __call__(self, draft):
@@ -124,8 +214,17 @@ def test_a_server_with_another_tokenizer_is_refused(tmp_path):
 
 
 def test_options_of_a_server_without_one_and_beside_another_teacher_are_refused(tmp_path):
+    local = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     with pytest.raises(ValueError, match="teacher_top_k=5 would have no effect"):
-        SKDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, teacher_top_k=5)
+        SKDConfig(**local, teacher_top_k=5)
+    with pytest.raises(ValueError, match="teacher_signal='hidden_states' would have no effect"):
+        SKDConfig(**local, teacher_signal="hidden_states")
+    for options, words in (
+        ({"teacher_signal": "hidden"}, "teacher_signal='hidden' is unknown; choose one of top_k, hidden_states"),
+        ({"teacher_signal": "hidden_states", "teacher_top_k": 5}, "all tokens are known"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SKDConfig(**local, teacher_model_server_url=["http://x"], **options)
     with pytest.raises(ValueError, match="is about one in this process"):
         SKDConfig(
             output_dir=str(tmp_path),

@@ -47,6 +47,42 @@ def test_each_route_gives_the_scores_of_the_model(model, kind, num_scored):
         assert (client.vocab_size, client.max_length) == (V if kind == "own" else None, 512)
 
 
+@pytest.mark.parametrize("num_scored", [3, 0])
+def test_hidden_states_and_head_make_the_models_logits(num_scored):
+    capped = tiny_model("gemma2", seed=2).to(torch.bfloat16)
+    with serving(capped) as server:
+        client = TeacherClient(server.url, 20, patience=QUICK)
+        states, head = client.hidden_states(TEXTS, num_scored, [0, 1, 2]), client.head()
+    assert states.dtype == head.weight.dtype == torch.bfloat16
+    logits = torch.tanh((states @ head.weight.T).float() / head.softcap) * head.softcap
+    for row, text in zip(logits, TEXTS, strict=True):
+        with torch.no_grad():
+            expected = capped(input_ids=torch.tensor([text])).logits[0].float()
+        expected = expected[-1:] if num_scored == 0 else expected[-1 - num_scored : -1]
+        torch.testing.assert_close(row, expected, rtol=0.01, atol=0.02)
+
+
+def test_a_token_costs_its_hidden_state_or_its_top_k_on_the_wire(model):
+    texts = [[5 + i, *range(40)] for i in range(2)]
+    with serving(model) as server:
+        client = TeacherClient(server.url, 20)
+        client.hidden_states(texts, 30, range(2))
+        client.score(texts, 30, range(2))
+    for num_bytes, of_token in zip(server.num_bytes[-2:], (model.config.hidden_size * 4, 20 * 8 + 8), strict=True):
+        assert 0 <= num_bytes - 2 * 30 * of_token < 500  # the names and shapes of an answer
+
+
+@pytest.mark.parametrize("kind", ["own", "generate"])
+def test_a_server_without_hidden_states_says_why(model, kind):
+    with serving(model, kind=kind) as server:
+        server.why_no_hidden_states = "its head is quantised"
+        client = TeacherClient(server.url, 20, patience=QUICK)
+        words = "head is quantised" if kind == "own" else "vLLM's own routes do not"
+        for ask in (client.head, lambda: client.hidden_states(TEXTS, 2, [0, 1, 2])):
+            with pytest.raises(ValueError, match=rf"gives no hidden states: .*{words}"):
+                ask()
+
+
 def test_positions_from_vllms_prefix_cache_are_never_used(model):
     grown = [text + [1, 2, 3] for text in TEXTS]
     with serving(model, kind="generate") as server:
@@ -108,16 +144,46 @@ def test_replicas_of_different_teachers_are_refused(model):
 @pytest.mark.parametrize(
     ("fault", "words"), [("hangs", "ReadTimeout"), ("nan", "holds NaN"), ("error", "500"), ("half", "has shape")]
 )
-def test_a_server_that_misbehaves_is_asked_again_and_given_up_at_the_limit(model, fault, words):
+@pytest.mark.parametrize("signal", ["score", "hidden_states"])
+def test_a_server_that_misbehaves_is_asked_again_and_given_up_at_the_limit(model, fault, words, signal):
     with serving(model) as server:
         client = TeacherClient(server.url, 20, patience=QUICK)
+        ask = getattr(client, signal)
         server.fault = fault
         with pytest.raises(
             TeacherServerError, match=rf"has not answered for .*{words}.*resume from the last checkpoint"
         ):
-            client.score(TEXTS, 2, [0, 1, 2])
+            ask(TEXTS, 2, [0, 1, 2])
         server.fault = ""
+        ask(TEXTS, 2, [0, 1, 2])
+
+
+@pytest.mark.parametrize("fault", ["hangs", "nan", "error", "half"])
+def test_a_server_that_recovers_within_the_limit_gives_the_answer_that_was_asked_for(model, fault):
+    with serving(model) as server:
+        client = TeacherClient(server.url, 20, patience=Patience(1.0, 60.0, 0.05, 0.2))
+        server.fault = fault
+        timer = threading.Timer(0.5, setattr, (server, "fault", ""))
+        timer.start()
+        assert_equal(client.score(TEXTS, 2, [0, 1, 2]), LocalScorer(model, 20, V).score(TEXTS, 2, []))
+        timer.join()
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "another"}, {"vocab_size": 200}, {"api_key": "new"}, {"kind": "generate"}]
+)
+def test_a_server_that_comes_back_as_another_one_is_refused(model, change):
+    server = TeacherServer(model)
+    client = TeacherClient(server.url, 20, patience=Patience(1.0, 30.0, 0.05, 0.2))
+    client.score(TEXTS, 2, [0, 1, 2])
+    server.stop()
+    timer = threading.Timer(0.2, lambda: other.append(TeacherServer(model, port=server.http.server_port, **change)))
+    other: list[TeacherServer] = []
+    timer.start()
+    with pytest.raises(ValueError, match="refuses the API key" if "api_key" in change else "come back as another one"):
         client.score(TEXTS, 2, [0, 1, 2])
+    timer.join()
+    other[0].stop()
 
 
 def test_texts_of_a_replica_that_is_gone_go_to_the_other(model):

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from test_skd_trainer import make_trainer
 from tiny import byte_tokenizer, tiny_model
+from transformers import TrainerState
 
 from skd_trl import Execution, SKDConfig, interleaved_sample
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
@@ -83,6 +84,31 @@ def test_a_log_is_one_line_of_the_terminals_width_and_ends_with_the_time_left():
         assert len(short) <= width and short.startswith("step 12/32") and short.endswith("1:23 left")
     assert console.log_line({"total_flos": 1.0}, 1, 2, 0.0) == ""
     assert [console.clock(seconds) for seconds in (7.2, 750, 3723)] == ["0:07", "12:30", "1:02:03"]
+
+
+def test_the_time_left_counts_the_sampling_of_the_first_step_and_not_what_comes_before_it(monkeypatch, capsys):
+    seconds = [0.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: seconds[0])
+    state = TrainerState(max_steps=5, global_step=2, is_world_process_zero=True)  # a resumed run
+    line = console.LogLine(with_bar=False)
+    for event, at in (("on_train_begin", 10.0), ("on_epoch_begin", 100.0)):
+        seconds[0] = at
+        getattr(line, event)(None, state, None)
+    seconds[0], state.global_step = 107.0, 3  # responses were sampled before the Trainer called on_step_begin
+    line.on_step_end(None, state, None)
+    line.on_log(None, state, None, logs={"loss": 1.0})
+    line.on_epoch_begin(None, state, None)  # of a second epoch
+    seconds[0], state.global_step = 112.0, 4
+    line.on_log(None, state, None, logs={"loss": 1.0})
+    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()] == ["0:14", "0:06"]
+
+
+def test_a_table_of_responses_does_not_begin_on_the_line_of_a_progress_bar(capsys):
+    with console.tqdm(total=3, desc="steps", file=sys.stdout, mininterval=0) as bar:
+        bar.update(1)
+        completions.print_completions([record()], 1, 1, Console(file=sys.stdout, width=80))
+    before = capsys.readouterr().out.partition("Sampled responses")[0]
+    assert before.rpartition("\r")[2].strip() == "" and "steps" in before
 
 
 def sampled(observe, num_rows=3):

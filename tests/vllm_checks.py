@@ -3,77 +3,50 @@
 VLLM_PYTHON=.venv-vllm/bin/python python -m pytest tests/vllm_checks.py
 """
 
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import requests
 import torch
+from datasets import Dataset
 from scipy.stats import chisquare
+from test_mixed_batches import spy_on_trained_batches
+from test_recorded import without_teacher
 from test_sampler import left_padded, responses
+from test_skd_trainer import losses, update_of
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from skd_trl import SKDConfig, SKDTrainer
+from skd_trl.loss.lm_head import LMHead
+from skd_trl.loss.teacher_signal import top_log_probs
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
 from skd_trl.sampling.interleaved import Execution, interleaved_sample
 from skd_trl.sampling.participants import LocalParticipant
 from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
 from skd_trl.sampling.served_teacher import ServedTeacher
 from skd_trl.serving.client import TeacherClient
+from skd_trl.training.teachers import OneTeacher
 
 
-PYTHON = Path(os.environ.get("VLLM_PYTHON", ".venv-vllm/bin/python")).absolute()
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from vllm_server import VLLMServer  # noqa: E402
+
+
 ASSETS = Path(__file__).parents[1] / "examples" / "assets"
-START_SECONDS = 600
-OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
 GREEDY, FREE = SamplingParams(temperature=0.0), SamplingParams()
 QUESTIONS = ["What is a package?", "The library reads", "To install it,", "A short description of"]
 
 
-class Server:
-    """A process that serves until the end of a `with` block, and is then gone with all that it started."""
-
-    def __init__(self, kind: str, model: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        own = ["-m", "skd_trl", "serve", "--model", str(model)]
-        stock = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--max-logprobs", "64"]
-        stock += ["--enable-scale-out", "--enable-prompt-tokens-details"]
-        self.command = [str(PYTHON), *(own if kind == "own" else stock), "--port", str(port), *OPTIONS]
-
-    def __enter__(self):
-        environment = {**os.environ, "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(self.command, env=environment, start_new_session=True)
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                if requests.get(self.url + "/health", timeout=5).status_code == 200:
-                    return self
-            except requests.RequestException:
-                time.sleep(2)
-        self.__exit__()
-        raise RuntimeError(f"{' '.join(self.command)} did not start within {START_SECONDS} s.")
-
-    def __exit__(self, *_):
-        for sent in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, sent)
-                self.process.wait(20)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-
-
 @pytest.fixture(scope="module", params=["own", "stock"])
 def server(request):
-    with Server(request.param, ASSETS / "teacher") as running:
+    """One at a time: tests of one kind come one after the other."""
+    with VLLMServer(request.param, ASSETS / "teacher") as running:
         yield running
+
+
+own = pytest.mark.parametrize("server", ["own"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +98,124 @@ def test_scores_are_those_of_the_model_with_and_without_a_cached_beginning(serve
         )
 
 
+ROWS = [
+    {"prompt": question, "completion": f" {question.lower()} and what follows from it."} for question in QUESTIONS * 2
+]
+RUN = {
+    "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
+    "max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
+    "num_draft_tokens": 4, "max_new_tokens": 24, "max_length": 128, "teacher_temperature": 0.0, "max_grad_norm": 0.0,
+    "shuffle_dataset": False, "learning_rate": 1e-5,
+}  # fmt: skip
+
+
+def make_run(tmp_path, trainer_class=SKDTrainer, teacher=None, **settings):
+    return trainer_class(
+        model=AutoModelForCausalLM.from_pretrained(ASSETS / "student-14", dtype=torch.float32),
+        teacher_model=teacher,
+        args=SKDConfig(output_dir=str(tmp_path), **{**RUN, **settings}),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=AutoTokenizer.from_pretrained(ASSETS / "teacher"),
+    )
+
+
+@own
+@pytest.mark.timeout(1200)
+def test_hidden_states_are_those_of_the_model_with_and_without_a_cached_beginning(server, teacher):
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(100, 40000, (300,), generator=generator).tolist()
+    client = TeacherClient(server.url, 64)
+    sizes = []
+    client.http.session.hooks["response"].append(lambda response, **_: sizes.append(len(response.content)))
+    head = client.head()
+    torch.testing.assert_close(head.weight, LMHead.of(teacher).weight.detach(), rtol=0, atol=0)
+    assert (head.bias, head.scale, head.softcap) == (None, 1.0, 0.0)
+    for end, num_scored in [(250, 5), (255, 5), (256, 5), (260, 5), (300, 5), (300, 5), (300, 0), (300, 299)]:
+        states = client.hidden_states([text[:end], text[: end - 20]], min(num_scored, end - 21), [0, 1])
+        for row, length in enumerate((end, end - 20)):
+            expected = teacher.model(input_ids=torch.tensor([text[:length]])).last_hidden_state[0]
+            asked = min(num_scored, end - 21)
+            expected = expected[-1:] if asked == 0 else expected[-1 - asked : -1]
+            assert (states[row] - expected).norm() < 1e-3 * expected.norm()
+    sizes.clear()
+    client.hidden_states([text[:200]] * 8, 5, list(range(8)))
+    client.score([text[:200]] * 8, 5, list(range(8)))
+    print(
+        f"bytes a token on the wire: {sizes[0] / 40:.0f} of hidden states, {sizes[1] / 40:.0f} of the top 64",
+        file=sys.stderr,
+    )
+    assert sizes[0] < 40 * 576 * 4 + 200 and sizes[1] < 40 * 520 + 500
+    assert requests.get(server.url + "/skd/v1/info", timeout=60).json()["num_repeated"] > 0
+
+
+@own
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("settings", [{"rollout": "dataset"}, {"rollout": "interleaved"}], ids=["given", "sampled"])
+def test_loss_and_gradient_of_hidden_states_are_those_of_the_teacher_in_this_process(
+    server, teacher, tmp_path, settings
+):
+    exact = {"teacher_model_server_url": [server.url], "teacher_signal": "hidden_states"}
+    served = make_run(tmp_path / "served", without_teacher(SKDTrainer), **exact, **settings)
+    local = make_run(tmp_path / "local", teacher=teacher, **settings)
+    batches = [spy_on_trained_batches(run) for run in (served, local)]
+    updates = [update_of(run) for run in (served, local)]
+    assert torch.equal(batches[0][0]["labels"], batches[1][0]["labels"])
+    gap = float((updates[0] - updates[1]).norm() / updates[1].norm())
+    print(
+        f"{settings}: loss {losses(served)[0]} and {losses(local)[0]}, gradients differ by {gap:.1e}", file=sys.stderr
+    )
+    assert gap < 1e-3 and losses(served)[0] == pytest.approx(losses(local)[0], rel=1e-3)
+
+
+class TopOfLocal(OneTeacher):
+    """A teacher in this process of which the loss is told 64 tokens."""
+
+    def signal(self, batch, tokens):
+        signal = super().signal(batch, tokens)
+        return top_log_probs(signal.states, signal.head, tokens.labels, 64, len(signal.head.weight))
+
+
+class LocalRun(SKDTrainer):
+    _statistics = ("student_entropy",)
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._teacher = TopOfLocal(self._inner_teacher, self.teacher_model)
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_with_the_served_teacher_is_that_with_the_local_one_up_to_near_ties(server, teacher, tmp_path):
+    settings = {"max_steps": 2, "accept_top_k": 10}
+    served = make_run(
+        tmp_path / "served", without_teacher(SKDTrainer), teacher_model_server_url=[server.url], **settings
+    )
+    local = make_run(tmp_path / "local", LocalRun, teacher=teacher, **settings)
+    batches = [spy_on_trained_batches(run) for run in (served, local)]
+    for run in (served, local):
+        run.train()
+    num_rows = num_different = 0
+    for one, other in zip(*batches, strict=True):
+        for ids, of_local in zip(
+            *(batch["input_ids"] * batch["attention_mask"] for batch in (one, other)), strict=True
+        ):
+            num_rows += 1
+            places = (ids != of_local[: len(ids)]).nonzero().flatten().tolist()
+            if places:  # the teacher's logits are close there: of its favourites, or around rank 10
+                num_different += 1
+                logits = teacher(input_ids=of_local[None, : places[0]]).logits[0, -1]
+                ordered = logits.sort(descending=True).values
+                own = logits[torch.stack([ids[places[0]], of_local[places[0]]])]
+                gap = min(float((own[0] - own[1]).abs()), float((own[:, None] - ordered[9:11]).abs().min()))
+                print(f"near tie at token {places[0]}: {gap:.2e}", file=sys.stderr)
+                assert gap < 1e-3
+    print(
+        f"{num_different} of {num_rows} responses differ; loss {losses(served)} and {losses(local)}", file=sys.stderr
+    )
+    assert num_different < num_rows / 2
+    if num_different == 0:
+        assert losses(served) == pytest.approx(losses(local), rel=1e-3)
+
+
 @pytest.mark.timeout(1200)
 def test_two_tokens_have_the_distribution_that_the_rule_prescribes(tmp_path):
     # 4,000 rows, 20 outcomes at most with an expected count of 20 or more, the rest in one; false alarms 1 in 1,000.
@@ -141,7 +232,7 @@ def test_two_tokens_have_the_distribution_that_the_rule_prescribes(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     prompt, rows, k = [5, 9, 20], 4000, 8
     sharp = SamplingParams(temperature=0.6)
-    with Server("own", tmp_path) as server:
+    with VLLMServer("own", tmp_path) as server:
         rollout = interleaved_sample(
             LocalParticipant(student, sharp), ServedTeacher(TeacherClient(server.url, 64), sharp), *left_padded([prompt] * rows),
             accept=ACCEPTANCE_RULES["top_k"](k=k), max_new_tokens=2, eos_token_ids=[258],

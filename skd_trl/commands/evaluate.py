@@ -23,6 +23,7 @@ from ..evaluation.scores import evaluate as score
 from ..evaluation.text_metrics import scored, text_metrics
 from ..evaluation.texts import decode, generate
 from ..loss.divergences import DIVERGENCES
+from .loading import naming
 from .options import Command
 from .rows import load_rows
 
@@ -34,7 +35,7 @@ class EvaluationArguments:
     teacher: str = field(default="", metadata={"help": "The teacher's name or path."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "Type of the models' weights: auto, float32, bfloat16, float16."},
+        metadata={"help": "Type of the models' weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with a model."})
     dataset_name: str = field(
@@ -46,7 +47,7 @@ class EvaluationArguments:
     num_rows: int = field(default=64, metadata={"help": "A random sample of rows; 0 is all."})
     chat_template_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": "Given to the chat template, such as {'enable_thinking': false}."},
+        metadata={"help": "Given to the chat template, such as '{\"enable_thinking\": false}'."},
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of a response."})
     batch_size: int = field(default=8, metadata={"help": "Rows at once."})
@@ -85,6 +86,7 @@ class EvaluationArguments:
                 raise ValueError(f"{name}={getattr(self, name)} has to be {least} or more.")
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        text_metrics(self.metrics)  # an unknown one is told before models are loaded
 
 
 @dataclass
@@ -166,13 +168,13 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
     rows = load_rows(
         options.dataset_name, split, config=options.dataset_config, num_rows=options.num_rows, seed=options.seed
     )
-    tokenizer = AutoTokenizer.from_pretrained(
-        next(iter(students.values())), trust_remote_code=options.trust_remote_code
-    )
-    teacher = _load(options.teacher, options)
+    first = next(iter(students.values()))
+    with naming("student", first):
+        tokenizer = AutoTokenizer.from_pretrained(first, trust_remote_code=options.trust_remote_code)
+    teacher = _load("teacher", options.teacher, options)
     data, teacher_ids, found = None, [], []
     for name, path in students.items():
-        student = _load(path, options)
+        student = _load(name, path, options)
         check_vocabularies(student, teacher, tokenizer, trust_remote_code=options.trust_remote_code)
         decoding = Decoding.of(tokenizer, student, teacher, options.max_new_tokens, options.batch_size)
         decoding = Decoding(**{**vars(decoding), "seed": options.seed})
@@ -198,12 +200,13 @@ def examples_of(data: HeldOut, teacher_texts: list[str], **students: Scores) -> 
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _load(name: str, options: EvaluationArguments) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-        trust_remote_code=options.trust_remote_code,
-    ).to(PartialState().device)
+def _load(role: str, name: str, options: EvaluationArguments) -> PreTrainedModel:
+    with naming(role, name):
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+            trust_remote_code=options.trust_remote_code,
+        ).to(PartialState().device)
 
 
 def _show(table: Table, content: dict, output_file: str | None) -> None:

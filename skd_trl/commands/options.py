@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import shutil
 import textwrap
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import yaml
 
 from .._compat import TrlParser
 
@@ -47,14 +50,17 @@ class Command:
             topic = arguments[help_wanted[0] + 1 :][:1]
             print(self.help_text(topic[0] if topic and not topic[0].startswith("-") else None))
             raise SystemExit(0)
-        # Before values are checked: a missing one may be due to an option that is not understood.
-        self._refuse([argument for argument in arguments if argument.startswith("--") and not self._has(argument)])
+        self.refuse_unknown(arguments)
         parser = self.parser()
         parser.set_defaults(**defaults)
         with self.one_line_errors():
             *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
         self._refuse(unknown)
         return tuple(parsed)
+
+    def refuse_unknown(self, arguments: list[str]) -> None:
+        """Before values are checked: a missing one may be due to an option that is not understood."""
+        self._refuse([argument for argument in arguments if argument.startswith("--") and not self._has(argument)])
 
     def _has(self, argument: str) -> bool:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -78,10 +84,10 @@ class Command:
         """What is wrong with options, models or data is one line, and not a traceback (which SKD_TRACEBACK=1 shows)."""
         try:
             yield
-        except (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError) as error:
+        except (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError, yaml.YAMLError) as error:
             if os.environ.get("SKD_TRACEBACK"):
                 raise
-            raise SystemExit(_error(self.prog, str(error) or type(error).__name__)) from None
+            raise SystemExit(_error(self.prog, _message(error))) from None
 
     # Help
 
@@ -209,6 +215,15 @@ def _explained(field: dataclasses.Field, width: int) -> str:
         text += f" [{default}]"
     head = f"  --{field.name}"
     return "\n".join([head, *textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")])
+
+
+def _message(error: Exception) -> str:
+    """An error in words: JSON's and YAML's own do not say what they were about."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.doc!r} is no JSON: {error}. Names and texts have double quotes, such as '{{\"alpha\": 0.25}}'."
+    if isinstance(error, yaml.YAMLError):
+        return f"the file named by --config is no YAML: {' '.join(str(error).split())}"
+    return str(error) or type(error).__name__
 
 
 def _error(prog: str, message: str) -> int:

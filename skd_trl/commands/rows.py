@@ -4,6 +4,7 @@ from pathlib import Path
 from string import Formatter
 
 from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from ..training.score import scored_files
 
@@ -47,7 +48,13 @@ def load_rows(
         rows = rows.to_iterable_dataset() if streaming else rows
     elif path.is_file() or (path.is_dir() and _files(path)):
         file = path if path.is_file() else _files(path)[split]
-        rows = load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=streaming)
+        if not file.stat().st_size:
+            raise ValueError(f"{file} has no rows: the file is empty.")
+        try:
+            rows = load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=streaming)
+        except DatasetGenerationError as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"{file} cannot be read as {file.suffix}: {reason}") from error
     else:
         rows = load_dataset(name, config, split=split, streaming=streaming)
     if isinstance(rows, IterableDataset):

@@ -24,12 +24,14 @@ from .._compat import ModelConfig, ScriptArguments, get_peft_config, get_quantiz
 from ..evaluation.callback import HeldOutEvaluation
 from ..evaluation.comparison import comparison_table
 from ..evaluation.draft_model import Drafting
+from ..evaluation.text_metrics import text_metrics
 from ..skd_config import SKDConfig
 from ..skd_trainer import SKDTrainer
 from ..speckd_config import SpecKDConfig
 from ..speckd_trainer import SpecKDTrainer
 from ..training.console import LogLine
 from ..training.run_files import LogFile, run_settings, write_settings
+from .loading import check_folder, naming
 from .options import Command
 from .rows import from_templates, hold_out, load_rows, split_names
 from .supervised import supervised_stage
@@ -104,13 +106,16 @@ class TrainArguments(ScriptArguments):
         for name in ("teacher_sft", "student_sft"):
             value = getattr(self, name)
             setattr(self, name, json.loads(value) if isinstance(value, str) else value)
+        if self.compare:
+            text_metrics(self.metrics)  # an unknown one is told before models are loaded
 
 
 def run(arguments: list[str]) -> int:
     """The command itself."""
     command = train_command(chosen_trainer(arguments))
-    script_args, training_args, model_args = command.parse(arguments)
+    script_args, training_args, model_args = command.parse(arguments, **for_this_machine())
     with command.one_line_errors(), PartialState().main_process_first():
+        check_names(training_args, model_args)
         rows = load_train_and_test(script_args, training_args.seed)
     train(script_args, training_args, model_args, *rows, command=command)
     return 0
@@ -130,6 +135,11 @@ def train_command(trainer: str = "skd") -> Command:
     )
 
 
+def for_this_machine() -> dict[str, Any]:
+    """Defaults of a machine without an accelerator, where TRL's `bf16=True` is refused; the command line and the file override them."""
+    return {} if torch.accelerator.is_available() else {"use_cpu": True, "bf16": False}
+
+
 def chosen_trainer(arguments: list[str]) -> str:
     """`--trainer` of the command line, or else of the file, or else SKD; which fields there are depends on it."""
     parser = argparse.ArgumentParser(prog="skd train", usage=train_command().usage, add_help=False, allow_abbrev=False)
@@ -137,9 +147,38 @@ def chosen_trainer(arguments: list[str]) -> str:
     parser.add_argument("--config", type=Path)
     known, _ = parser.parse_known_args(arguments)
     if known.trainer is None and known.config is not None and known.config.is_file():
-        settings = yaml.safe_load(known.config.read_text())
+        with train_command().one_line_errors():
+            settings = yaml.safe_load(known.config.read_text())
         known.trainer = settings.get("trainer") if isinstance(settings, dict) else None
     return known.trainer if known.trainer in TRAINERS else "skd"
+
+
+def check_names(training_args: SKDConfig, model_args: ModelConfig) -> None:
+    """Whether there is a student, and the folders that the options name: known before rows are read or a hub is asked."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: the student's name or path.")
+    for role, name in (
+        ("student", model_args.model_name_or_path),
+        ("teacher", training_args.teacher_model_name_or_path),
+    ):
+        check_folder(role, name)
+    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
+
+
+def checkpoint_to_resume(args: SKDConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names; `true` is the last one of `output_dir`."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    there_are = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    if str(wanted).lower() == "true" and there_are:
+        return str(there_are[-1])
+    if Path(wanted).is_dir():
+        return wanted
+    raise ValueError(
+        f"resume_from_checkpoint={wanted!r} is no folder; {args.output_dir} has "
+        f"{', '.join(path.name for path in there_are) or 'no checkpoint, so start without it'}."
+    )
 
 
 def load_train_and_test(args: TrainArguments, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
@@ -187,11 +226,6 @@ def train(
         trainer, settings = make_trainer(script_args, training_args, model_args, train_rows, test_rows)
         held_out = None
         if test_rows is not None:
-            if not isinstance(trainer.teacher_model, torch.nn.Module):
-                raise ValueError(
-                    "The comparison before and after measures the divergence from one teacher, and this run has "
-                    f"{'several' if trainer.teacher_model else 'none, only its scores'}. Give --compare false."
-                )
             drafting = Drafting(num_rows=script_args.draft_rows) if script_args.draft_rows else None
             held_out = HeldOutEvaluation(
                 trainer,
@@ -251,11 +285,12 @@ def make_trainer(
 ) -> tuple[SKDTrainer, dict[str, Any]]:
     """The trainer, after the supervised stages that the configuration asks for, and what a reader needs to place its figures."""
     set_model_init_kwargs(training_args, model_args)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    with naming("student", model_args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
     models = {"student": model_args.model_name_or_path, "teacher": training_args.teacher_model_name_or_path}
     data = [script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split]
     stages = {"teacher": script_args.teacher_sft, "student": script_args.student_sft}

@@ -12,15 +12,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.vocabulary import end_of_sequence_ids, shared_vocab_size
+from ..ideas import make_idea
 from ..sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft
+from ..sampling.draft_length import AUTO
 from ..sampling.interleaved import Execution, interleaved_sample
 from ..sampling.participants import LocalParticipant
 from ..sampling.rounds import Rounds
 from ..sampling.sampling_params import SamplingParams
+from ..skd_config import ACCEPT
 from ..training.completions import token_texts, whole_pieces
+from .loading import naming
 from .options import Command
 
 
@@ -39,14 +43,17 @@ class WatchArguments:
     teacher: str = field(default="", metadata={"help": "The teacher's name or path."})
     prompt: str = field(default=PROMPT, metadata={"help": "What the user says."})
     accept: str = field(
-        default="top_k", metadata={"help": "Rule by which a token is accepted.", "choices": list(ACCEPTANCE_RULES)}
+        default="top_k",
+        metadata={
+            "help": f"Rule by which a token is accepted: {', '.join(ACCEPTANCE_RULES)}, or your own as module:attribute."
+        },
     )
     accept_top_k: int = field(default=25, metadata={"help": "K of the rule top_k."})
     accept_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Parameters of the other rules, such as {'alpha': 0.25} for min_prob."}
+        default=None, metadata={"help": "Parameters of the other rules, such as '{\"alpha\": 0.25}' for min_prob."}
     )
-    num_draft_tokens: int | str = field(
-        default=5, metadata={"help": "Tokens that the student drafts in a round, or auto."}
+    num_draft_tokens: str = field(
+        default="5", metadata={"help": "Tokens that the student drafts in a round, or auto."}
     )
     max_new_tokens: int = field(default=48, metadata={"help": "Most tokens of the response."})
     temperature: float = field(default=1.0, metadata={"help": "The student's; 0 is greedy."})
@@ -60,15 +67,17 @@ class WatchArguments:
         for name in ("student", "teacher"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing.")
-        if isinstance(self.num_draft_tokens, str) and self.num_draft_tokens.isdecimal():
-            self.num_draft_tokens = int(self.num_draft_tokens)
+        if str(self.num_draft_tokens) != AUTO and not (
+            str(self.num_draft_tokens).isdecimal() and int(self.num_draft_tokens)
+        ):
+            raise ValueError(f"num_draft_tokens={self.num_draft_tokens!r} must be at least 1, or {AUTO!r}.")
         if isinstance(self.accept_kwargs, str):
             self.accept_kwargs = json.loads(self.accept_kwargs)
+        self.rule()
 
     def rule(self) -> AcceptanceRule:
         """The acceptance rule."""
-        parameters = self.accept_kwargs or ({"k": self.accept_top_k} if self.accept == "top_k" else {})
-        return ACCEPTANCE_RULES[self.accept](**parameters)
+        return make_idea(ACCEPT, self)
 
 
 WATCH = Command(
@@ -135,13 +144,10 @@ def run(arguments: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with WATCH.one_line_errors():
         accept = Watched(options.rule())
-        tokenizer = AutoTokenizer.from_pretrained(options.student, trust_remote_code=options.trust_remote_code)
-        student, teacher = (
-            AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=options.trust_remote_code).to(
-                device
-            )
-            for name in (options.student, options.teacher)
-        )
+        drafts = AUTO if options.num_draft_tokens == AUTO else int(options.num_draft_tokens)
+        student, tokenizer = load("student", options.student, options.trust_remote_code)
+        teacher, _ = load("teacher", options.teacher, options.trust_remote_code)
+        student, teacher = student.to(device), teacher.to(device)
         prompt = prompt_ids(options.prompt, tokenizer).to(device)
         vocab_size = shared_vocab_size(student, teacher)
         start = time.perf_counter()
@@ -157,7 +163,7 @@ def run(arguments: list[str]) -> int:
             eos_token_ids=end_of_sequence_ids(student, teacher, tokenizer),
             noise=torch.Generator(device).manual_seed(options.seed),
             # Captured rounds run no Python, and would show nothing.
-            execution=Execution(options.num_draft_tokens, rounds=Rounds(capture=False), observe=accept.observe),
+            execution=Execution(drafts, rounds=Rounds(capture=False), observe=accept.observe),
         )
         seconds = time.perf_counter() - start
     response = rollout.labels[0][rollout.labels[0] != -100].tolist()
@@ -176,6 +182,13 @@ def run(arguments: list[str]) -> int:
         highlight=False,
     )
     return 0
+
+
+def load(role: str, name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer."""
+    with naming(role, name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=trust_remote_code)
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

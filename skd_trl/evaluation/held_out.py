@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.dataset import prepare_dataset
-from ..data.tokenization import RowRules
+from ..data.row_rules import RowRules
 from ..data.vocabulary import end_of_sequence_ids
 
 
@@ -99,12 +99,13 @@ def held_out(
 def prompt_text(row: dict) -> str | None:
     """The text of a row's prompt for people: that of its only turn, or all turns with their roles; `None` for rows that hold
     token ids, or turns that are not plain text."""
-    turns = row.get("prompt") or row.get("messages")
+    column = next((name for name in ("messages", "prompt") if row.get(name)), None)
+    turns = row.get(column)
     if isinstance(turns, str):
         return turns
     if not isinstance(turns, list) or not all(isinstance(turn.get("content"), str) for turn in turns):
         return None
-    if "prompt" not in row and turns[-1].get("role") == "assistant":
+    if column == "messages" and turns[-1].get("role") == "assistant":
         turns = turns[:-1]
     if len(turns) == 1:
         return turns[0]["content"]

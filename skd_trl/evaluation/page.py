@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from ..training.completions import whole_pieces
 from .comparison import DRAFTS, EXPLANATION, comparison_row
-from .plots import panels
+from .plots import panels, series, window
 
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def render_page(run: "Run") -> str:
         comparison_rows=[comparison_row(*item) for item in comparison["metrics"].items()] if comparison else [],
         explanation=explanation,
         panels=[{**panel, "svg": Markup(panel["svg"])} for panel in panels(run.history)],
+        is_smoothed=window(series(run.history, "loss")[1]) > 1,
         fixed=list(shown_prompts(fixed)),
         steps=list(shown_steps(run.completions[~run.completions["is_fixed"].astype(bool)])),
         who_wrote=WHO_WROTE.get(settings.get("rollout"), "Responses as they were sampled in training."),

@@ -159,7 +159,7 @@ def plot_training(history: list[dict], path: Path, *, title: str) -> None:
         loss_axis.plot(*evaluated, "s", color=PURPLE, label="loss on the evaluation set")
         loss_axis.legend(frameon=False)
     loss_axis.set_ylabel("training loss\n(nats per token)")
-    loss_axis.set_ylim(bottom=0)
+    _dress(loss_axis, is_share=False)
 
     steps, replaced = series(history, "replaced_share")
     if replaced:
@@ -179,8 +179,6 @@ def plot_training(history: list[dict], path: Path, *, title: str) -> None:
     share_axis.set_xlabel("optimizer step")
     if share_axis.get_legend_handles_labels()[1]:
         share_axis.legend(loc="lower left")
-    loss_axis.grid(alpha=0.25)
-    loss_axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -195,4 +193,9 @@ def _draw(axis: Axes, steps: list[int], values: list[float], curve: Curve) -> No
 
 def smooth(values: list[float]) -> np.ndarray:
     """The running mean over a twentieth of the run."""
-    return np.asarray(pd.Series(values).rolling(max(1, len(values) // 20), min_periods=1, center=True).mean())
+    return np.asarray(pd.Series(values).rolling(window(values), min_periods=1, center=True).mean())
+
+
+def window(values: list[float]) -> int:
+    """How many values a running mean is over; below 40 values it is one, and nothing is smoothed."""
+    return max(1, len(values) // 20)

@@ -69,6 +69,9 @@ class Judgement:
         """The ids (N, G) of outcomes (N, G): here they are ids."""
         return outcomes
 
+    def decide(self, block: torch.Tensor) -> None:
+        """Is told of the tokens (N, G) that were written, where the loss's signal depends on them: here it does not."""
+
     def column(self, index: torch.Tensor) -> "Judgement":
         """The judgement of one column per row, `index` (N, 1), without the loss's signal."""
         return Judgement(take_column(self.logits, index), {})

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
 from .alibi import alibi_over_slots
+from .mixers import cache_argument, has_stateful_layers, is_stateful, new_cache
 from .packed_attention import packed_query_groups
-from .recurrent_state import Reading, RecurrentStates, cache_argument, is_stateful, new_cache
+from .recurrent_state import Reading, RecurrentStates
 
 
 # Attention that can be expressed as a 4D mask over slots.
@@ -63,7 +64,7 @@ class RaggedDecoder:
         self.spans, self.chunk_size = _attention_spans(config), getattr(config, "attention_chunk_size", None)
         self.attn_implementation = sampling_attention(model)
         self.cache_argument = {cache_argument(base): self.cache}
-        self.states = RecurrentStates(base, self.cache, num_rows) if is_stateful(config) else None
+        self.states = RecurrentStates(base, self.cache, num_rows) if is_stateful(base) else None
         self.compile = compile and self.states is None  # which states are read is decided in Python, step by step
         self.head_input = HeadInput(model, stays=self.compile)
 
@@ -358,7 +359,7 @@ def _attention_spans(config) -> dict[str, int | None]:
     if kinds is None:  # one kind of layer: its window, if any, holds everywhere
         return {FULL: None} if window is None else {SLIDING: window}
     spans = {kind: window if "sliding" in kind else None for kind in kinds if kind not in WITHOUT_ATTENTION}
-    if spans and is_stateful(config):
+    if spans and has_stateful_layers(config):
         # Such models look masks up by other names.
         spans |= {FULL: None} if window is None else {FULL: None, SLIDING: window}
     return spans
@@ -367,7 +368,7 @@ def _attention_spans(config) -> dict[str, int | None]:
 def _layers(config, num_rows: int, num_slots: int, window: _Window) -> list:
     """For each layer what transformers would take, with keys and values in slots."""
     layers = [RaggedLayer(num_rows, num_slots, window) for _ in range(config.num_hidden_layers)]
-    if not is_stateful(config):
+    if not has_stateful_layers(config):
         return layers
     for number, layer in enumerate(cache_utils.DynamicCache(config=config).layers):
         if isinstance(layer, cache_utils.LinearAttentionLayer):

@@ -2,32 +2,27 @@
 
 A state cannot be cut back to an earlier token, so what it was after each token of a block is kept, and `keep` picks for every
 row the one after the last token that is kept. For that the modules that own the states (the mixers) read a block token by
-token, while attention, MLPs and the head read it whole. Nothing here knows an architecture: which modules touch which states is
-found by running the model once, and states are whatever tensors these modules leave, rows first.
+token, while attention, MLPs and the head read it whole. Nothing here knows an architecture: `mixers` finds which modules touch
+which states, and states are whatever tensors these modules leave, rows first.
 
 All of it is tensors of fixed shape: a block's states are (G + 1, B, ...), the first of them what is kept.
 
 Shapes: B rows of the cache, N rows of one forward, Q tokens of each, G draft, `...` a state's own.
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
-
-# Kinds of layer whose modules keep a state, alone or beside keys and values.
-STATEFUL_KINDS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "recurrent"}
-# Of each model, its mixers: found once.
-_MIXERS: "WeakKeyDictionary[nn.Module, list[Mixer]]" = WeakKeyDictionary()
+from .mixers import Mixer, StatePlace, mixers_of
 
 
 @dataclass(frozen=True)
@@ -44,28 +39,6 @@ class Reading:
     step: int | None = None
     is_beginning: bool = False
     padding: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class StatePlace:
-    """Where one state is: `(layer, index)` of a cache, or `(module, attribute)` if the module itself keeps it."""
-
-    kind: str
-    owner: Any
-    index: Any
-
-
-@dataclass(frozen=True)
-class Mixer:
-    """A module that reads and writes states."""
-
-    module: nn.Module
-    places: tuple[StatePlace, ...]
-
-
-def is_stateful(config) -> bool:
-    """Whether layers of this configuration keep a state (of a class that can, but need not)."""
-    return bool(STATEFUL_KINDS & set(getattr(config, "layer_types", None) or ()))
 
 
 class RecurrentStates:
@@ -115,12 +88,14 @@ class RecurrentStates:
         """The mixer's forward: of a whole prompt at once, of a block token by token."""
         num_tokens = shape[1]
         if how.step is None or num_tokens == 1:
-            return self._advance(mixer, rows, how, how.step, partial(forward, *args, **kwargs))
+            return self._advance(mixer, rows, how, how.step, partial(mixer.run, forward, *args, **kwargs))
         outputs = []
         for column in range(num_tokens):
             own_args, own_kwargs = _column((args, kwargs), column, shape)
             outputs.append(
-                self._advance(mixer, rows, how, how.step + column, partial(forward, *own_args, **own_kwargs))
+                self._advance(
+                    mixer, rows, how, how.step + column, partial(mixer.run, forward, *own_args, **own_kwargs)
+                )
             )
         return _joined(outputs)
 
@@ -183,6 +158,8 @@ class _Slot:
         self.flags: list[tuple[dict, int]] = []  # what a layer of transformers knows of its states
         if place.kind == "attribute":
             self.container, self.key = place.owner.__dict__, place.index
+        elif place.kind == "passed":
+            self.container, self.key = place.owner.values, place.index
         elif place.kind == "linear_cache":
             self.container, self.key = cache.linear_cache, place.owner
         else:
@@ -224,137 +201,6 @@ class _Slot:
         self.states[0 if step is None else step + 1, rows] = new
 
 
-# Which modules keep states
-
-
-def mixers_of(model: nn.Module) -> list[Mixer]:
-    """The modules that read and write states, found by running two tokens: the innermost module that runs when a state of the cache
-    is touched, and the outermost of those that keep states as attributes."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if base not in _MIXERS:
-        _MIXERS[base] = _find_mixers(base)
-    return _MIXERS[base]
-
-
-@torch.no_grad()
-def _find_mixers(model: nn.Module) -> list[Mixer]:
-    touched: dict[nn.Module, dict[StatePlace, None]] = {}
-    running: list[nn.Module] = []
-
-    def touch(*places: StatePlace) -> None:
-        if running:
-            touched.setdefault(running[-1], {}).update(dict.fromkeys(places))
-
-    cache = new_cache(model)
-    for number, layer in enumerate(cache.layers):
-        for kind in ("conv_states", "recurrent_states", "has_previous_state"):
-            if hasattr(layer, kind):
-                setattr(layer, kind, _Watched(getattr(layer, kind), partial(_touch_layer, touch, number)))
-    if hasattr(cache, "linear_cache"):
-        cache.linear_cache = _WatchedList(cache.linear_cache, lambda i: touch(StatePlace("linear_cache", i, None)))
-
-    def start(module: nn.Module, *_) -> None:
-        running.append(module)
-
-    def stop(*_) -> None:
-        running.pop()
-
-    handles = []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(start))
-        handles.append(module.register_forward_hook(stop, always_call=True))
-    device, num_rows = next(model.parameters()).device, 3
-    before = {module: dict(module.__dict__) for module in model.modules()}
-    try:
-        # Two forwards: the second one on what the first has left.
-        for position in range(2):
-            tokens = torch.full((num_rows, 1), 3, device=device)
-            model(
-                input_ids=tokens,
-                position_ids=torch.full_like(tokens, position),
-                use_cache=True,
-                **{cache_argument(model): cache},
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
-        own = _states_on_modules(model, before, num_rows)
-    return [Mixer(module, tuple(places)) for module, places in touched.items()] + own
-
-
-def _touch_layer(touch: Callable, layer: int, index: int) -> None:
-    touch(StatePlace("conv_states", layer, index), StatePlace("recurrent_states", layer, index))
-
-
-class _Watched(dict):
-    """A dict that tells which of its keys are read or written."""
-
-    def __init__(self, values: dict, touch: Callable[[Any], None]):
-        super().__init__(values)
-        self.touch = touch
-
-    def __getitem__(self, key):
-        self.touch(key)
-        return super().__getitem__(key)
-
-    def __setitem__(self, key, value):
-        self.touch(key)
-        super().__setitem__(key, value)
-
-
-class _WatchedList(list):
-    def __init__(self, values: list, touch: Callable[[Any], None]):
-        super().__init__(values)
-        self.touch = touch
-
-    def __getitem__(self, key):
-        self.touch(key)
-        return super().__getitem__(key)
-
-
-def _states_on_modules(model: nn.Module, before: dict[nn.Module, dict], num_rows: int) -> list[Mixer]:
-    """Tensors, rows first, that a forward has left as plain attributes. The attributes are put back."""
-    places: dict[nn.Module, list[StatePlace]] = {}
-    for module in model.modules():
-        for name, value in list(module.__dict__.items()):
-            if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == num_rows:
-                if value is not before[module].get(name):
-                    places.setdefault(module, []).append(StatePlace("attribute", module, name))
-                    module.__dict__[name] = before[module].get(name)
-    inner = {part for module in places for part in module.modules() if part is not module}
-    return [
-        Mixer(module, tuple(place for part in module.modules() for place in places.get(part, ())))
-        for module in places
-        if module not in inner
-    ]
-
-
-def new_cache(model: nn.Module, layers: list | None = None) -> Cache:
-    """The cache that transformers would make for `model`, with other `layers`. MiniMax has its own class."""
-    model_class = type(model.get_decoder() if hasattr(model, "get_decoder") else model)
-    own = [
-        value
-        for value in vars(sys.modules[model_class.__module__]).values()
-        if isinstance(value, type) and issubclass(value, Cache) and value.__module__ == model_class.__module__
-    ]
-    config = model.config.get_text_config()
-    if layers is None:
-        layers = DynamicCache(config=config).layers
-    if not own:
-        return Cache(layers=layers)
-    cache = own[0]()
-    cache.layers = layers
-    if hasattr(cache, "linear_cache"):
-        cache.linear_cache = [None] * config.num_hidden_layers
-    return cache
-
-
-def cache_argument(model: nn.Module) -> str:
-    """What the forward of `model` calls its cache."""
-    # Its name before transformers 5.24 or so, and of models that have it from elsewhere.
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 # One token of a block
 
 
@@ -374,6 +220,8 @@ def _joined(outputs: list) -> Any:
     """Outputs (N, 1, ...) of each token as one (N, Q, ...)."""
     if isinstance(outputs[0], torch.Tensor):
         return torch.cat(outputs, dim=1)
+    if isinstance(outputs[0], ModelOutput):
+        return type(outputs[0])(**{name: _joined([values[name] for values in outputs]) for name in outputs[0]})
     if type(outputs[0]) in (tuple, list):
         return type(outputs[0])(_joined(list(values)) for values in zip(*outputs, strict=True))
     return outputs[-1]

@@ -107,18 +107,22 @@ class ServedTeacher(Participant):
         is_drafted = bool(host_proposals) and host_proposals[0][0] >= 0
         texts = [self.texts[place] + (host_proposals[place] if is_drafted else []) for place in self.in_use]
         keys = [self.keys[place] for place in self.in_use]
-        scores = self.scorer.score(texts, proposals.shape[1] if is_drafted else 0, keys)
+        # An unused place repeats the first answer; nobody reads it.
+        where = {place: index for index, place in enumerate(self.in_use)}
+        index = torch.tensor([where.get(place, 0) for place in range(len(host_proposals))])
+        self.judgement = self.ask(texts, proposals.shape[1] if is_drafted else 0, keys, index)
+        return self.judgement
+
+    def ask(self, texts: list[list[int]], num_scored: int, keys: list[int], index: torch.Tensor) -> Judgement:
+        """What the server says of the last `num_scored` tokens of these texts, those of `index` (N,)."""
+        scores = self.scorer.score(texts, num_scored, keys)
         if scores.ids.numel() and int(scores.ids.max()) >= self.num_ids:
             raise ValueError(
                 f"The teacher's server ranks token {int(scores.ids.max())} among its {self.scorer.top_k} most probable, but both models "
                 f"share {self.vocab_size} tokens. Ask for fewer tokens, or serve a teacher with the student's vocabulary."
             )
-        # An unused place repeats the first answer; nobody reads it.
-        where = {place: index for index, place in enumerate(self.in_use)}
-        index = torch.tensor([where.get(place, 0) for place in range(len(host_proposals))])
         placed = [values[index].to(self.device) for values in vars(scores).values()]
-        self.judgement = TopJudgement(Scores(*placed), self.num_ids)
-        return self.judgement
+        return TopJudgement(Scores(*placed), self.num_ids)
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
         self.judgement.decide(block)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from .acceptance import Judgement
+from .mixers import is_stateful
 from .participants import LocalParticipant, Participant, Setting
 from .prompts import Prompts
-from .recurrent_state import is_stateful
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class SeveralTeachers(Participant):
             )
         for i, teacher in enumerate(self.teachers):
             teacher.check(f"{name} {i}", teacher.own_prompts, max_new_tokens)
-            config = teacher.model.config
-            if self.agree is not None and is_stateful(config.get_text_config()):  # type: ignore[operator, union-attr]
+            if self.agree is not None and is_stateful(teacher.model):
                 raise ValueError(
                     f"The {name} {i} has recurrent layers and is spread over processes. Where one of them has no row for it, its forwards "
                     "would gather weights in another order. Keep it whole (shard_teacher=False), or train with one teacher."

@@ -3,21 +3,22 @@
 A replica is asked for the texts whose beginning it knows (its prefix cache). One that fails is left out for a while and the others
 take its texts; when none answers, the questions are repeated with growing pauses until one does or a limit is reached.
 
-Shapes: N texts, S scored positions, k known tokens.
+Shapes: N texts, S scored positions, k known tokens, H hidden.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import requests
 import torch
 
-from ..sampling.served_teacher import Scorer
+from ..sampling.served_hidden_states import HiddenStatesScorer
 from ..sampling.top_judgement import Scores
 from .routes import ROUTES, Http, Route, ServerInfo, ServerRefusal
+from .wire import Head
 
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,14 @@ class Replica:
     url: str
     route: Route
     rests_until: float = field(default=0.0)
+    has_failed: bool = field(default=False)  # since it last answered: it may be another server now
 
 
-class TeacherClient(Scorer):
+# Asks one replica for its share of the texts: tensors of which each has a row for each of these.
+Question = Callable[[Route, Sequence[Sequence[int]]], tuple[torch.Tensor, ...]]
+
+
+class TeacherClient(HiddenStatesScorer):
     """
     Args:
         urls (`str` or list of `str`): of the server, or of replicas that serve the same model: `http://host:8000`.
@@ -82,15 +88,43 @@ class TeacherClient(Scorer):
         return self.replicas[0].route.tokenize(text)
 
     def score(self, texts: Sequence[Sequence[int]], num_scored: int, keys: Sequence[int]) -> Scores:
+        def ask(route: Route, share: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
+            scores = route.score(share, num_scored, self.top_k)
+            _check_scores(scores, (len(share), max(num_scored, 1)), self.top_k)
+            return tuple(vars(scores).values())
+
+        return Scores(*self._answers(texts, keys, ask))
+
+    def hidden_states(self, texts: Sequence[Sequence[int]], num_scored: int, keys: Sequence[int]) -> torch.Tensor:
+        def ask(route: Route, share: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
+            states = route.hidden_states(share, num_scored)
+            _check_hidden_states(states, (len(share), max(num_scored, 1)))
+            return (states,)
+
+        return self._answers(texts, keys, ask)[0]
+
+    def head(self) -> Head:
+        """What makes logits of the hidden states, from the first replica that answers."""
+        heads: list[Head] = []
+
+        def ask(route: Route, share: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
+            heads.append(route.head())
+            return (torch.empty(len(share)),)
+
+        self._answers([[]], [0], ask)
+        return heads[-1]
+
+    def _answers(self, texts: Sequence[Sequence[int]], keys: Sequence[int], ask: Question) -> tuple[torch.Tensor, ...]:
+        """What the replicas answer, in the order of the texts. Raises [`TeacherServerError`] after the limit."""
         if not texts:
             raise ValueError("There is no text to score.")
         start, pause, failure = time.monotonic(), self.patience.first_pause, ""
         rows: list[tuple[torch.Tensor, ...] | None] = [None] * len(texts)
         while True:
             missing = [index for index, row in enumerate(rows) if row is None]
-            failure = self._ask(texts, num_scored, keys, missing, rows) or failure
+            failure = self._ask(texts, keys, missing, rows, ask) or failure
             if all(row is not None for row in rows):
-                return Scores(*(torch.stack(values) for values in zip(*rows, strict=True)))  # type: ignore[arg-type]
+                return tuple(torch.stack(values) for values in zip(*rows, strict=True))  # type: ignore[arg-type]
             waited = time.monotonic() - start
             if waited + pause > self.patience.limit_seconds:
                 raise TeacherServerError(
@@ -101,7 +135,7 @@ class TeacherClient(Scorer):
             time.sleep(pause)
             pause = min(2 * pause, self.patience.longest_pause)
 
-    def _ask(self, texts, num_scored, keys, missing, rows) -> str:
+    def _ask(self, texts, keys, missing, rows, question: Question) -> str:
         """Asks each replica for its share of the missing rows, all at once, and fills them in. Returns what went wrong, if anything."""
         now = time.monotonic()
         awake = [replica for replica in self.replicas if replica.rests_until <= now] or self.replicas
@@ -111,19 +145,31 @@ class TeacherClient(Scorer):
 
         def ask(replica: Replica, share: list[int]) -> str:
             try:
-                scores = replica.route.score([texts[index] for index in share], num_scored, self.top_k)
-                _check(scores, len(share), max(num_scored, 1), self.top_k)
+                if replica.has_failed:
+                    self._check_is_same(replica)
+                answer = question(replica.route, [texts[index] for index in share])
+                replica.has_failed = False
             except ServerRefusal:
                 raise
             except (requests.RequestException, ValueError, KeyError) as error:
-                replica.rests_until = time.monotonic() + REST_SECONDS
+                replica.rests_until, replica.has_failed = time.monotonic() + REST_SECONDS, True
                 return f"{replica.url}: {type(error).__name__} {error}"
             for position, index in enumerate(share):
-                rows[index] = tuple(values[position] for values in vars(scores).values())
+                rows[index] = tuple(values[position] for values in answer)
             return ""
 
         jobs = [self.threads.submit(ask, awake[which], share) for which, share in shares.items()]
         return "; ".join(failure for job in jobs if (failure := job.result()))
+
+    def _check_is_same(self, replica: Replica) -> None:
+        """A server that comes back may have been started with something else."""
+        now = type(replica.route).find(self.http, replica.url, self.threads)
+        said = None if now is None else now.info
+        if said != replica.route.info:
+            raise ServerRefusal(
+                f"The server at {replica.url} has come back as another one: it said {replica.route.info} before, and says {said} "
+                "now. Start it with the same model and options, and resume from the last checkpoint."
+            )
 
     def _find_route(self, url: str) -> Route:
         """The first route that the server has, waiting for one that is still starting."""
@@ -156,8 +202,14 @@ def _same_info(replicas: list[Replica]) -> ServerInfo:
     return first.route.info
 
 
-def _check(scores: Scores, num_texts: int, num_positions: int, top_k: int) -> None:
-    shape = (num_texts, num_positions)
+def _check_hidden_states(states: torch.Tensor, shape: tuple[int, int]) -> None:
+    if states.shape[:2] != shape:
+        raise ValueError(f"The answer has shape {tuple(states.shape)}, and {(*shape, 'H')} was asked for.")
+    if not states.isfinite().all():
+        raise ValueError("The answer holds NaN or infinity: the teacher's weights or its kernels are broken.")
+
+
+def _check_scores(scores: Scores, shape: tuple[int, int], top_k: int) -> None:
     if scores.ids.shape != (*shape, top_k) or scores.token_log_probs.shape != shape:
         raise ValueError(f"The answer has shape {tuple(scores.ids.shape)}, and {(*shape, top_k)} was asked for.")
     if scores.log_probs.isnan().any() or scores.token_log_probs.isnan().any():

@@ -1,10 +1,10 @@
 """The ways to ask a server how probable the last tokens of texts are, the best one first.
 
-Ours sends the asked positions alone, in binary. vLLM's `/inference/v1/generate` sends all positions of the text as JSON, but can use the
+Ours sends the asked positions alone, in binary, or the hidden states that predict them. vLLM's `/inference/v1/generate` sends all positions of the text as JSON, but can use the
 prefix cache; its answer is used where the server says how many positions came from the cache (`--enable-prompt-tokens-details`)
 and none of them is asked for: these hold memory that nobody has written. `/v1/completions` computes each text from its beginning.
 
-Shapes: N texts, S scored positions, k known tokens.
+Shapes: N texts, S scored positions, k known tokens, H hidden.
 """
 
 import logging
@@ -19,7 +19,20 @@ import torch
 from requests.adapters import HTTPAdapter
 
 from ..sampling.top_judgement import Scores
-from .wire import INFO_ROUTE, MEDIA_TYPE, SCORE_ROUTE, VERSION, Request, pack_request, unpack_scores
+from .wire import (
+    HEAD_ROUTE,
+    HIDDEN_STATES_ROUTE,
+    INFO_ROUTE,
+    MEDIA_TYPE,
+    SCORE_ROUTE,
+    VERSION,
+    Head,
+    Request,
+    pack_request,
+    unpack_head,
+    unpack_hidden_states,
+    unpack_scores,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -49,12 +62,14 @@ class Http:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of its teacher. `vocab_size` and `top_k` are `None` where it does not say."""
+    """What a server says of its teacher. `vocab_size` and `top_k` are `None` where it does not say; `why_no_hidden_states` is empty
+    where it gives them."""
 
     model: str
     vocab_size: int | None
     max_length: int
     top_k: int | None
+    why_no_hidden_states: str = "vLLM's own routes do not; use `python -m skd_trl serve`"
 
 
 class Route(ABC):
@@ -62,9 +77,25 @@ class Route(ABC):
 
     info: ServerInfo
 
+    @classmethod
+    @abstractmethod
+    def find(cls, http: "Http", url: str, threads: ThreadPoolExecutor) -> "Route | None":
+        """This way to ask the server at `url`, or `None` if it does not have it."""
+
     @abstractmethod
     def score(self, texts: Sequence[Sequence[int]], num_scored: int, top_k: int) -> Scores:
         """See [`~skd_trl.sampling.served_teacher.Scorer`]."""
+
+    def hidden_states(self, texts: Sequence[Sequence[int]], num_scored: int) -> torch.Tensor:
+        """See [`~skd_trl.sampling.served_hidden_states.HiddenStatesScorer`]."""
+        raise self.no_hidden_states()
+
+    def head(self) -> Head:
+        """What makes logits of these."""
+        raise self.no_hidden_states()
+
+    def no_hidden_states(self) -> ServerRefusal:
+        return ServerRefusal(f"{self.url} gives no hidden states: {self.info.why_no_hidden_states}.")
 
     http: "Http"
     url: str
@@ -91,12 +122,25 @@ class OwnRoute(Route):
             raise ServerRefusal(
                 f"The server at {url} speaks version {said['version']} and this client {VERSION}: install one skd_trl on both."
             )
-        return cls(http, url, ServerInfo(said["model"], said["vocab_size"], said["max_length"], said["top_k"]))
+        names = ("model", "vocab_size", "max_length", "top_k", "why_no_hidden_states")
+        return cls(http, url, ServerInfo(**{name: said[name] for name in names}))
 
     def score(self, texts, num_scored, top_k) -> Scores:
-        body = pack_request(Request(texts, num_scored, top_k))
-        response = self.http.post(self.url + SCORE_ROUTE, data=body, headers={"Content-Type": MEDIA_TYPE})
-        return unpack_scores(answered(response).content)
+        return unpack_scores(self._ask(SCORE_ROUTE, Request(texts, num_scored, top_k)))
+
+    def hidden_states(self, texts, num_scored) -> torch.Tensor:
+        if self.info.why_no_hidden_states:
+            raise self.no_hidden_states()
+        return unpack_hidden_states(self._ask(HIDDEN_STATES_ROUTE, Request(texts, num_scored)))
+
+    def head(self) -> Head:
+        if self.info.why_no_hidden_states:
+            raise self.no_hidden_states()
+        return unpack_head(answered(self.http.get(self.url + HEAD_ROUTE)).content)
+
+    def _ask(self, route: str, request: Request) -> bytes:
+        headers = {"Content-Type": MEDIA_TYPE}
+        return answered(self.http.post(self.url + route, data=pack_request(request), headers=headers)).content
 
 
 class StockRoute(Route):

@@ -1,16 +1,17 @@
-"""`python -m skd_trl serve`: a teacher on vLLM's engine, with one route that scores the ends of texts.
+"""`python -m skd_trl serve`: a teacher on vLLM's engine, with routes that score the ends of texts, or give their hidden states.
 
 vLLM's own routes compute the whole text once more for each question, as `prompt_logprobs` turns the prefix cache off; and with
 the cache the positions that came from it hold memory that nobody has written. Here the cache is used, an answer has the asked
 positions alone, and one whose asked positions reach into the cached ones is asked again without.
 
 Needs vLLM, in an environment that may be another one than the trainer's.
-Shapes: N texts, S scored positions, k known tokens.
+Shapes: N texts, S scored positions, k known tokens, H hidden.
 """
 
 import asyncio
 import hmac
 import inspect
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +19,32 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from safetensors.torch import load
 
 from ..sampling.top_judgement import Scores
-from .wire import INFO_ROUTE, MEDIA_TYPE, SCORE_ROUTE, VERSION, pack_scores, unpack_request
+from .wire import (
+    HEAD_ROUTE,
+    HIDDEN_STATES_ROUTE,
+    INFO_ROUTE,
+    MEDIA_TYPE,
+    SCORE_ROUTE,
+    VERSION,
+    pack_hidden_states,
+    pack_scores,
+    unpack_request,
+)
+from .worker import ASKED, EXTENSION
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until it is stopped."""
     options, of_engine = _parser().parse_known_args(arguments)
+    # The one whose hidden states `worker.py` finds; read when vLLM is imported.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     try:
         import uvicorn
         from vllm import AsyncEngineArgs, AsyncLLMEngine
+        from vllm.platforms import current_platform
         from vllm.utils.argparse_utils import FlexibleArgumentParser
     except ImportError as error:
         print(
@@ -39,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = engine_parser.parse_args(["--model", options.model, *of_engine])
     settings.max_logprobs = max(settings.max_logprobs, options.top_k)
     settings.enable_prefix_caching = True
+    if current_platform.is_cpu() and settings.block_size is None:
+        settings.block_size = 32  # not 128: what follows the last whole block of a cached beginning is computed again
+    settings.worker_extension_cls = settings.worker_extension_cls or EXTENSION
     engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(settings))
     app = make_app(Scoring(engine, options.top_k), options)
     print(f"Serving {options.model} at http://{options.host}:{options.port}", flush=True)
@@ -54,9 +73,13 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="name or path of the teacher")
     parser.add_argument("--top_k", type=int, default=64, help="how many tokens a question may ask for at most")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask; then set --api_key")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask; then set a key")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--api_key", help="questions without `Authorization: Bearer KEY` are refused")
+    parser.add_argument(
+        "--api_key",
+        default=os.environ.get("SKD_TEACHER_API_KEY"),
+        help="questions without `Authorization: Bearer KEY` are refused; default: the environment variable SKD_TEACHER_API_KEY",
+    )
     return parser
 
 
@@ -67,6 +90,7 @@ class Scoring:
     engine: Any
     top_k: int
     num_repeated: int = 0  # texts that were computed once more without the prefix cache
+    reason: str | None = None  # why there are no hidden states, once known
 
     async def scores(self, texts: Sequence[Sequence[int]], num_scored: int, top_k: int) -> Scores:
         """See [`~skd_trl.sampling.served_teacher.Scorer`]. Raises `ValueError` for more tokens than `top_k` or than the engine takes."""
@@ -85,6 +109,48 @@ class Scoring:
             self.num_repeated += 1
             output = await self._run(text, {"prompt_logprobs": top_k, "skip_reading_prefix_cache": True})
         return _positions(output.prompt_logprobs, first, len(text), top_k, is_judged=True)
+
+    async def why_no_hidden_states(self) -> str:
+        """Why this teacher gives no hidden states; empty if it does."""
+        if self.reason is None:
+            if self.engine.vllm_config.parallel_config.data_parallel_size > 1:
+                self.reason = (
+                    "the engine has several copies of the model (--data-parallel-size): serve replicas instead"
+                )
+            else:
+                self.reason = next(filter(None, await self.engine.collective_rpc("skd_prepare_hidden_states")), "")
+        return self.reason
+
+    async def hidden_states(self, texts: Sequence[Sequence[int]], num_scored: int) -> torch.Tensor:
+        """The last hidden states (N, S, H) that predict the last `num_scored` tokens of each text, or with 0 the next one (N, 1, H).
+        Raises `ValueError` where there are none."""
+        if reason := await self.why_no_hidden_states():
+            raise ValueError(f"This server gives no hidden states: {reason}.")
+        keys = [uuid4().hex for _ in texts]
+        try:
+            await asyncio.gather(
+                *(self._compute(text, num_scored, key) for text, key in zip(texts, keys, strict=True))
+            )
+        finally:
+            answers = await self.engine.collective_rpc("skd_take_hidden_states", args=(keys,))
+        states = load(next(filter(None, answers)))
+        if missing := [len(text) for text, key in zip(texts, keys, strict=True) if key not in states]:
+            raise RuntimeError(f"The engine did not compute the asked positions of texts of {missing} tokens.")
+        return torch.stack([states[key] for key in keys])
+
+    async def _compute(self, text: Sequence[int], num_scored: int, key: str) -> None:
+        """Has the engine compute the text, and its worker keep the states of the asked positions under `key`."""
+        first, stop = (len(text) - 1, len(text)) if num_scored == 0 else (len(text) - num_scored - 1, len(text) - 1)
+        output = await self._run(text, {"extra_args": {ASKED: [key, first, stop]}})
+        if (output.num_cached_tokens or 0) > first:
+            self.num_repeated += 1
+            await self._run(text, {"extra_args": {ASKED: [key, first, stop]}, "skip_reading_prefix_cache": True})
+
+    async def head(self) -> bytes:
+        """The head, packed. Raises `ValueError` as `hidden_states` does."""
+        if reason := await self.why_no_hidden_states():
+            raise ValueError(f"This server gives no hidden states: {reason}.")
+        return next(filter(None, await self.engine.collective_rpc("skd_head")))
 
     async def _run(self, text: Sequence[int], options: dict[str, Any]):
         from vllm import SamplingParams
@@ -114,7 +180,8 @@ async def _awaited(value: Any) -> Any:
 
 
 def make_app(scoring: Scoring, options: Namespace):
-    """The server: `/health`, what the teacher is, and the scores of texts. Questions without the key get 401, wrong ones 400."""
+    """The server: `/health`, what the teacher is, scores or hidden states of texts, and the head. Questions without the key get
+    401, wrong ones 400."""
     from fastapi import FastAPI, HTTPException, Request, Response
 
     app = FastAPI()
@@ -139,6 +206,7 @@ def make_app(scoring: Scoring, options: Namespace):
             "vocab_size": config.get_vocab_size(),
             "max_length": config.max_model_len,
             "top_k": scoring.top_k,
+            "why_no_hidden_states": await scoring.why_no_hidden_states(),
             "num_repeated": scoring.num_repeated,
         }
 
@@ -157,5 +225,23 @@ def make_app(scoring: Scoring, options: Namespace):
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         return Response(pack_scores(scores), media_type=MEDIA_TYPE)
+
+    @app.post(HIDDEN_STATES_ROUTE)
+    async def hidden_states(request: Request) -> Response:
+        check_key(request)
+        try:
+            question = unpack_request(await request.body())
+            states = await scoring.hidden_states(question.texts, question.num_scored)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        return Response(pack_hidden_states(states), media_type=MEDIA_TYPE)
+
+    @app.get(HEAD_ROUTE)
+    async def head(request: Request) -> Response:
+        check_key(request)
+        try:
+            return Response(await scoring.head(), media_type=MEDIA_TYPE)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
 
     return app

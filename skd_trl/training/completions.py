@@ -14,6 +14,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..sampling.rollout import Rollout
@@ -192,5 +193,6 @@ def _cell(text: str) -> str:
 def _print_safely(text: str, file: TextIO) -> None:
     """Prints `text` with a mark in the place of every character that the console's encoding does not have."""
     encoding = getattr(file, "encoding", None) or "utf-8"
-    file.write(text.encode(encoding, errors="replace").decode(encoding))
-    file.flush()
+    with tqdm.external_write_mode(file=file):  # a progress bar gives its line free
+        file.write(text.encode(encoding, errors="replace").decode(encoding))
+        file.flush()

@@ -39,12 +39,17 @@ class LogLine(ProgressCallback):
         self.first_step, self.start = 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.with_bar:
-            super().on_train_begin(args, state, control, **kwargs)
+        self.start = 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if not self.start:  # an evaluation before the first step is no measure of the steps
-            self.first_step, self.start = state.global_step, time.perf_counter()
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Only now: what other callbacks do when training begins, such as an evaluation, is no measure of the steps, and a step begins
+        for the Trainer when its responses are already there."""
+        if self.start:
+            return
+        self.first_step, self.start = state.global_step, time.perf_counter()
+        if self.with_bar and state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+            self.current_step = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.with_bar:
@@ -55,7 +60,7 @@ class LogLine(ProgressCallback):
             super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.with_bar:
+        if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

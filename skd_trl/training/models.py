@@ -1,104 +1,21 @@
-"""Student, teacher, tokenizer and arguments from whatever the caller gives: objects, names or paths. None of the objects changes."""
+"""Student, tokenizer and arguments from whatever the caller gives: objects, names or paths. None of the objects changes."""
 
 import copy
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .._compat import create_model_from_path, get_config_model_id
-from .forward_patches import take_off_patches
-from .quantised import keep_gradients
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
     from ..skd_config import SKDConfig
-
-
-def load_pair(
-    model: PreTrainedModel | nn.Module | str | None,
-    teacher_model: PreTrainedModel | nn.Module | str | None,
-    processing_class: PreTrainedTokenizerBase | None,
-    args: "SKDConfig",
-    has_scores: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Student, teacher and tokenizer, loaded where names were given.
-
-    Raises:
-        `ValueError`: if one of them is missing, or both are one object, or both an object and ways to load it were given.
-
-    Where there is no second model the teacher is the student, the same object: with `args.teacher_model_kind`, with a teacher
-    behind a server, and without a teacher for data that have a teacher's scores beside them (`has_scores`).
-    """
-    if model is None:
-        raise ValueError("model is None: give the student, a model or its name or path.")
-    has_teacher = teacher_model is not None or args.teacher_model_name_or_path is not None
-    is_served = args.teacher_model_server_url is not None
-    if args.teacher_model_kind is not None or is_served or (has_scores and not has_teacher):
-        if teacher_model is not None:
-            name = "teacher_model_server_url" if is_served else "teacher_model_kind"
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} says who the teacher is, and a teacher_model was given too. Drop one of them."
-            )
-        tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
-        student = _load_student(model, args) if isinstance(model, str) else model
-        take_off_patches(student)
-        keep_gradients(student)
-        return student, student, tokenizer
-    teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-    if teacher_model is None:
-        raise ValueError(
-            "There is no teacher: teacher_model is None and args.teacher_model_name_or_path is not set. Give one of them. "
-            "(For the student as its own teacher set args.teacher_model_kind; for none, score the data: python -m skd_trl score.)"
-        )
-    if teacher_model is model and not isinstance(model, str):
-        raise ValueError(
-            "teacher_model is the same object as model, so the teacher would change with every step. Load it twice."
-        )
-    if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
-        raise ValueError(
-            "args.teacher_model_init_kwargs says how to load the teacher, but teacher_model is already a "
-            f"{type(teacher_model).__name__}. Drop one of them."
-        )
-    tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
-    student = _load_student(model, args) if isinstance(model, str) else model
-    teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
-    for loaded in (student, teacher):
-        take_off_patches(loaded)
-    keep_gradients(student)
-    return student, teacher, tokenizer
-
-
-def named_teachers(teacher_model: Any, args: "SKDConfig") -> dict[str, PreTrainedModel | nn.Module | str]:
-    """Several teachers by their names, from a dict that was given or `args.teacher_models`; empty where there is one, or none.
-
-    Raises:
-        `ValueError`: for a dict without an entry, or several teachers beside one.
-        `TypeError`: for an entry that is no model, name or path.
-    """
-    is_dict = isinstance(teacher_model, dict)
-    given = teacher_model if is_dict else args.teacher_models
-    if given is None:
-        return {}
-    others = {
-        "teacher_model": None if is_dict else teacher_model,
-        "args.teacher_model_name_or_path": args.teacher_model_name_or_path,
-    }
-    others |= {
-        "args.teacher_models": args.teacher_models if is_dict else None,
-        "args.teacher_model_kind": args.teacher_model_kind,
-    }
-    if beside := [name for name, other in others.items() if other is not None]:
-        raise ValueError(f"There are several teachers by name, and {beside[0]} beside them. Drop one of them.")
-    if not given:
-        raise ValueError("teacher_models is empty: give names and models, or one teacher_model.")
-    return {str(name): given_model(f"teacher {name!r}", model) for name, model in given.items()}
 
 
 def given_model(name: str, model: Any) -> Any:
@@ -217,7 +134,7 @@ def copied_arguments(
     return args
 
 
-def _load_student(name: str, args: "SKDConfig") -> PreTrainedModel:
+def load_student(name: str, args: "SKDConfig") -> PreTrainedModel:
     kwargs = dict(args.model_init_kwargs or {})
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     # Each process holds its own, on one device; TRL's default in a single process is to spread it over all.
@@ -257,11 +174,3 @@ def _tokenizer_of(name: str, args: "SKDConfig") -> str:
     adapter = _adapter_at(name, args)
     is_without = adapter is not None and Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()
     return _base_of(adapter, name) if adapter is not None and is_without else name
-
-
-def _load_teacher(name: str, args: "SKDConfig") -> PreTrainedModel:
-    kwargs = dict(args.teacher_model_init_kwargs or {})
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)

@@ -20,6 +20,7 @@ from ..sampling.interleaved import Execution, interleaved_sample
 from ..sampling.participants import LocalParticipant
 from ..sampling.rollout import Rollout
 from ..serving.client import TeacherServerError
+from ..serving.routes import ServerRefusal
 from .console import SamplingBar
 from .distributed import (
     agree_on_maximum,
@@ -50,7 +51,7 @@ class SampledSteps(Trainer):
         failure = None
         try:
             yield
-        except TeacherServerError as error:
+        except (TeacherServerError, ServerRefusal) as error:
             failure = error
         if self._is_served and agree_on_maximum(self.accelerator)(int(failure is not None))[0]:
             if self.state.global_step > 0:

@@ -1,14 +1,15 @@
 """A teacher behind a server, as the trainer's teacher: its checks when the run starts, and what the loss is told.
 
-It sends its k most probable tokens of each position, so the loss hears the coarse signal (`loss/teacher_signal.py`); responses that
-were sampled have it already, given ones are sent to be scored.
+It sends its k most probable tokens of each position, so the loss is told the coarse signal (`loss/teacher_signal.py`), or its last hidden
+states, which are the exact one. Responses that were sampled have it already, given ones are sent to be scored.
 
-Shapes: B rows, N response tokens of a micro-batch, k known tokens.
+Shapes: B rows, N response tokens of a micro-batch, k known tokens, H hidden.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -16,15 +17,17 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 
 from ..data.batches import Key, ResponseTokens, as_teacher_reads, teacher_prompts_of
-from ..loss.teacher_signal import TopLogProbs
+from ..loss.lm_head import LMHead
+from ..loss.teacher_signal import HiddenStates, TopLogProbs
 from ..sampling.acceptance import AcceptanceRule, Draft
 from ..sampling.participants import Participant
 from ..sampling.prompts import Prompts
 from ..sampling.sampling_params import SamplingParams
+from ..sampling.served_hidden_states import HiddenStatesScorer, ServedHiddenStates
 from ..sampling.served_teacher import Scorer, ServedTeacher
 from ..sampling.top_judgement import Scores, TopJudgement
 from ..serving.client import Patience, TeacherClient
-from .teachers import RecordedTeacher
+from .teachers import RecordedTeacher, Teacher
 
 
 logger = get_logger(__name__)
@@ -79,6 +82,35 @@ def check_server(client: TeacherClient, tokenizer: PreTrainedTokenizerBase, voca
         logger.warning(f"The teacher's server scores one text with its prefix cache and without {gap:.2f} nats apart.")
 
 
+def fetched_head(client: TeacherClient, device: torch.device) -> LMHead:
+    """
+    The head of a server's teacher, for the whole run; checked by the server's own scores of a few tokens.
+
+    Args:
+        client ([`TeacherClient`]): the connection.
+        device (`torch.device`): where the logits are to be made.
+
+    Raises:
+        `ValueError`: if the server gives no hidden states, or these and the head do not make its scores.
+    """
+    sent = client.head()
+    bias = None if sent.bias is None else sent.bias.to(device)
+    head = LMHead(sent.weight.to(device), bias, sent.scale, sent.softcap or None)
+    text = torch.arange(2, min(32, len(sent.weight))).tolist()
+    states, scores = client.hidden_states([text], 4, [0]), client.score([text], 4, [0])
+    log_probs = head.logits(states[0].to(device)).log_softmax(-1).cpu()
+    own = log_probs.gather(-1, torch.tensor(text[-4:])[:, None]).squeeze(-1)
+    gap = float((own - scores.token_log_probs[0]).abs().max())
+    if gap > REFUSED:
+        raise ValueError(
+            f"The server's hidden states and head make other log-probabilities than its own, by {gap:.2f} nats. Its kernels are "
+            "broken: try --enforce-eager or another version of vLLM, or train with teacher_signal='top_k'."
+        )
+    if gap > NOTICED:
+        logger.warning(f"The server's hidden states and head make log-probabilities {gap:.2f} nats from its own.")
+    return head
+
+
 def check_rule(rule: AcceptanceRule, top_k: int, vocab_size: int) -> None:
     """Tries a rule on what a server sends. Raises `ValueError` if it needs more."""
     k = min(top_k, vocab_size)
@@ -93,7 +125,7 @@ def check_rule(rule: AcceptanceRule, top_k: int, vocab_size: int) -> None:
 
 
 class RemoteTeacher(RecordedTeacher):
-    """A teacher that a server has; `scorer` is the connection. Without a model in this process."""
+    """A teacher that a server has, which sends its top k; `scorer` is the connection. Without a model in this process."""
 
     def __init__(self, scorer: Scorer):
         self.scorer = scorer
@@ -105,34 +137,79 @@ class RemoteTeacher(RecordedTeacher):
     def signal(self, batch, tokens) -> TopLogProbs:
         if Key.TEACHER_TOP_IDS in batch:
             return super().signal(batch, tokens)
-        return self._ask(batch, tokens)
+
+        def ask(texts: list[list[int]], num_scored: int, keys: list[int]) -> tuple[torch.Tensor, ...]:
+            scores = self.scorer.score(texts, num_scored, keys)
+            return scores.ids, scores.log_probs, scores.token_log_probs
+
+        k = self.scorer.top_k
+        none = torch.empty((0, k), dtype=torch.long), torch.empty((0, k)), torch.empty(0)
+        return TopLogProbs(*at_response_tokens(batch, tokens, ask, none))
 
     def keep(self, batch, tokens, signal) -> None:
         batch[Key.TEACHER_TOP_IDS] = tokens.as_rows(signal.ids)
         batch[Key.TEACHER_TOP_LOG_PROBS] = tokens.as_rows(signal.log_probs)
         batch[Key.TEACHER_LABEL_LOG_PROBS] = tokens.as_rows(signal.label_log_probs)
 
-    def _ask(self, batch: dict[str, torch.Tensor], tokens: ResponseTokens) -> TopLogProbs:
-        """The signal of given responses, scored together where they are of one length."""
-        own = as_teacher_reads(batch)
-        lengths = torch.bincount(tokens.rows, minlength=len(own[Key.INPUT_IDS])).tolist()
-        texts = [
-            row[mask.bool()].tolist() for row, mask in zip(own[Key.INPUT_IDS], own[Key.ATTENTION_MASK], strict=True)
-        ]
-        groups = {length: [row for row, n in enumerate(lengths) if n == length] for length in set(lengths) if length}
 
-        def ask(length: int) -> Scores:
-            return self.scorer.score([texts[row] for row in groups[length]], length, groups[length])
+class RemoteHiddenStates(Teacher):
+    """A teacher that a server has, which sends its last hidden states; `head`, which makes logits of them, is a copy here."""
 
-        k, device = self.scorer.top_k, tokens.labels.device
-        ids = torch.zeros((len(tokens.labels), k), dtype=torch.long)
-        log_probs, label_log_probs = torch.zeros(ids.shape), torch.zeros(len(ids))
-        where = tokens.rows.cpu()
-        if groups:
-            with ThreadPoolExecutor(len(groups)) as threads:
-                for length, scores in zip(groups, threads.map(ask, groups), strict=True):
-                    for index, row in enumerate(groups[length]):
-                        is_row = where == row
-                        ids[is_row], log_probs[is_row] = scores.ids[index], scores.log_probs[index]
-                        label_log_probs[is_row] = scores.token_log_probs[index]
-        return TopLogProbs(ids.to(device), log_probs.to(device), label_log_probs.to(device))
+    inner = []
+
+    def __init__(self, scorer: HiddenStatesScorer, head: LMHead):
+        self.scorer, self.head = scorer, head
+
+    def participant(self, window, sampling, vocab_size, accelerator: Accelerator) -> Participant:
+        prompts = Prompts(*teacher_prompts_of(window))
+        make_logits = partial(self.head.logits, vocab_size=vocab_size)
+        return ServedHiddenStates(self.scorer, make_logits, sampling, prompts=prompts, vocab_size=vocab_size)
+
+    def signal(self, batch, tokens) -> HiddenStates:
+        if Key.TEACHER_HIDDEN_STATES in batch:
+            return HiddenStates(tokens.pick(batch[Key.TEACHER_HIDDEN_STATES]), self.head)
+
+        def ask(texts: list[list[int]], num_scored: int, keys: list[int]) -> tuple[torch.Tensor, ...]:
+            return (self.scorer.hidden_states(texts, num_scored, keys),)
+
+        assert self.head.weight is not None  # a server's head is its tensors
+        none = (self.head.weight.new_empty((0, self.head.weight.shape[1]), device="cpu"),)
+        return HiddenStates(*at_response_tokens(batch, tokens, ask, none), self.head)
+
+    def keep(self, batch, tokens, signal) -> None:
+        assert isinstance(signal, HiddenStates)
+        batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(signal.states)
+
+
+def at_response_tokens(
+    batch: dict[str, torch.Tensor],
+    tokens: ResponseTokens,
+    ask: Callable[[list[list[int]], int, list[int]], tuple[torch.Tensor, ...]],
+    none: tuple[torch.Tensor, ...],
+) -> list[torch.Tensor]:
+    """
+    What a server says of given responses, asked together where they are of one length.
+
+    Args:
+        batch, tokens: a micro-batch and its N response tokens.
+        ask (`Callable`): texts (M of them), S and keys to tensors (M, S, ...).
+        none (`tuple` of `torch.Tensor`): what it answers of no token, (0, ...).
+
+    Returns:
+        Tensors (N, ...) on the device of the batch.
+    """
+    own = as_teacher_reads(batch)
+    lengths = torch.bincount(tokens.rows, minlength=len(own[Key.INPUT_IDS])).tolist()
+    texts = [row[mask.bool()].tolist() for row, mask in zip(own[Key.INPUT_IDS], own[Key.ATTENTION_MASK], strict=True)]
+    groups = {length: [row for row, n in enumerate(lengths) if n == length] for length in set(lengths) if length}
+    answers = [values.new_empty((len(tokens.labels), *values.shape[1:])) for values in none]
+    where = tokens.rows.cpu()
+    with ThreadPoolExecutor(max(len(groups), 1)) as threads:
+        jobs = {
+            length: threads.submit(ask, [texts[row] for row in rows], length, rows) for length, rows in groups.items()
+        }
+        for length, rows in groups.items():
+            for values, answer in zip(answers, jobs[length].result(), strict=True):
+                for index, row in enumerate(rows):
+                    values[where == row] = answer[index].to(values.dtype)
+    return [values.to(tokens.labels.device) for values in answers]

@@ -86,7 +86,9 @@ class ShownRun(Trainer):
         if self._is_recorded:
             return "recorded scores"
         if self._is_served:
-            return f"{self._teacher.scorer.model} behind a server, its {self.args.teacher_top_k} most probable tokens"
+            top_k = f"its {self.args.teacher_top_k} most probable tokens"
+            signal = top_k if self.args.teacher_signal == "top_k" else "its last hidden states"
+            return f"{self._teacher.scorer.model} behind a server, {signal}"
         if self.args.teacher_model_kind is not None:
             return f"the student itself ({self.args.teacher_model_kind})"
         sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]
