@@ -6,11 +6,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from skd_trl import ACCEPTANCE_RULES, DIVERGENCES, GATES
+from skd_trl import ACCEPTANCE_RULES, DIVERGENCES, GATES, SKDConfig, SpecKDConfig, explained_options
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,6 +185,23 @@ def test_the_options_page_explains_every_field(tmp_path):
     assert "## Other" not in text, "conf.GROUPS has no place for a field: " + text.partition("## Other")[2]
     rows = re.findall(r"^\| `(\w+)` \| `.*` \| (.*) \|$", text, re.MULTILINE)
     assert len(rows) > 40 and all(len(help_text) > 10 for name, help_text in rows if name != "beta"), rows
+
+
+@pytest.mark.parametrize("config", [SKDConfig, SpecKDConfig])
+def test_an_option_is_explained_once_in_its_help_from_which_the_docstring_is_written(config):
+    explained = dict(
+        re.findall(r"^    (\w+) \(`[^`]+`, \*optional\*.*\):\n        (.+)$", config.__doc__, re.MULTILINE)
+    )
+    own = {
+        name: config.__dataclass_fields__[name].metadata["help"] for name in config.__annotations__ if name[0] != "_"
+    }
+    assert explained == own and len(own) >= 10
+    with pytest.raises(TypeError, match="Silent.silent has no help"):
+
+        @explained_options.explained
+        @dataclass
+        class Silent:
+            silent: int = 1
 
 
 @pytest.fixture(scope="module")
