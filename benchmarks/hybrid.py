@@ -132,11 +132,11 @@ class Costs:
         return costs
 
 
-def hybrid(hidden_size: int, num_layers: int) -> PreTrainedModel:
+def hybrid(hidden_size: int, num_layers: int, vocab_size: int = 8192) -> PreTrainedModel:
     """A random decoder with Qwen3.5's kinds of layer."""
     heads = hidden_size // 64
     config = AutoConfig.for_model(
-        "qwen3_5_text", vocab_size=8192, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_layers,
+        "qwen3_5_text", vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_layers,
         num_attention_heads=heads, num_key_value_heads=max(heads // 4, 1), head_dim=64, linear_num_key_heads=max(heads // 2, 1),
         linear_num_value_heads=heads, linear_key_head_dim=64, linear_value_head_dim=64,
         layer_types=[("linear_attention", "full_attention")[layer % 4 == 3] for layer in range(num_layers)],

@@ -51,6 +51,14 @@ def main() -> None:
             steps["ours, hidden states"] = seconds_of_steps(
                 args, teacher_model_server_url=[server.url], teacher_signal="hidden_states"
             )
+    if steps:
+        local = median(steps["in this process"])
+        report.table(
+            "One step of the demo (8 prompts, up to 32 new tokens)",
+            ["teacher", "seconds", "spread", "relative to the teacher in this process"],
+            [[name, median(seconds), spread(seconds), median(seconds) / local] for name, seconds in steps.items()],
+            "Trainer and server share the cores, so a served teacher takes nothing off this machine.",
+        )
     if "rounds" in args.parts:
         with VLLMServer("stock", model) as server:
             client = TeacherClient(server.url, TOP_K)
@@ -66,14 +74,6 @@ def main() -> None:
                 for name, (seconds, num_bytes) in rounds.items()
             ],
             "The texts grow by the judged tokens in each round. The first round, which computes the beginnings, is not counted.",
-        )
-    if steps:
-        local = median(steps["in this process"])
-        report.table(
-            "One step of the demo (8 prompts, up to 32 new tokens)",
-            ["teacher", "seconds", "spread", "relative to the teacher in this process"],
-            [[name, median(seconds), spread(seconds), median(seconds) / local] for name, seconds in steps.items()],
-            "Trainer and server share the cores, so a served teacher takes nothing off this machine.",
         )
 
 

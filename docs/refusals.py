@@ -31,8 +31,8 @@ TABLES = {
         "inherited_options",
         "GENERATION_ADVICE",
     ): "`trainer.generation_config` or `trainer.generation_kwargs`, read or set",
-    ("data/dataset", "PROBLEMS"): "rows that are refused or left out",
-    ("data/dataset", "NOTES"): "rows that are used, with a counted note",
+    ("data/row_reports", "PROBLEMS"): "rows that are refused or left out",
+    ("data/row_reports", "NOTES"): "rows that are used, with a counted note",
 }
 
 

@@ -30,7 +30,7 @@ from .data.batches import (
 )
 from .data.dataset import num_scored_tokens, prepare_dataset
 from .data.recorded_scores import has_scores
-from .data.tokenization import RowRules
+from .data.row_rules import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
 from .inherited_options import (
     FOLLOWED_ATTRIBUTES,

@@ -102,13 +102,21 @@ def matrix() -> dict[str, dict]:
         in_turn = {"rows": LONG_ROWS, "train_sampling_strategy": "sequential"}
         cases[f"{mode}-long_prompts-sampled"] = {**SAMPLED, **own, **in_turn}
     # Hybrid decoders: their mixers read a block token by token, and gather their weights for each where these are sharded.
-    for mode in ("ddp", "zero3", "fsdp2"):
-        cases[f"{mode}-hybrid-sampled"] = {**SAMPLED, "uneven": True, "architecture": "qwen3_5_text"}
+    for mode in MODES:
+        both = {"student_architecture": "qwen3_5_text", "teacher_architecture": "qwen3_5_text"}
+        cases[f"{mode}-hybrid-dataset"] = {**DATASET, **TWICE, **both}
+        for which in ("student", "teacher"):
+            own = {f"{which}_architecture": "qwen3_5_text"}
+            cases[f"{mode}-hybrid_{which}-sampled"] = {**SAMPLED, "uneven": True, **own}
+        cases[f"{mode}-hybrid-sampled"] = {**SAMPLED, "uneven": True, **both}
     for mode in ("zero3", "fsdp2"):
         cases[f"{mode}-hybrid_sharded-sampled"] = {
             **cases[f"{mode}-hybrid-sampled"],
             "ds3_gather_for_generation": False,
         }
+    for mode in ("ddp", "zero2", "zero3", "fsdp2"):
+        resumed = {**RESUMED, "max_steps": 3, "resumes": True}
+        cases[f"{mode}-hybrid_resumed"] = {**resumed, **both}
     cases["ddp-same_prompts-sampled"] = cases["ddp-same_prompts_again-sampled"] = {**SAMPLED, "rows": SAME_ROWS}
     cases["ddp-refused_sharding"] = {**DATASET, "shard_teacher": True, "refused": "shard_teacher=True"}
     version = {"FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false"}
@@ -187,7 +195,9 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     lora, tied, rows = settings.pop("lora", False), settings.pop("tied", False), settings.pop("rows", ROWS)
     fails_at, uneven = settings.pop("fails_at", None), settings.pop("uneven", False)
     quantized_teacher = settings.pop("quantized_teacher", False)
-    architecture = settings.pop("architecture", "qwen2" if tied else "llama")
+    student_architecture, teacher_architecture = (
+        settings.pop(f"{which}_architecture", "qwen2" if tied else "llama") for which in ("student", "teacher")
+    )
     callbacks, eval_rows = settings.pop("callbacks", []), settings.pop("eval_rows", None)
     defaults = {
         "output_dir": str(directory / "runs" / name),
@@ -217,8 +227,8 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
     if from_path:
         student, teacher = (str(directory / which) for which in ("student", "teacher"))
     else:  # before the arguments, from which on ZeRO-3 would shard new models before they have their weights
-        student = tiny_model(architecture, seed=1, tie_word_embeddings=tied, **STUDENT)
-        teacher = tiny_model(architecture, seed=2, tie_word_embeddings=tied, **TEACHER)
+        student = tiny_model(student_architecture, seed=1, tie_word_embeddings=tied, **STUDENT)
+        teacher = tiny_model(teacher_architecture, seed=2, tie_word_embeddings=tied, **TEACHER)
     if quantized_teacher:
         quantize(teacher)
     if num_teachers > 1:
@@ -257,6 +267,7 @@ def run(directory: Path, name: str, resume: str | None = None, **settings) -> No
             message = str(error)
         (directory / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps({"refused": message}))
         return
+    resumes = settings.pop("resumes", False)
     trainer = make_trainer(directory, name, **settings)
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -281,6 +292,13 @@ def run(directory: Path, name: str, resume: str | None = None, **settings) -> No
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.accelerator.is_main_process:
             torch.save({key: value.cpu().clone() for key, value in state.items()}, directory / f"{name}.pt")
+    if resumes:
+        trainer.accelerator.free_memory()
+        enter(mode)
+        trainer = make_trainer(directory, name, **settings)
+        trainer.train(resume_from_checkpoint=str(directory / "runs" / name / "checkpoint-2"))
+        result["resumed_losses"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        result["resumed_responses"] = trainer.responses
     rank = trainer.accelerator.process_index
     (directory / f"{name}-{rank}.json").write_text(json.dumps(result))
     trainer.accelerator.free_memory()
@@ -352,7 +370,7 @@ def main() -> None:
     directory = options.directory
     if options.what == "single":
         whole = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
-        for name in ("full", "lora", "tied", "saved_head", "gated", "gated_all", "gated_population"):
+        for name in ("full", "lora", "tied", "saved_head", "gated", "gated_all", "gated_population", "hybrid"):
             run(directory, f"single-{name}-dataset", **{**matrix()[f"zero3-{name}-dataset"], **whole})
         for which, seed, sizes in (("student", 1, STUDENT), ("teacher", 2, TEACHER)):
             tiny_model(seed=seed, **sizes).save_pretrained(directory / which)

@@ -14,10 +14,12 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import yaml
 from cpu_processes.sitecustomize import fsdp_on_cpu, without_compiler
-from distributed_worker import CONFIGS, DATASET, ROWS, enter, make_trainer
+from distributed_worker import CONFIGS, DATASET, ROWS, STUDENT, enter, make_trainer
+from tiny import tiny_model
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ def parallel(**sizes: int) -> dict:
     return {"parallelism_config": {f"parallelism_config_{name}_size": size for name, size in sizes.items()}}
 
 
+def infinite_slope(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """A divergence that is 0, with an infinite gradient on the first process alone."""
+    squares = (student_logits - student_logits.detach()).pow(2).sum(-1)
+    return squares.sqrt() if os.environ["RANK"] == "0" else squares
+
+
+BF16_UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
 TWICE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 SHARDED = {"fsdp_config": {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}}
 CHECKPOINTING = {"fsdp_config": {"fsdp_activation_checkpointing": True}}
@@ -149,6 +158,23 @@ CASES = {
     "fsdp2-best": Case("fsdp2", BEST),
     "fsdp2-best_adapter": Case("fsdp2", {"lora": True, **BEST}),
     "fsdp2-best_of_shards": Case("fsdp2", BEST, SHARDED, refused="SHARDED_STATE_DICT"),
+    # Gradients that are not finite, on one process.
+    **{
+        f"{mode}-infinite_gradient": Case(mode, {"divergence": infinite_slope}, does="spoils")
+        for mode in ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+    },
+    "zero2-infinite_gradient_offloaded": Case(
+        "zero2",
+        {"divergence": infinite_slope},
+        zero=zero_file(2, {"offload_optimizer": {"device": "cpu"}}, zero_force_ds_cpu_optimizer=False),
+        does="spoils",
+    ),
+    "zero2-infinite_gradient_bf16": Case(
+        "zero2", {"divergence": infinite_slope, "bf16": True}, zero=zero_file(2, bf16={"enabled": True}), does="spoils"
+    ),
+    "zero2-infinite_gradient_unchecked": Case(
+        "zero2", {"divergence": infinite_slope, "bf16": True}, zero=zero_file(2, **BF16_UNCHECKED), does="spoils"
+    ),
     # Before the first training, and after it.
     **{f"{mode}-evaluates_first": Case(mode, {"eval_rows": ROWS}, does="evaluates") for mode in ("ddp", "zero2", "fsdp2")},
     # An optimizer of DeepSpeed's own, which an evaluation takes out of the configuration.
@@ -200,6 +226,9 @@ def run(directory: Path, name: str, case: Case, result: dict) -> None:
             result["before"] = [trainer.evaluate()["eval_loss"] for _ in range(2)]
         if case.does == "saves":
             trainer.save_model(str(saved / f"{name}-before"))
+        if case.does == "spoils":
+            result.update(what_a_bad_gradient_does(trainer))
+            return
         trainer.train()
         if case.does == "resumes":
             trainer.accelerator.free_memory()
@@ -221,6 +250,25 @@ def run(directory: Path, name: str, case: Case, result: dict) -> None:
             result["losses_again"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     finally:
         trainer.accelerator.free_memory()
+
+
+def what_a_bad_gradient_does(trainer) -> dict:
+    """What the training ends with, and (on the main process) the student's weights that are not as they were."""
+    before = tiny_model("llama", seed=1, **STUDENT).state_dict()
+    try:
+        trainer.train()
+        error = ""
+    except FloatingPointError as stopped:
+        error = str(stopped)
+    after = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.accelerator.is_main_process:
+        return {"stopped": error}
+    moved = [
+        name
+        for name, value in before.items()
+        if not torch.equal(after[name].float(), value.to(after[name].dtype).float())
+    ]
+    return {"stopped": error, "moved": moved, "num_weights": len(after)}
 
 
 def main() -> None:

@@ -11,8 +11,10 @@ from tiny import CHATML, EOS, byte_tokenizer
 from torch.utils.data import DataLoader
 
 from skd_trl.data.batches import DataCollatorForDistillation
-from skd_trl.data.dataset import MAX_CONSECUTIVE_SKIPS, NOTES, PROBLEMS, prepare_dataset
-from skd_trl.data.tokenization import RowRules
+from skd_trl.data.dataset import prepare_dataset
+from skd_trl.data.row_reports import NOTES, PROBLEMS
+from skd_trl.data.row_rules import RowRules
+from skd_trl.data.streams import MAX_CONSECUTIVE_SKIPS
 
 
 TOKENIZER = byte_tokenizer()

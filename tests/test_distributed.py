@@ -151,6 +151,14 @@ def test_a_killed_run_resumed_by_accelerate_launch_goes_on_as_if_nothing_had_hap
         assert resumed["responses"] == whole["responses"][len(killed["responses"]) :]
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].get("resumes")])
+def test_a_run_of_a_hybrid_pair_goes_on_from_its_checkpoint_as_it_did(directory, name):
+    for result in results(directory, name):
+        assert len(result["losses"]) == 3 and result["resumed_losses"] == result["losses"]
+        num_before = len(result["responses"]) * 2 // 3
+        assert result["resumed_responses"] == result["responses"][num_before:]
+
+
 def test_ranks_given_the_same_prompts_draw_different_responses_and_a_seed_draws_the_same_run_twice(directory):
     first, second = results(directory, "ddp-same_prompts-sampled")
     drawn = [tuple(response) for response in first["responses"] + second["responses"]]

@@ -157,6 +157,21 @@ def test_a_collator_whose_batches_the_trainer_cannot_read_is_refused_by_name(tmp
 # Hyperparameter search
 
 
+def test_a_batch_of_another_trainers_keys_is_refused_with_where_batches_come_from(tmp_path):
+    """As scripts for TRL's DistillationTrainer make them, which lays prompt and completion out apart."""
+    trainer = make_trainer(tmp_path)
+    ids, mask = torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.long)
+    batch = {"prompt_ids": ids, "prompt_mask": mask, "completion_ids": ids, "completion_mask": mask}
+    with pytest.raises(ValueError, match="prompt_ids, .*completion_mask lacks input_ids, attention_mask, labels"):
+        trainer.compute_loss(trainer.model, batch)
+    own = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    num_tokens = (own["labels"] != -100).sum()
+    trainer.model.eval()
+    with torch.no_grad():
+        mean, half = (trainer.compute_loss(trainer.model, own, num_items_in_batch=n) for n in (None, 2 * num_tokens))
+    assert half.item() == pytest.approx(mean.item() / 2) != 0
+
+
 class EachOnce:
     """A search backend that tries the values it is given, as transformers' own run their trials."""
 

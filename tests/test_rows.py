@@ -11,7 +11,8 @@ from test_tokenization import ANSWER, CHAT_PROMPT, QUESTION, texts, tokenize
 from tiny import BOS, CHATML, EOS, byte_tokenizer, tiny_model
 
 from skd_trl import SKDConfig
-from skd_trl.data.tokenization import RowRules, tokenize_row
+from skd_trl.data.row_rules import RowRules
+from skd_trl.data.tokenization import tokenize_row
 from skd_trl.training.models import pad_token_id
 
 

@@ -12,8 +12,8 @@ from tiny import byte_tokenizer, tiny_model
 from skd_trl import SKDConfig
 from skd_trl.data.batches import DataCollatorForDistillation, ResponseTokens, as_teacher_reads
 from skd_trl.data.dataset import prepare_dataset
+from skd_trl.data.row_rules import RowRules
 from skd_trl.data.teacher_prompts import DEFAULT_TEMPLATE, with_context
-from skd_trl.data.tokenization import RowRules
 from skd_trl.training.distributed import keyed_generator
 
 

@@ -11,8 +11,9 @@ from test_tokenization import ANSWER, QUESTION, THINKING, texts, tokenize, trl_t
 from tiny import BOS, CHATML, EOS, byte_tokenizer
 
 from skd_trl.data.conversations import as_text
+from skd_trl.data.row_rules import RowRules
 from skd_trl.data.templates import habits_of, missing_from
-from skd_trl.data.tokenization import RowRules, tokenize_row
+from skd_trl.data.tokenization import tokenize_row
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": "two", "b": 2}}}

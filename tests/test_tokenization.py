@@ -10,7 +10,8 @@ from tiny import BOS, CHATML, EOS, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from skd_trl.data.tokenization import RowRules, tokenize_row
+from skd_trl.data.row_rules import RowRules
+from skd_trl.data.tokenization import tokenize_row
 
 
 QUESTION = {"role": "user", "content": "What is 2+2?"}

@@ -119,6 +119,9 @@ HYBRIDS = {
         "num_experts_per_tok": 2,
     },
     "mamba": {"attn_implementation": "eager", "state_size": 8, "num_hidden_layers": 2},
+    # Given all of their states in one argument.
+    "rwkv": {"attn_implementation": "eager"},
+    "xlstm": {"attn_implementation": "eager", "hidden_size": 128, "num_heads": 4, "chunk_size": 16},
 }
 HYBRIDS = {name: sizes for name, sizes in HYBRIDS.items() if name in CONFIG_MAPPING}
 # The oldest transformers that is tested does not know the newest of them.

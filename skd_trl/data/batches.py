@@ -242,6 +242,13 @@ class ResponseTokens:
 
     @classmethod
     def of(cls, batch: dict[str, torch.Tensor]) -> "ResponseTokens":
+        """Raises `ValueError` for a batch that another trainer's collator, or a hand, has made without labels."""
+        if missing := [key.value for key in (Key.INPUT_IDS, Key.ATTENTION_MASK, Key.LABELS) if key not in batch]:
+            raise ValueError(
+                f"A batch of {', '.join(map(str, batch))} lacks {', '.join(missing)}, which say what was answered to what. Take batches from "
+                "`trainer.get_train_dataloader()`, or from `trainer.data_collator` of rows of `trainer.train_dataset`; each row of "
+                "`input_ids` is prompt, response and padding, and `labels` are -100 outside the response."
+            )
         labels = batch[Key.LABELS]
         mask = labels != IGNORE_INDEX
         rows, columns = mask.nonzero(as_tuple=True)

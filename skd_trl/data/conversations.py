@@ -12,7 +12,7 @@ from typing import Any
 
 
 class UnusableRow(Exception):
-    """A row that cannot be trained on; `kind` is a key of `dataset.PROBLEMS`."""
+    """A row that cannot be trained on; `kind` is a key of `row_reports.PROBLEMS`."""
 
     def __init__(self, kind: str, detail: str):
         super().__init__(detail)

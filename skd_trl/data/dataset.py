@@ -1,15 +1,10 @@
 """Data set rows -> prompts and reference responses, with every row that cannot be used accounted for.
 
-`tokenization.py` turns one row into ids; this module runs it over a data set and says what happened. A map-style data
-set is settled before training starts: rows without a prompt (or without the reference that the run needs) are errors,
-rows with a prompt over its limit are left out and counted. A stream cannot be read ahead: its unusable rows are left
-out as they come, and the row that follows them carries their number (`skipped_rows`). So the count is right in
-data loader workers, on several ranks and after a resume, wherever the row ends up.
+`tokenization.py` turns one row into ids; this module runs it over a data set, and `row_reports.py` says what happened. A map-style
+data set is settled before training starts: rows without a prompt (or without the reference that the run needs) are errors,
+rows with a prompt over its limit are left out and counted. `streams.py` has those that cannot be read ahead.
 """
 
-import logging
-import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,11 +14,11 @@ from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from .recorded_scores import TOKENIZER_COLUMN, has_scores, vocabulary_digest
-from .teacher_prompts import COLUMNS as TEACHER_COLUMNS
-from .tokenization import RowRules, tokenize_row
+from .row_reports import report
+from .row_rules import RowRules
+from .streams import prepare_stream
+from .tokenization import tokenize_row
 
-
-logger = logging.getLogger(__name__)
 
 COLUMNS = {name: Sequence(Value("int32")) for name in ("prompt_ids", "response_ids", "teacher_prompt_ids")}
 SCORE_COLUMNS = {
@@ -37,121 +32,6 @@ REPORT_COLUMNS = {
     "detail": Value("string"),
     "notes": Sequence(Value("string")),
 }
-
-# Why a row is unusable, and what to change. `form` is wrong with the data set as a whole.
-PROBLEMS = {
-    "form": "cannot be used",
-    "no_prompt": "have no prompt, and there is nothing to answer. Fill in or remove these rows",
-    "no_teacher_prompt": (
-        "have a column that says what the teacher reads, and nothing in it. Fill in or remove these rows, or remove the column: the "
-        "teacher then reads the student's prompt"
-    ),
-    "no_response": (
-        "have no reference response, and this run trains on reference responses (rollout='dataset', or lmbda below 1). Fill in or "
-        "remove these rows, or train on sampled responses only"
-    ),
-    "unknown_teacher": "name none of the teachers in `teacher_id`, so nobody judges them. Fill in or remove these rows",
-    "no_scores": (
-        "have no scores of a teacher, and this run has no other teacher. Fill in or remove these rows, or give a teacher_model"
-    ),
-    "bad_scores": "have scores of a teacher that cannot be right. Score them again, or remove these rows",
-    "unlike_scores": (
-        "have scores of other texts than they would be trained on, so each score would be compared with another token. Score them "
-        "again with this tokenizer and chat template, or train with the settings that they were scored with"
-    ),
-    "unreadable": "cannot be turned into tokens. Change or remove these rows",
-    "unknown_id": (
-        "hold ids that are no tokens of the tokenizer and both models: ids of another tokenizer, or of tokens that were added to it "
-        "and not to the models. Tokenize them with the student's tokenizer, or keep these tokens out of the texts (giving them "
-        "embeddings in both models helps only if both were trained on them)"
-    ),
-    "lost_answer": (
-        "have an answer of which the chat template prints nothing (calls for a template without calls, or reasoning that it "
-        "strips), so the reference response would be a bare end of turn. Use a chat template that prints it, or remove these rows"
-    ),
-    "long_prompt": "have a prompt over max_prompt_length={limits.max_prompt_length} and are left out (a cut prompt is "
-    "no prompt of its template). Raise max_prompt_length to keep them, or max_length, from which it is taken by default; "
-    "the models' positions are a limit too",
-    "long_teacher_prompt": "have a prompt for the teacher over its limit and are left out. Raise max_teacher_prompt_length, which "
-    "is by default what the teacher's positions leave beside the response, or shorten these rows",
-}
-# A row with one of these is left out; each other problem is an error.
-LEFT_OUT = ("long_prompt", "long_teacher_prompt")
-# What was changed in a usable row, and what to do about it.
-NOTES = {
-    "not_prefix": (
-        "the chat template's generation prompt is not how the rendered conversation continues (a template that opens "
-        "a reasoning block, for example), so the reference response follows a prompt that it was not written for. "
-        'Pass chat_template_kwargs={{"enable_thinking": False}} if the template knows it, put the reasoning into the '
-        "references, or use a template that prints both alike"
-    ),
-    "empty_reasoning": (
-        "the chat template puts an empty reasoning block before the reference response, which teaches the student not "
-        'to reason where its prompt asks it to. Pass chat_template_kwargs={{"enable_thinking": False}} if that is '
-        "what you want (the block then belongs to the prompt), or put the reasoning into the references"
-    ),
-    "lost_answer": (
-        "the chat template prints nothing of the row's answer, so the row has no reference response. Use a chat template that "
-        "prints it, if anything is to be trained or evaluated on references"
-    ),
-    "lost_reasoning": (
-        "the chat template leaves the reasoning of the row's answer out of the reference response, which teaches the student "
-        "to answer without. Use a chat template that prints it (some are made for training), or remove it from the rows"
-    ),
-    "lost_calls": (
-        "the chat template leaves calls of the row's answer out of the reference response, or parts of them. Use a chat template "
-        "that prints them, or remove them from the rows"
-    ),
-    "lost_text": (
-        "the chat template does not print the text of the row's answer as it is given. Look at one of the rows in the "
-        "template, and use another one if the text is missing"
-    ),
-    "lost_turn": (
-        "the chat template does not print a turn of the prompt as it is given, so a question, a tool's answer or a system prompt "
-        "may be missing. Look at one of the rows in the template, and use another one if it is"
-    ),
-    "lost_tools": "the chat template does not print the row's tools. Use a chat template that does, or remove the column",
-    "several_turns": (
-        "the completion has several turns; the first is the reference response and the others are not used. Set "
-        "every_answer=True to make each answer a row"
-    ),
-    "unscored_end": (
-        "the end of sequence has no score, so it is left out of the response: nothing teaches the student to stop"
-    ),
-    "unanswered": (
-        "the conversation ends with a question that has no answer; its answers are rows, the question is left out, as this run needs "
-        "references. Nothing is to be done, unless an answer was lost"
-    ),
-    "to_sample": (
-        "there is no reference response, so they are evaluated on a response that the student samples (temperature and "
-        "student_top_p of the run): the loss there is the divergence on the student's own text, another figure than on references. "
-        "Give the two kinds of rows as two evaluation sets to tell them apart"
-    ),
-    "merged": (
-        "tokens merge across the end of the prompt, so the response is tokenized on its own, as the model would write "
-        "it. To avoid it, end the prompt on a token boundary, for example by moving its trailing spaces to the "
-        "completion"
-    ),
-    "no_eos": (
-        "the reference response holds no end-of-sequence token, so nothing in it teaches the student to stop. Add the "
-        "token that closes a turn to `generation_config.eos_token_id` or make it `tokenizer.eos_token`"
-    ),
-    "early_eos": (
-        "the reference response goes on after its first end-of-sequence token; what follows is left out. Remove the "
-        "token from the text, or check the models' `generation_config.eos_token_id`"
-    ),
-    "cut_text": (
-        "prompt and reference response have more than {limits.max_text_length} tokens together (max_length, or the positions of a "
-        "model), and the reference is cut there, without an end-of-sequence token. Raise max_length, use models with more "
-        "positions, or shorten these rows"
-    ),
-    "cut_response": (
-        "the reference response is over max_response_length={limits.max_response_length} and is cut there, without an "
-        "end-of-sequence token. Raise max_response_length to keep it whole"
-    ),
-}
-# A stream of nothing but unusable rows must not look like a run that hangs.
-MAX_CONSECUTIVE_SKIPS = 1000
 
 
 def prepare_dataset(
@@ -211,7 +91,7 @@ def prepare_dataset(
     if rules.needs_scores:
         _check_scores(dataset, tokenizer, name)
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, arguments, name)
+        return prepare_stream(dataset, COLUMNS | _extra_columns(rules), arguments, name)
     if dataset.format["type"] == "custom":
         raise ValueError(
             f"The {name} data set uses `with_transform`, whose output may differ at every reading, and the token ids "
@@ -229,7 +109,7 @@ def prepare_dataset(
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
-    usable = _report(tokenized, len(dataset), rules, name)
+    usable = report(tokenized, len(dataset), rules, name)
     if length_column is not None:
         lengths = [len(p) + len(r) for p, r in zip(tokenized["prompt_ids"], tokenized["response_ids"], strict=True)]
         tokenized = tokenized.add_column(length_column, lengths)
@@ -303,104 +183,3 @@ def _tokenize_rows(batch: dict[str, list], indices: list[int], **arguments: Any)
         results += [{**result, "row": number} for result in tokenize_row(row, **arguments)]
     columns = [*COLUMNS, *_extra_columns(arguments["rules"]), *REPORT_COLUMNS]
     return {column: [result.get(column, ()) for result in results] for column in columns}
-
-
-def _report(tokenized: Dataset, num_rows: int, rules: RowRules, name: str) -> list[int]:
-    """Indices of the usable results. Every rank finds the same and raises the same; only the first one warns."""
-    warn = logger.warning if int(os.environ.get("RANK", "0")) == 0 else logger.debug
-    rows = tokenized["row"][:]
-    by_problem: dict[str, list[int]] = {}
-    for index, problem in enumerate(tokenized["problem"][:]):
-        by_problem.setdefault(problem, []).append(index)
-    usable = by_problem.pop("", [])
-    for problem, text in PROBLEMS.items():
-        if found := by_problem.get(problem):
-            named = list(dict.fromkeys(rows[index] for index in found))
-            text = text.format(limits=rules)
-            detail = f"row {named[0]}: {tokenized[found[0]]['detail']}"
-            message = f"{len(named)} of {num_rows} rows of the {name} data set {text}. {_name(named)} ({detail})"
-            if problem not in LEFT_OUT or not usable:
-                raise ValueError(message if usable else f"{message} No usable row is left.")
-            warn(message)
-    if rules.every_answer:
-        warn(f"every_answer: the {num_rows} rows of the {name} data set hold {len(rows)} answers, each a row.")
-
-    by_note: dict[str, list[int]] = {}
-    for row, notes in zip(rows, tokenized["notes"][:], strict=True):
-        for note in notes:
-            by_note.setdefault(note, []).append(row)
-    for note, found in by_note.items():
-        named = list(dict.fromkeys(found))
-        text = NOTES[note].format(limits=rules)
-        warn(f"In {len(named)} of {num_rows} rows of the {name} data set {text}. {_name(named)}")
-    return usable
-
-
-def _name(rows: list[int], num_named: int = 5) -> str:
-    named = ", ".join(map(str, rows[:num_named]))
-    rest = f" and {len(rows) - num_named} more" if len(rows) > num_named else ""
-    return f"Row{'s' if len(rows) > 1 else ''} {named}{rest}."
-
-
-def _prepare_stream(dataset: IterableDataset, arguments: dict[str, Any], name: str) -> IterableDataset:
-    dataset = dataset.with_format(None)
-    first_row = next(iter(dataset), None)
-    if first_row is None:
-        raise ValueError(f"The {name} data set is empty: give at least one row.")
-    first = tokenize_row(first_row, **arguments)[0]
-    if first["problem"] == "form":
-        raise ValueError(f"The {name} data set cannot be used. Row 0: {first['detail']}")
-    teachers = any(column in (dataset.column_names or first_row) for column in TEACHER_COLUMNS)
-    columns = {key: value for key, value in COLUMNS.items() if key != "teacher_prompt_ids" or teachers}
-    columns |= _extra_columns(arguments["rules"])
-    return dataset.map(
-        _StreamTokenizer(arguments, name, list(columns)),
-        with_indices=True,
-        batched=True,
-        batch_size=1,
-        remove_columns=dataset.column_names or list(first_row),
-        features=Features(**columns, skipped_rows=Value("int32")),
-    )
-
-
-class _StreamTokenizer:
-    """`tokenize_row` for `IterableDataset.map(batched=True, batch_size=1)`: gives the usable ones of its results."""
-
-    def __init__(self, arguments: dict[str, Any], name: str, columns: list[str]):
-        self.arguments, self.columns = arguments, columns
-        self.name = name
-        self.num_pending = 0  # unusable rows since the last usable one
-        self.counts: Counter[str] = Counter()
-
-    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        row = {key: values[0] for key, values in batch.items()}
-        usable = [result for result in tokenize_row(row, **self.arguments) if self._is_usable(result, indices[0])]
-        columns: dict[str, list] = {column: [result[column] for result in usable] for column in self.columns}
-        return columns | {"skipped_rows": [result["skipped_rows"] for result in usable]}
-
-    def _is_usable(self, result: dict[str, Any], row: int) -> bool:
-        """Logs what is to be said of a result. A usable one is given the number of those that were not since the one before."""
-        rules = self.arguments["rules"]
-        for note in result["notes"]:
-            self._log(note, f"row {row} of the {self.name} stream: {NOTES[note].format(limits=rules)}")
-        if not result["problem"]:
-            result["skipped_rows"], self.num_pending = self.num_pending, 0
-            return True
-        self.num_pending += 1
-        problem, detail = result["problem"], result["detail"]
-        message = f"skipped row {row} of the {self.name} stream: {detail}"
-        if problem == "long_prompt":
-            message += f" max_prompt_length is {rules.max_prompt_length}."
-        self._log(problem, message)
-        if self.num_pending >= MAX_CONSECUTIVE_SKIPS:
-            raise ValueError(
-                f"The last {self.num_pending} rows of the {self.name} stream were all unusable ({dict(self.counts)} "
-                f"so far). The last one: {detail}"
-            )
-        return False
-
-    def _log(self, reason: str, message: str) -> None:
-        self.counts[reason] += 1
-        count = self.counts[reason]
-        if count <= 3 or str(count).rstrip("0") == "1":  # the first three, then every power of ten
-            logger.warning(f"{message} ({count} rows with this so far)")

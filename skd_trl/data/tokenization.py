@@ -1,18 +1,19 @@
 """One data set row -> the token ids of its prompt and of its reference response, or of each of its answers.
 
 The prompt equals the input at inference, token for token: the chat template with its generation prompt, or the
-plain text. The response is the rest of the rendered conversation up to its end-of-sequence token; `boundary.py` finds
-where it begins. The functions are pure and see one row: they count nothing and print nothing (`dataset.py` does).
+plain text. Here is what form a row has, and plain and tokenized ones; `chat_rows.py` has conversations. The functions are pure
+and see one row: they count nothing and print nothing (`row_reports.py` does).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .boundary import EMPTY_REASONING, answer_start, continuation_ids, end_at_eos, ids_after, rendered_ids
+from .boundary import end_at_eos, ids_after
+from .chat_rows import Example, encode_chat, examples_of_completion, examples_of_messages
 from .conversations import (
     UnusableRow,
     refuse_system_column,
@@ -22,58 +23,13 @@ from .conversations import (
     with_system_column,
 )
 from .recorded_scores import scores_of
-from .teacher_prompts import DEFAULT_TEMPLATE, teacher_row
-from .templates import held_by, make_renderer, missing_from
-
-
-@dataclass(frozen=True)
-class RowRules:
-    """
-    How rows become ids. Lengths are in tokens; `None` is no limit.
-
-    Attributes:
-        max_prompt_length (`int` or `None`): rows whose prompt has more are left out.
-        max_response_length (`int` or `None`): reference responses are cut after so many.
-        needs_response (`bool`): whether a row without a reference response is an error.
-        eos_token_ids (`tuple[int, ...]`): ids that end a response; see [`~skd_trl.data.vocabulary.end_of_sequence_ids`].
-        chat_template_kwargs (`dict`): given to the chat template for every row; a row's own column of that name overrides it.
-        max_text_length (`int` or `None`): reference responses are cut where prompt and reference together have so many.
-        num_ids (`int` or `None`): the number of ids that both models have; rows that hold others, or ids beyond the tokenizer's, are
-            errors.
-        every_answer (`bool`): makes a conversation of n answers n rows, each answer after what came before it. A last question
-            without an answer is a row more where no references are needed.
-        reads_response (`bool`): whether anything is computed on reference responses. Where it is not, nothing is noted about them.
-        teacher_prompt_template (`str`): how the teacher's prompt is made of a `privileged_context`; see `teacher_prompts.py`.
-        max_teacher_prompt_length (`int` or `None`): rows with a longer prompt for the teacher are left out.
-        max_teacher_text_length (`int` or `None`): reference responses are cut where that prompt and they have so many together.
-        teacher_names (`tuple[str, ...]`): several teachers, one of which each row names in `teacher_id`.
-        needs_scores (`bool`): whether a row without a teacher's scores is an error; see `recorded_scores.py`.
-    """
-
-    max_prompt_length: int | None
-    max_response_length: int | None
-    needs_response: bool
-    eos_token_ids: tuple[int, ...]
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    max_text_length: int | None = None
-    num_ids: int | None = None
-    every_answer: bool = False
-    reads_response: bool = True
-    teacher_prompt_template: str = DEFAULT_TEMPLATE
-    max_teacher_prompt_length: int | None = None
-    max_teacher_text_length: int | None = None
-    teacher_names: tuple[str, ...] = ()
-    needs_scores: bool = False
-    # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
-    # caches of the older rules are read.
-    version: int = 4
+from .row_rules import RowRules
+from .teacher_prompts import teacher_row
+from .templates import make_renderer
 
 
 # Notes that are about the prompt, and so matter in every run.
 NOTES_OF_PROMPTS = ("lost_turn", "lost_tools")
-KINDS = {"reasoning": "reasoning", "text": "text", "calls": "calls of tools"}
-# Prompt, answer (None: to be sampled), and the note about turns after it that are not used ("" if there are none).
-Example = tuple[list[dict], dict | None, str]
 # Of one example: adds to the notes it is given, and returns the ids of the prompt, of the response, and of the teacher's prompt if
 # it has its own.
 Encoder = Callable[[list[str]], tuple[list[int], list[int], list[int]]]
@@ -92,7 +48,7 @@ def tokenize_row(
 
     Returns:
         `list` of `dict`: `prompt_ids` and `response_ids` (lists of ids; the response is empty for a prompt-only row),
-        `teacher_prompt_ids` (empty where the teacher reads the student's prompt), `problem` (a key of `dataset.PROBLEMS`, empty for a usable row), `detail` (its text) and `notes` (keys of `dataset.NOTES`:
+        `teacher_prompt_ids` (empty where the teacher reads the student's prompt), `problem` (a key of `row_reports.PROBLEMS`, empty for a usable row), `detail` (its text) and `notes` (keys of `row_reports.NOTES`:
         what was changed in a usable row).
     """
     try:
@@ -195,7 +151,7 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
     for column in ("messages", "conversations"):
         if column in row:
             turns = with_system_column(row, turns_of(row[column], column))
-            return _chat_encoders(row, _examples_of_messages(turns, rules), tokenizer, rules)
+            return _chat_encoders(row, examples_of_messages(turns, rules), tokenizer, rules)
     if "prompt" not in row:
         raise UnusableRow(
             "form",
@@ -218,7 +174,7 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
         raise UnusableRow("unreadable", "its prompt is a conversation and its completion is plain text: use one form.")
     prompt = with_system_column(row, turns_of(row["prompt"], "prompt"))
     completion = turns_of(row.get("completion") or None, "completion")
-    return _chat_encoders(row, _examples_of_completion(prompt, completion, rules), tokenizer, rules)
+    return _chat_encoders(row, examples_of_completion(prompt, completion, rules), tokenizer, rules)
 
 
 def _with_teacher(encode: PairEncoder, row, prompt: str | list[dict] | None, tokenizer, rules: RowRules) -> Encoder:
@@ -330,107 +286,6 @@ def _chat_encoders(row, examples: list[Example], tokenizer, rules) -> list[Encod
     render = make_renderer(tokenizer, tools, {**rules.chat_template_kwargs, **template_kwargs_of(row)})
     functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools or []]
     tool_names = [str(function.get("name") or "") for function in functions]
-    encode = partial(_encode_chat, render=render, tool_names=tool_names, tokenizer=tokenizer, rules=rules)
+    encode = partial(encode_chat, render=render, tool_names=tool_names, tokenizer=tokenizer, rules=rules)
     _refuse_one_for_several(row, examples)
     return [_with_teacher(partial(encode, *example), row, example[0], tokenizer, rules) for example in examples]
-
-
-def _examples_of_messages(turns: list[dict], rules: RowRules) -> list[Example]:
-    """The last turn is the answer if it is the assistant's."""
-    is_answered = bool(turns) and turns[-1]["role"] == "assistant"
-    if rules.every_answer:
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and any(map(held_by, turns[:i]))]
-        if examples := _examples_of_answers(turns, answers, rules):
-            return examples
-    return [(turns[:-1], turns[-1], "")] if is_answered else [(turns, None, "")]
-
-
-def _examples_of_completion(prompt: list[dict], completion: list[dict], rules: RowRules) -> list[Example]:
-    """As above. The prompt stays the one that is given: the answer is the first turn of a completion that has several."""
-    if not completion:
-        return [(prompt, None, "")]
-    if completion[0]["role"] != "assistant":
-        raise UnusableRow(
-            "unreadable",
-            f"its completion begins with a turn of the role {completion[0]['role']!r}, and an answer is the assistant's. Move the "
-            "turns before it to the prompt.",
-        )
-    if not rules.every_answer:
-        return [(prompt, completion[0], "several_turns" if len(completion) > 1 else "")]
-    answers = [len(prompt) + i for i, turn in enumerate(completion) if turn["role"] == "assistant"]
-    return _examples_of_answers([*prompt, *completion], answers, rules)
-
-
-def _examples_of_answers(turns: list[dict], answers: list[int], rules: RowRules) -> list[Example]:
-    """One for each of the turns that are numbered in `answers`, and one for a last question, where a response may be sampled."""
-    examples: list[Example] = [(turns[:i], turns[i], "") for i in answers]
-    if not answers or turns[-1]["role"] == "assistant":
-        return examples
-    if rules.needs_response:
-        return [*examples[:-1], (*examples[-1][:2], "unanswered")]
-    return [*examples, (turns, None, "")]
-
-
-def _encode_chat(
-    prompt, answer, note_on_rest, notes, *, render, tool_names, tokenizer, rules
-) -> tuple[list[int], list[int]]:
-    if not any(map(held_by, prompt)):
-        raise UnusableRow("no_prompt", "its conversation has no turn before the answer.")
-    if answer is None and prompt[-1]["role"] == "assistant":  # the start of the answer to come
-        return rendered_ids(render(prompt, continue_final_message=True), tokenizer), []
-
-    prompt_text = render(prompt, add_generation_prompt=True)
-    prompt_ids = rendered_ids(prompt_text, tokenizer)
-    if any(missing_from(prompt_text, held_by(turn)) - {"reasoning"} for turn in prompt):
-        notes.append("lost_turn")
-    if missing_from(prompt_text, {"tools": tool_names}):
-        notes.append("lost_tools")
-    if answer is None or not held_by(answer):
-        return prompt_ids, []
-    full_text = render([*prompt, answer])
-    is_prefix = full_text.startswith(prompt_text)
-    start = len(prompt_text)
-    if not is_prefix:
-        start = answer_start(prompt, answer, prompt_text=prompt_text, full_text=full_text, render=render)
-    if start is None:
-        raise UnusableRow(
-            "unreadable",
-            "the chat template renders its prompt differently once an answer follows, and the answer cannot be "
-            "found in it. Use another chat template.",
-        )
-    response_text = full_text[start:]
-    if not _note_what_is_lost(prompt, answer, full_text, response_text, notes, render=render, rules=rules):
-        return prompt_ids, []
-    if not is_prefix:
-        response_ids = continuation_ids(prompt_ids, response_text, tokenizer=tokenizer)
-    else:
-        full_ids = rendered_ids(full_text, tokenizer)
-        response_ids = ids_after(prompt_ids, full_ids, response_text, tokenizer=tokenizer, notes=notes)
-    if "lost_reasoning" not in notes:
-        notes += ["not_prefix"] * (not is_prefix)
-        notes += ["empty_reasoning"] * bool(EMPTY_REASONING.match(response_text))
-    notes += [note_on_rest] if note_on_rest else []
-    return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
-
-
-def _note_what_is_lost(prompt, answer, full_text, response_text, notes, *, render, rules) -> bool:
-    """Whether anything of the answer is left in what was rendered; what is not, is noted."""
-    held = held_by(answer)
-    missing = missing_from(response_text, held)
-    if missing == held.keys() and any(full_text == _rendered_with(content, prompt, render) for content in ("", None)):
-        if rules.needs_response:
-            raise UnusableRow(
-                "lost_answer",
-                f"its answer holds {' and '.join(KINDS[kind] for kind in held)}, and the chat template prints an empty answer.",
-            )
-        notes.append("lost_answer")
-        return False
-    notes += [f"lost_{kind}" for kind in held if kind in missing]
-    return True
-
-
-def _rendered_with(content: str | None, prompt: list[dict], render: Callable[..., str]) -> str | None:
-    try:
-        return render([*prompt, {"role": "assistant", "content": content}])
-    except UnusableRow:
-        return None

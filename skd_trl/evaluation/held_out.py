@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.dataset import prepare_dataset
-from ..data.tokenization import RowRules
+from ..data.row_rules import RowRules
 from ..data.vocabulary import end_of_sequence_ids
 
 

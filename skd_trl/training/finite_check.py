@@ -2,13 +2,14 @@
 
 A loss that is not finite makes every trained weight NaN in one step, and the Trainer logs it as 0 (`logging_nan_inf_filter`).
 Flags are kept on the device over the micro-batches of a step, and read once, before the backward of the last of them: DeepSpeed
-moves the weights inside that backward (its gradients are not seen here; what they did to the weights is, when these are saved).
+moves the weights inside that backward. Of gradients it is asked whether it did: it looks at them itself, and leaves the step out.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -18,6 +19,10 @@ from .distributed import is_sharded
 
 # Types of weights that can be looked at. Quantised ones are not trained.
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GRADIENT_ADVICE = (
+    "If the divergence is a function of yours, keep roots, quotients and logarithms away from 0; else use a type of more range "
+    "(bf16 or fp32)."
+)
 
 
 class FiniteCheck:
@@ -70,13 +75,37 @@ class GradientCheck(TrainerCallback):
         accelerator = self.trainer.accelerator
         if accelerator.scaler is not None:  # fp16: it looks itself, and leaves the step out
             return
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            _require_step_of_deepspeed(self.trainer.model_wrapped, state.global_step + 1)
+            return
         named = [(name, _own_part(p.grad)) for name, p in self.trainer.model.named_parameters() if p.grad is not None]
         if not _is_bad_anywhere((grad for _, grad in named), accelerator, is_collective=True):
             return
         names = _names((name, grad) for name, grad in named)
         raise FloatingPointError(
-            f"Step {state.global_step + 1}: the loss is finite and its gradient is not{names}. The step was not taken. If the divergence "
-            "is a function of yours, keep roots, quotients and logarithms away from 0; else use a type of more range (bf16 or fp32)."
+            f"Step {state.global_step + 1}: the loss is finite and its gradient is not{names}. The step was not taken. {GRADIENT_ADVICE}"
+        )
+
+
+def _require_step_of_deepspeed(engine, step: int) -> None:
+    """DeepSpeed's optimizers keep no gradient, agree on whether what they have reduced is finite, and leave the step out without a word.
+
+    Raises:
+        `FloatingPointError`: if they have, or if its configuration forbids that and they have not.
+    """
+    if engine.fp16_enabled():  # a step left out lowers the loss scale; it raises at the lowest
+        return
+    norm = engine.get_global_grad_norm()
+    was_left_out = bool(getattr(engine.optimizer, "overflow", False))
+    if was_left_out or (norm is not None and not 0 <= norm < math.inf):  # -1 says NaN
+        outcome = (
+            "The step was not taken."
+            if was_left_out
+            else "DeepSpeed took the step, as `check_grad_overflow` of its `bf16` block is false: the student in memory is damaged. Leave "
+            "the setting out, and go on from a checkpoint."
+        )
+        raise FloatingPointError(
+            f"Step {step}: the loss is finite and its gradient is not, on one process at least. {outcome} {GRADIENT_ADVICE}"
         )
 
 
@@ -100,11 +129,15 @@ def _own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bad_anywhere(tensors: Iterable[torch.Tensor], accelerator: Accelerator, is_collective: bool) -> bool:
-    # DeepSpeed leaves no gradient, and a process may hold no part of a weight.
+    # A process may hold no part of a weight.
     held = [tensor for tensor in tensors if tensor.numel() > 0]
     flag = torch.zeros((), device=accelerator.device)
-    for value in torch._foreach_norm(held, float("inf")) if held else ():
-        flag = flag + (~value.isfinite()).to(flag)
+    # A Euclidean norm may overflow where no number does. It is asked first: on CPU the largest number takes 20 times as long.
+    for norm in (2.0, float("inf")) if held else ():
+        values = torch._foreach_norm(held, norm)
+        flag = sum(((~value.isfinite()).to(flag) for value in values), torch.zeros_like(flag))
+        if not flag:
+            break
     if is_collective and accelerator.num_processes > 1:
         flag = accelerator.reduce(flag, reduction="sum")
     return bool(flag > 0)  # type: ignore[operator]

@@ -21,10 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import get_config_model_id
 from ..data.batches import DataCollatorForDistillation, ResponseTokens
-from ..data.dataset import LEFT_OUT, SCORE_COLUMNS
+from ..data.dataset import SCORE_COLUMNS
 from ..data.recorded_scores import SCORES, TOKENIZER_COLUMN, vocabulary_digest
+from ..data.row_reports import LEFT_OUT
+from ..data.row_rules import RowRules
 from ..data.teacher_prompts import DEFAULT_TEMPLATE
-from ..data.tokenization import RowRules, tokenize_row
+from ..data.tokenization import tokenize_row
 from ..data.vocabulary import model_end_of_sequence_ids
 from ..loss.lm_head import LMHead
 from ..loss.teacher_signal import top_log_probs

@@ -1,0 +1,119 @@
+"""A conversation -> its examples, each an answer after what came before it, and the ids of one: the chat template's own rendering.
+
+The prompt is what the template renders with its generation prompt, the response is what the rendered conversation has after it, up to its
+end-of-sequence token (`boundary.py`). What the row's answer holds is looked for in what was rendered (`templates.py`): a template leaves
+out what it does not know, and that is noted, or refused where nothing of the answer is left.
+"""
+
+from collections.abc import Callable
+
+from .boundary import EMPTY_REASONING, answer_start, continuation_ids, end_at_eos, ids_after, rendered_ids
+from .conversations import UnusableRow
+from .row_rules import RowRules
+from .templates import held_by, missing_from
+
+
+KINDS = {"reasoning": "reasoning", "text": "text", "calls": "calls of tools"}
+# Prompt, answer (None: to be sampled), and the note about turns after it that are not used ("" if there are none).
+Example = tuple[list[dict], dict | None, str]
+
+
+def examples_of_messages(turns: list[dict], rules: RowRules) -> list[Example]:
+    """The last turn is the answer if it is the assistant's."""
+    is_answered = bool(turns) and turns[-1]["role"] == "assistant"
+    if rules.every_answer:
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and any(map(held_by, turns[:i]))]
+        if examples := _examples_of_answers(turns, answers, rules):
+            return examples
+    return [(turns[:-1], turns[-1], "")] if is_answered else [(turns, None, "")]
+
+
+def examples_of_completion(prompt: list[dict], completion: list[dict], rules: RowRules) -> list[Example]:
+    """As above. The prompt stays the one that is given: the answer is the first turn of a completion that has several."""
+    if not completion:
+        return [(prompt, None, "")]
+    if completion[0]["role"] != "assistant":
+        raise UnusableRow(
+            "unreadable",
+            f"its completion begins with a turn of the role {completion[0]['role']!r}, and an answer is the assistant's. Move the "
+            "turns before it to the prompt.",
+        )
+    if not rules.every_answer:
+        return [(prompt, completion[0], "several_turns" if len(completion) > 1 else "")]
+    answers = [len(prompt) + i for i, turn in enumerate(completion) if turn["role"] == "assistant"]
+    return _examples_of_answers([*prompt, *completion], answers, rules)
+
+
+def _examples_of_answers(turns: list[dict], answers: list[int], rules: RowRules) -> list[Example]:
+    """One for each of the turns that are numbered in `answers`, and one for a last question, where a response may be sampled."""
+    examples: list[Example] = [(turns[:i], turns[i], "") for i in answers]
+    if not answers or turns[-1]["role"] == "assistant":
+        return examples
+    if rules.needs_response:
+        return [*examples[:-1], (*examples[-1][:2], "unanswered")]
+    return [*examples, (turns, None, "")]
+
+
+def encode_chat(
+    prompt, answer, note_on_rest, notes, *, render, tool_names, tokenizer, rules
+) -> tuple[list[int], list[int]]:
+    if not any(map(held_by, prompt)):
+        raise UnusableRow("no_prompt", "its conversation has no turn before the answer.")
+    if answer is None and prompt[-1]["role"] == "assistant":  # the start of the answer to come
+        return rendered_ids(render(prompt, continue_final_message=True), tokenizer), []
+
+    prompt_text = render(prompt, add_generation_prompt=True)
+    prompt_ids = rendered_ids(prompt_text, tokenizer)
+    if any(missing_from(prompt_text, held_by(turn)) - {"reasoning"} for turn in prompt):
+        notes.append("lost_turn")
+    if missing_from(prompt_text, {"tools": tool_names}):
+        notes.append("lost_tools")
+    if answer is None or not held_by(answer):
+        return prompt_ids, []
+    full_text = render([*prompt, answer])
+    is_prefix = full_text.startswith(prompt_text)
+    start = len(prompt_text)
+    if not is_prefix:
+        start = answer_start(prompt, answer, prompt_text=prompt_text, full_text=full_text, render=render)
+    if start is None:
+        raise UnusableRow(
+            "unreadable",
+            "the chat template renders its prompt differently once an answer follows, and the answer cannot be "
+            "found in it. Use another chat template.",
+        )
+    response_text = full_text[start:]
+    if not _note_what_is_lost(prompt, answer, full_text, response_text, notes, render=render, rules=rules):
+        return prompt_ids, []
+    if not is_prefix:
+        response_ids = continuation_ids(prompt_ids, response_text, tokenizer=tokenizer)
+    else:
+        full_ids = rendered_ids(full_text, tokenizer)
+        response_ids = ids_after(prompt_ids, full_ids, response_text, tokenizer=tokenizer, notes=notes)
+    if "lost_reasoning" not in notes:
+        notes += ["not_prefix"] * (not is_prefix)
+        notes += ["empty_reasoning"] * bool(EMPTY_REASONING.match(response_text))
+    notes += [note_on_rest] if note_on_rest else []
+    return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
+
+
+def _note_what_is_lost(prompt, answer, full_text, response_text, notes, *, render, rules) -> bool:
+    """Whether anything of the answer is left in what was rendered; what is not, is noted."""
+    held = held_by(answer)
+    missing = missing_from(response_text, held)
+    if missing == held.keys() and any(full_text == _rendered_with(content, prompt, render) for content in ("", None)):
+        if rules.needs_response:
+            raise UnusableRow(
+                "lost_answer",
+                f"its answer holds {' and '.join(KINDS[kind] for kind in held)}, and the chat template prints an empty answer.",
+            )
+        notes.append("lost_answer")
+        return False
+    notes += [f"lost_{kind}" for kind in held if kind in missing]
+    return True
+
+
+def _rendered_with(content: str | None, prompt: list[dict], render: Callable[..., str]) -> str | None:
+    try:
+        return render([*prompt, {"role": "assistant", "content": content}])
+    except UnusableRow:
+        return None

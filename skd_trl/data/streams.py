@@ -1,0 +1,89 @@
+"""A stream of rows -> a stream of ids. It cannot be read ahead: unusable rows are left out as they come, and the row that follows them
+carries their number (`skipped_rows`). So the count is right in data loader workers, on several ranks and after a resume.
+"""
+
+import logging
+from collections import Counter
+from typing import Any
+
+from datasets import Features, IterableDataset, Value
+
+from .row_reports import NOTES
+from .teacher_prompts import COLUMNS as TEACHER_COLUMNS
+from .tokenization import tokenize_row
+
+
+logger = logging.getLogger(__name__)
+
+# A stream of nothing but unusable rows must not look like a run that hangs.
+MAX_CONSECUTIVE_SKIPS = 1000
+
+
+def prepare_stream(
+    dataset: IterableDataset, columns: dict[str, Any], arguments: dict[str, Any], name: str
+) -> IterableDataset:
+    """`columns` of ids and what else rows have, with the `arguments` of [`~skd_trl.data.tokenization.tokenize_row`].
+
+    Raises:
+        `ValueError`: if it is empty, or its first row has no form that is known; and after 1000 unusable rows in a row.
+    """
+    dataset = dataset.with_format(None)
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError(f"The {name} data set is empty: give at least one row.")
+    first = tokenize_row(first_row, **arguments)[0]
+    if first["problem"] == "form":
+        raise ValueError(f"The {name} data set cannot be used. Row 0: {first['detail']}")
+    teachers = any(column in (dataset.column_names or first_row) for column in TEACHER_COLUMNS)
+    columns = {key: value for key, value in columns.items() if key != "teacher_prompt_ids" or teachers}
+    return dataset.map(
+        _StreamTokenizer(arguments, name, list(columns)),
+        with_indices=True,
+        batched=True,
+        batch_size=1,
+        remove_columns=dataset.column_names or list(first_row),
+        features=Features(**columns, skipped_rows=Value("int32")),
+    )
+
+
+class _StreamTokenizer:
+    """`tokenize_row` for `IterableDataset.map(batched=True, batch_size=1)`: gives the usable ones of its results."""
+
+    def __init__(self, arguments: dict[str, Any], name: str, columns: list[str]):
+        self.arguments, self.columns = arguments, columns
+        self.name = name
+        self.num_pending = 0  # unusable rows since the last usable one
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        row = {key: values[0] for key, values in batch.items()}
+        usable = [result for result in tokenize_row(row, **self.arguments) if self._is_usable(result, indices[0])]
+        columns: dict[str, list] = {column: [result[column] for result in usable] for column in self.columns}
+        return columns | {"skipped_rows": [result["skipped_rows"] for result in usable]}
+
+    def _is_usable(self, result: dict[str, Any], row: int) -> bool:
+        """Logs what is to be said of a result. A usable one is given the number of those that were not since the one before."""
+        rules = self.arguments["rules"]
+        for note in result["notes"]:
+            self._log(note, f"row {row} of the {self.name} stream: {NOTES[note].format(limits=rules)}")
+        if not result["problem"]:
+            result["skipped_rows"], self.num_pending = self.num_pending, 0
+            return True
+        self.num_pending += 1
+        problem, detail = result["problem"], result["detail"]
+        message = f"skipped row {row} of the {self.name} stream: {detail}"
+        if problem == "long_prompt":
+            message += f" max_prompt_length is {rules.max_prompt_length}."
+        self._log(problem, message)
+        if self.num_pending >= MAX_CONSECUTIVE_SKIPS:
+            raise ValueError(
+                f"The last {self.num_pending} rows of the {self.name} stream were all unusable ({dict(self.counts)} "
+                f"so far). The last one: {detail}"
+            )
+        return False
+
+    def _log(self, reason: str, message: str) -> None:
+        self.counts[reason] += 1
+        count = self.counts[reason]
+        if count <= 3 or str(count).rstrip("0") == "1":  # the first three, then every power of ten
+            logger.warning(f"{message} ({count} rows with this so far)")
