@@ -4,12 +4,14 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from trl import ModelConfig
 
 from skd_trl import SKDConfig, SpecKDConfig, explained_options
+from skd_trl.__main__ import COMMANDS
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,34 @@ def test_the_readme_is_short():
     text = README.read_text(encoding="utf-8")
     assert len(text.split()) < 900
     assert max(map(len, text.splitlines())) <= 120
+
+
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python|skd) [^`\n]+)`")
+
+
+def inline_commands() -> list:
+    found = [(page, command) for page in PAGES for command in INLINE.findall(page.read_text(encoding="utf-8"))]
+    return [pytest.param(command, id=f"{page.name}: {command}") for page, command in dict.fromkeys(found)]
+
+
+@pytest.mark.parametrize("command", inline_commands())
+def test_a_command_within_a_sentence_names_what_exists(command):
+    """Those in blocks are run, by `test_docs_run.py`."""
+    program, first, *rest = re.sub(r"^([A-Z_]+=\S+ )*", "", command).split()
+    if program == "skd" or (first, *rest[:1]) == ("-m", "skd_trl"):
+        words = [first, *rest] if program == "skd" else rest[1:]
+        assert words[0] in (*COMMANDS, "check"), command
+        source = "".join(path.read_text() for path in (ROOT / "skd_trl").rglob("*.py"))
+        known = {field.name for config in (SpecKDConfig, ModelConfig) for field in fields(config)}
+    elif first == "-m":
+        return
+    else:
+        script, words, known = ROOT / first, rest, set()
+        assert script.is_file(), command
+        source = script.read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+    for word in words:
+        if word.startswith("--"):
+            assert word in source or f"{word[2:]}:" in source or word[2:] in known or word == "--help", command
 
 
 def anchors_of(page: Path) -> set[str]:
