@@ -61,7 +61,7 @@ $(VLLM_VENV)/.installed: setup.cfg Makefile
 	touch $@
 
 test-vllm: assets $(VLLM_VENV)/.installed  ## a real vLLM as the teacher's server, in an environment for it; about a quarter of an hour
-	OMP_NUM_THREADS=1 VLLM_PYTHON=$(VLLM_VENV)/bin/python timeout 3000 $(BIN)/python -m pytest tests/vllm_checks.py
+	OMP_NUM_THREADS=1 VLLM_PYTHON=$(VLLM_VENV)/bin/python timeout --signal=INT --kill-after=60 3000 $(BIN)/python -m pytest tests/vllm_checks.py
 
 docs: install  ## build/docs, without warnings
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

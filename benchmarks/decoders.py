@@ -7,6 +7,7 @@ those of a forward without a cache. A choice between two logits that are equal b
 
     python benchmarks/decoders.py                                            # all of them, into docs/decoders.md
     python benchmarks/decoders.py --only llama gemma3_text --fault window    # prints, writes nothing
+    python benchmarks/decoders.py --only rwkv xlstm --update                 # these rows of the page again
 
 `--fault` plants an error in the sampler and counts the classes that show it: the proof that the check can fail.
 
@@ -21,6 +22,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -218,6 +220,9 @@ def main() -> None:
     own.add_argument(
         "--only", nargs="+", metavar="NAME", help="model types (or names in the table); prints, writes nothing"
     )
+    own.add_argument(
+        "--update", action="store_true", help="with --only: put these rows into the page, which keeps the others"
+    )
     own.add_argument("--fault", choices=list(FAULTS), help="plant this error in the sampler; prints, writes nothing")
     own.add_argument("--timeout", type=float, default=120, help="seconds for one class")
     own.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="classes checked at once")
@@ -228,15 +233,22 @@ def main() -> None:
         unknown = sorted(set(args.only) - set(chosen))
         if unknown:
             own.error(f"unknown names: {', '.join(unknown)}; the names are those of the table in docs/decoders.md")
-        chosen = {name: chosen[name] for name in args.only}
+    if args.update and (args.fault or not args.only):
+        own.error("--update needs --only, and no --fault")
+    checked = {name: chosen[name] for name in args.only} if args.only else chosen
+    before = read_page(args.output) if args.update else None
     started = time.perf_counter()
-    results = check_all(chosen, args.fault, args.timeout, args.processes)
+    results = check_all(checked, args.fault, args.timeout, args.processes)
     minutes = (time.perf_counter() - started) / 60
+    command = f"`{shlex.join(['python', 'benchmarks/decoders.py', *sys.argv[1:]])}`"
+    if before is not None:
+        made, of_others = before
+        args.output.write_text(table(chosen, {**of_others, **results}, f"{made} Later: {command}."))
     if args.only or args.fault:
         for name, result in sorted(results.items(), key=lambda item: (list(VERDICTS).index(item[1].verdict), item[0])):
             print(f"{result.verdict:16} {name:28} {result.figure:8.1e}  {result.reason}")
     else:
-        args.output.write_text(table(chosen, results, minutes))
+        args.output.write_text(table(chosen, results, f"Made by {command} in {minutes:.0f} minutes."))
     counts = Counter(result.verdict for result in results.values())
     print(
         f"{len(results)} in {minutes:.1f} minutes: "
@@ -559,8 +571,25 @@ def report(sender, entry: Entry, fault: str | None) -> None:
     sender.send(check(entry, fault))
 
 
-def table(chosen: dict[str, Entry], results: dict[str, Result], minutes: float) -> str:
-    """The page: a summary and one table for each verdict."""
+def read_page(page: Path) -> tuple[str, dict[str, Result]]:
+    """How a page that `table` has written was made, and its results."""
+    text = page.read_text()
+    if f"transformers {transformers.__version__} (" not in text or f"torch {torch.__version__} (" not in text:
+        raise SystemExit(
+            f"{page} was made with other versions of transformers or torch than are installed: run all of it again."
+        )
+    results, verdict = {}, ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            verdict = line[3:].lower()
+        elif verdict and line.startswith("| ") and not line.startswith("| model type"):
+            name, _, figure, reason = re.split(r" (?<!\\)\| ", line[2:-2], maxsplit=3)
+            results[name] = Result(verdict, reason.replace("\\|", "|"), float(figure) if figure else math.nan)
+    return text[text.index("Made by ") : text.index("\n", text.index("Made by "))], results
+
+
+def table(chosen: dict[str, Entry], results: dict[str, Result], made: str) -> str:
+    """The page: how it was `made`, a summary, and one table for each verdict."""
     counts = Counter(result.verdict for result in results.values())
     num_classes = len({chosen[name].class_name for name in results})
     lines = [
@@ -568,7 +597,7 @@ def table(chosen: dict[str, Entry], results: dict[str, Result], minutes: float) 
         "",
         f"Every causal language model of transformers {transformers.__version__} ({len(results)} configurations of {num_classes} "
         f"classes), tiny and random, on torch {torch.__version__} (CPU, fp32), Python {platform.python_version()}. "
-        f"Made by `{shlex.join(['python', 'benchmarks/decoders.py', *sys.argv[1:]])}` in {minutes:.0f} minutes.",
+        f"{made}",
         "",
         f"{len(PROMPT_LENGTHS)} prompts of {', '.join(map(str, PROMPT_LENGTHS))} tokens, {NUM_NEW_TOKENS} new tokens each, blocks of "
         f"{NUM_DRAFT_TOKENS}, windows of {WINDOW}. With greedy draws K = V has to write the student's text and K = 1 the teacher's, "

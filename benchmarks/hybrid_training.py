@@ -2,8 +2,8 @@
 
 Nothing is downloaded. A tokenizer, a teacher and a smaller student with the layers of Qwen3.5 (gated delta net and attention) are
 trained on the descriptions of Debian's packages that `make assets` has, the student for a few steps only; then SKDTrainer trains it
-on the continuations of descriptions that both write together. The divergence is KL(teacher || student) a token, in nats, of held-out
-continuations: of the teacher's own and of the student's own samples.
+on the continuations of descriptions that both write together. The divergence is KL(teacher || student) a token, in nats, over
+samples of both on held-out prompts.
 
 As a control, a copy of the student goes on for as many steps, of as many rows, on the descriptions themselves.
 
@@ -12,9 +12,10 @@ As a control, a copy of the student goes on for as many steps, of as many rows, 
 
 import copy
 import tempfile
+from pathlib import Path
 
 import torch
-from common import Report, load_rows, parser, prepare
+from common import ASSETS, Report, load_rows, parser, prepare
 from datasets import Dataset
 from hybrid import hybrid
 from rich.console import Console
@@ -31,9 +32,10 @@ PAD, EOS = "<|pad|>", "<|end|>"
 
 
 def main() -> None:
-    own = parser(__doc__.splitlines()[0])
+    own = parser(__doc__.splitlines()[0], models=False, repeats=1)
+    own.add_argument("--assets", type=Path, default=ASSETS, help="directory made by examples/offline_assets.py")
     own.add_argument("--vocab_size", type=int, default=2048)
-    own.add_argument("--hidden_sizes", type=int, nargs=2, default=[128, 256], help="of student and teacher")
+    own.add_argument("--hidden_sizes", type=int, nargs=2, default=[64, 192], help="of student and teacher")
     own.add_argument("--num_layers", type=int, nargs=2, default=[4, 4], help="of student and teacher")
     own.add_argument("--first_steps", type=int, nargs=2, default=[60, 160], help="on text, of student and teacher")
     own.add_argument("--window", type=int, default=96, help="tokens of a row in these")
@@ -42,7 +44,7 @@ def main() -> None:
     own.add_argument("--prompt_length", type=int, default=16)
     own.add_argument("--max_new_tokens", type=int, default=32)
     own.add_argument("--accept_top_k", type=int, default=25)
-    own.add_argument("--num_held_out", type=int, default=128)
+    own.add_argument("--num_held_out", type=int, default=64)
     args = own.parse_args()
     clock = prepare(args)
     report = Report("hybrid_training", "A hybrid student learns from a hybrid teacher", args)

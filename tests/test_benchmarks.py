@@ -1,5 +1,6 @@
 """The benchmarks run as they are, on tiny models: what they measure means nothing here, that they measure does."""
 
+import importlib
 import json
 import os
 import re
@@ -16,12 +17,17 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CASES = {
     "sampler": ("--batch_sizes 1 2 --fixed_batch 2 --num_tokens 6 --one_by_one_lengths 2", 9),
     "cost_model": ("--num_tokens 6 --lengths 1 2 --batch_size 2 --num_prompts 3", 2),
+    "peers": ("--batch_size 2 --max_new_tokens 4 --prompt_tokens 100 130", 4 + 6 + 6),
     "step": ("--batch_size 2 --max_new_tokens 4", 5),
     "draft_length": ("--num_tokens 6 --batch_size 2 --acceptance 0.8 real --lengths 1 2", 2),
     "scaling": (
         "--lengths 8 16 --length_batch 2 --batch_sizes 1 2 --vocab_sizes 259 300 --vocab_batch 2 --num_tokens 4 "
         "--num_positions 8",
         6,
+    ),
+    "hybrid": (
+        "--num_tokens 4 --batch_sizes 2 --acceptance 0.7 --lengths 1 2 --hidden_sizes 64 64 --num_layers 4 4",
+        3,
     ),
     "memory": ("--vocab_sizes 2000 --lengths 32 64 --batch_size 8 --hidden_sizes 8 16", 2),
 }
@@ -49,7 +55,7 @@ def assets(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_a_benchmark_runs_and_writes_its_tables(name, assets, tmp_path):
     arguments, num_rows = CASES[name]
-    models = [] if name == "memory" else ["--assets", str(assets)]
+    models = [] if name in ("hybrid", "memory") else ["--assets", str(assets)]
     result = tmp_path / f"{name}.md"
     subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", *arguments.split(), *models, "--repeats", "1", "--output", result],
@@ -65,19 +71,40 @@ def test_a_benchmark_runs_and_writes_its_tables(name, assets, tmp_path):
     assert not re.search(r"\b(nan|inf)\b", text)
 
 
-@pytest.mark.slow
-def test_the_memory_of_the_papers_pairs_is_counted_without_loading_them():
-    found = subprocess.run(
-        [sys.executable, BENCHMARKS / "gpu_memory.py", "--num_gpus", "8"],
-        check=True,
-        timeout=200,
-        capture_output=True,
-        text=True,
-    ).stdout
-    rows = [line.split(" | ") for line in found.splitlines() if line.startswith("| zero")]
-    assert len(rows) == 2 * 5
-    published = (Path(__file__).parents[1] / "docs" / "multi_gpu.md").read_text()
-    assert all(" | ".join(row) in published for row in rows)
+def test_a_line_of_the_published_memory_is_what_the_plan_says(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu_memory = importlib.import_module("gpu_memory")
+    options = gpu_memory.settings().parse_args([])
+    (line, plans), *more = gpu_memory.lines("8B:0.6B", options, ["ZeRO-3, 8 GPUs"], ["LoRA"])
+    docs = Path(__file__).parents[1] / "docs"
+    assert not more and line in (docs / "multi_gpu.md").read_text()
+    # What is larger on a larger GPU: a whole teacher instead of an eighth of it.
+    assert plans[0].held["teacher"] * 8 == pytest.approx(plans[1].held["teacher"], rel=0.01)
+    for name in ("one_gpu", "multi_gpu"):
+        rows = [
+            row
+            for row in (docs / f"{name}.md").read_text().splitlines()
+            if row.startswith(("| one GPU |", "| ZeRO-3, "))
+        ]
+        assert len(rows) == len(gpu_memory.PAIRS) * 2 * (1 if name == "one_gpu" else 3)
+
+
+def test_kernels_and_bytes_of_a_round_predict_what_a_gpu_does(monkeypatch):
+    """In small: every kernel is counted once, more rows move more bytes, and a forward's time gives that of a kernel."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu, prediction = importlib.import_module("gpu"), importlib.import_module("gpu_prediction")
+    small, large = (
+        prediction.counted_round(gpu.build, gpu.PAIRS["small"], 512, rows, 16, 3, gpu.Forced()) for rows in (2, 4)
+    )
+    assert {part: len(sizes) for part, sizes in small.sizes.items()} == {
+        part: len(sizes) for part, sizes in large.sizes.items()
+    }
+    assert all(sum(large.sizes[part]) > sum(small.sizes[part]) > 0 for part in small.sizes)
+    student = small.work("student")
+    assert len(student.sizes) > len(small.work("teacher").sizes)  # three forwards of two layers, and one of three
+    shortest = prediction.shortest_kernel(student, 1e-3)
+    assert student.in_a_graph(shortest) == pytest.approx(1e-3) and student.eager(0) >= 16e-6 * len(student.sizes)
+    assert 3 < prediction.rounds_of_window(4, 12, 5, 0.8) < 8 and prediction.rounds_of_window(1, 12, 3, 1.0) == 4
 
 
 @pytest.mark.slow

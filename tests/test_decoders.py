@@ -43,3 +43,14 @@ def test_an_abort_and_a_model_that_never_ends_are_verdicts(monkeypatch):
     results = decoders.check_all(entries, None, timeout=2, num_processes=2)
     assert results["abort"] == decoders.Result("crash", "the process ended with exit code -6")
     assert results["hang"] == decoders.Result("crash", "no end within 2 seconds")
+
+
+def test_a_page_is_read_back_as_it_was_written():
+    page = Path(__file__).parents[1] / "docs" / "decoders.md"
+    try:
+        made, results = decoders.read_page(page)
+    except SystemExit as refusal:  # other versions are installed
+        pytest.skip(str(refusal))
+    tables = page.read_text().partition("| verdict |")[2]
+    assert decoders.table(decoders.entries(), results, made).partition("| verdict |")[2] == tables
+    assert made.startswith("Made by `python benchmarks/decoders.py")

@@ -19,8 +19,8 @@ from skd_trl import DIVERGENCES
 from skd_trl.evaluation import bootstrap, callback, comparison, divergence, text_metrics
 from skd_trl.evaluation.divergence import token_divergence
 from skd_trl.evaluation.draft_model import Drafting, draft_acceptance, num_forwards
-from skd_trl.evaluation.held_out import Decoding, HeldOut, held_out
-from skd_trl.evaluation.scores import METRICS, Evaluation, Scores, evaluate
+from skd_trl.evaluation.held_out import Decoding, HeldOut, held_out, prompt_text
+from skd_trl.evaluation.scores import METRICS, Evaluation, Scores, evaluate, text_scores
 from skd_trl.evaluation.texts import generate
 
 
@@ -317,6 +317,44 @@ def test_the_ratio_of_sums_is_that_of_a_plain_loop_and_rows_without_weight_have_
 
 
 # Comparison
+
+
+def test_people_are_shown_the_prompt_that_the_models_read():
+    """Some sets have the first question as `prompt` beside all turns; the turns are what counts, for both."""
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
+    assert prompt_text({"prompt": "u", "messages": turns}) == "user: u\n\nassistant: a\n\nuser: u"
+    assert (
+        prompt_text({"prompt": turns[:1]})
+        == prompt_text({"messages": turns[:2]})
+        == prompt_text({"prompt": "u"})
+        == "u"
+    )
+
+
+def length(predictions, targets):
+    return {"length": [float(len(prediction)) for prediction in predictions]}
+
+
+length.higher_is_better = False
+
+
+def test_a_metric_of_the_user_says_itself_whether_higher_is_better():
+    metrics = {
+        "length": length,
+        "exact_match": lambda predictions, targets: [
+            100.0 * (p == t) for p, t in zip(predictions, targets, strict=True)
+        ],
+    }
+    targets = {"teacher": ["a", "b"], "reference": ["a", None]}
+    before, after = (Scores(texts, *text_scores(metrics, texts, targets)) for texts in (["aaaa", "bbbb"], ["a", "b"]))
+    assert after.lower_is_better == {"length_teacher", "length_reference"}
+    compared = comparison.compare(before, after, {"length_reference": np.array([[1.0, 1.0], [0.0, 0.0]])})
+    verdicts = {name: comparison.verdict(metric) for name, metric in compared["metrics"].items()}
+    assert verdicts["length_teacher"] == verdicts["exact_match_teacher"] == "better"
+    longer = Scores(before.responses, before.values, after.lower_is_better)
+    assert comparison.verdict(comparison.compare(after, longer, {})["metrics"]["length_teacher"]) == "worse"
+    caption = str(comparison.comparison_table(compared).caption)
+    assert "The teacher's own length reference: 1.00." in caption and "ROUGE" not in caption
 
 
 def scores(values, weights=None) -> Scores:

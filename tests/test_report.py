@@ -1,7 +1,9 @@
 """The report of a run: what it reads, what the page shows, and what of it a killed run has."""
 
+import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -176,6 +178,47 @@ def test_the_log_that_goes_furthest_is_reported(run_dir):
     assert report.read_run(run_dir).last_step == 30
     (run_dir / "trainer_state.json").unlink()
     assert report.read_run(run_dir).history == [{"step": 12, "loss": 0.5}]
+
+
+def test_a_killed_run_is_as_long_as_it_was_to_be_where_a_checkpoint_went_as_far_as_the_log(run_dir):
+    """A checkpoint's entries do not say how long the run was to be; its state does."""
+    (run_dir / "trainer_state.json").unlink()
+    (run_dir / "checkpoint-4").mkdir()
+    state = {"log_history": [{"step": 4, "loss": 1.0}], "max_steps": 6}
+    (run_dir / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+    (run_dir / "logs.jsonl").write_text(json.dumps({"step": 4, "loss": 1.0, "max_steps": 6}))
+    report.write_report(run_dir)
+    assert json.loads((run_dir / "metrics.json").read_text())["progress"] == {
+        "step": 4,
+        "num_steps": 6,
+        "is_over": False,
+    }
+    assert "Not finished: step 4 of 6" in (run_dir / "samples.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_phone_and_a_desk_in_both_themes(run_dir):
+    """Needs playwright and chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium")
+    report.write_report(run_dir)
+    colours, errors = set(), []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width, scheme in itertools.product((400, 1400), ("light", "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.goto((run_dir / "samples.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.locator("figure svg").count() == 2 and page.locator(".replaced").first.is_visible()
+            assert not page.locator(".proposal").first.is_visible()
+            page.check("#show-proposals")
+            assert page.locator(".proposal").first.is_visible()
+            colours.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        browser.close()
+    assert len(colours) == 2 and not errors
 
 
 def test_the_plots_of_the_page_are_drawn_in_its_colours(run_dir):

@@ -226,11 +226,6 @@ def train(
         trainer, settings = make_trainer(script_args, training_args, model_args, train_rows, test_rows)
         held_out = None
         if test_rows is not None:
-            if not isinstance(trainer.teacher_model, torch.nn.Module):
-                raise ValueError(
-                    "The comparison before and after measures the divergence from one teacher, and this run has "
-                    f"{'several' if trainer.teacher_model else 'none here (its scores, or a server)'}. Give --compare false."
-                )
             drafting = Drafting(num_rows=script_args.draft_rows) if script_args.draft_rows else None
             held_out = HeldOutEvaluation(
                 trainer,

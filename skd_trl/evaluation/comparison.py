@@ -36,7 +36,7 @@ def compare(
             "after": estimate(after.values[name], rows),
             "change": paired_change(before.values[name], after.values[name], rows),
             "teacher": float(ratio(teacher[name])) if name in teacher else None,
-            "better": "higher" if shown.higher_is_better else "lower",
+            "better": "higher" if shown.higher_is_better and name not in after.lower_is_better else "lower",
         }
     return {"num_prompts": len(before.responses), "metrics": metrics}
 
@@ -58,9 +58,12 @@ def comparison_table(comparison: dict, title: str = "The student before and afte
     """The comparison for a terminal of 80 columns; metrics.json has the intervals of before and after too."""
     metrics = comparison["metrics"]
     caption = EXPLANATION
-    own = [f"{metric['teacher']:.1f}" for metric in metrics.values() if metric["teacher"] is not None]
-    if own:
-        caption += f" The teacher's own ROUGE-1/2/L to the references: {' / '.join(own)}."
+    own = {name: metric["teacher"] for name, metric in metrics.items() if metric["teacher"] is not None}
+    if rouge := [f"{value:.1f}" for name, value in own.items() if name.startswith("rouge")]:
+        caption += f" The teacher's own ROUGE-1/2/L to the references: {' / '.join(rouge)}."
+    for name, value in own.items():
+        if not name.startswith("rouge"):
+            caption += f" The teacher's own {shown_as(name).label}: {value:.{shown_as(name).digits}f}."
     if "num_draft_tokens" in comparison:
         caption += f" {DRAFTS.format(comparison['num_draft_tokens'])}"
     table = Table(

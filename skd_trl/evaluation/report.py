@@ -73,9 +73,10 @@ def read_run(run_dir: Path) -> Run:
 
 def read_history(run_dir: Path) -> list[dict]:
     """The log that goes furthest: that of the run's end, of a checkpoint, or the one that was written while the run went on."""
-    states = [*run_dir.glob("trainer_state.json"), *run_dir.glob("checkpoint-*/trainer_state.json")]
-    logs = [json.loads(state.read_text())["log_history"] for state in states]
-    logs = [log for log in (*logs, read_logs(run_dir / LOGS)) if log]
+    paths = [*run_dir.glob("trainer_state.json"), *run_dir.glob("checkpoint-*/trainer_state.json")]
+    states = [json.loads(path.read_text()) for path in paths]
+    logs = [[*state["log_history"], {"max_steps": state.get("max_steps", 0)}] for state in states]
+    logs = [log for log in (*logs, read_logs(run_dir / LOGS)) if any("step" in entry for entry in log)]
     if not logs:
         raise FileNotFoundError(
             f"{run_dir} holds no logs.jsonl and no trainer_state.json, nor does a checkpoint in it, so there is no log to report. Give "

@@ -5,7 +5,7 @@ divergences, texts compared with the teacher's, the student as a draft model) is
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -54,11 +54,12 @@ class Scores:
 
     `values` maps a metric's name to an array `(rows, 2)`: what the row adds to the metric, and the row's weight (1 for
     ROUGE, the number of tokens for a divergence, 0 where the row has no part). The metric is the sum of the first column over
-    that of the second.
+    that of the second. `lower_is_better` names those of the user's metrics that say so.
     """
 
     responses: list[str]
     values: dict[str, np.ndarray]
+    lower_is_better: frozenset[str] = frozenset()
 
     def means(self) -> dict[str, float]:
         """The metrics over all rows."""
@@ -103,16 +104,32 @@ def evaluate(
         token_divergence, student, teacher, data.prompt_ids, decoding=decoding, divergence=evaluation.divergence
     )
     responses = decode(tokenizer, greedy)
+    targets = {"teacher": decode(tokenizer, teacher_responses), "reference": data.references}
+    texts, lower_is_better = text_scores(evaluation.metrics, responses, targets)
     return Scores(
         responses=responses,
         values={
             "kl_teacher_text": compared(teacher_responses, description=f"{name}: KL on the teacher's text"),
             "kl_student_samples": compared(samples, description=f"{name}: KL on its own samples"),
-            **scored(evaluation.metrics, responses, decode(tokenizer, teacher_responses), "teacher"),
-            **scored(evaluation.metrics, responses, data.references, "reference"),
+            **texts,
             **as_draft_model(student, teacher, data, evaluation, name),
         },
+        lower_is_better=lower_is_better,
     )
+
+
+def text_scores(
+    metrics: dict[str, TextMetric], responses: list[str], targets: dict[str, Sequence[str | None]]
+) -> tuple[dict[str, np.ndarray], frozenset[str]]:
+    """The columns of all metrics to each kind of target, and the names of those of metrics with `higher_is_better = False`."""
+    columns, lower = {}, set()
+    for suffix, texts in targets.items():
+        for name, metric in metrics.items():
+            found = scored({name: metric}, responses, texts, suffix)
+            columns |= found
+            if not getattr(metric, "higher_is_better", True):
+                lower |= found.keys()
+    return columns, frozenset(lower)
 
 
 def as_draft_model(

@@ -60,8 +60,8 @@ def prove(model: nn.Module) -> Proof:
         _PROVEN[base] = proof
     if is_stateful(base) and is_sharded(base) and any(mixer.rows_apart for mixer in mixers_of(base)):
         raise ValueError(
-            f"{_name(model)} reads single tokens row by row, and its weights are spread over processes, which would gather them as often as "
-            "they have rows: not equally often. Keep the teacher whole (shard_teacher=False), and gather a student for sampling "
+            f"{_name(model)} reads single tokens row by row, and its weights are spread over processes: each would gather them once a row, and "
+            "they have different numbers of rows. Keep the teacher whole (shard_teacher=False), and gather a student for sampling "
             "(ds3_gather_for_generation=True)."
         )
     return _PROVEN[base]

@@ -1,8 +1,8 @@
 """Which modules of a model keep recurrent states (its mixers), and where these are: found by running the model.
 
 Nothing here knows an architecture. Most mixers read and write states in a cache of transformers, layer by layer; some keep them as
-attributes (RecurrentGemma); and some decoders are given all of their states in one argument of a kind of their own and return
-them (RWKV a list, xLSTM an object). `recurrent_state` keeps them for each row.
+attributes (RecurrentGemma); and some decoders are given all of their states in one argument and return them (RWKV
+a list, xLSTM an object). `recurrent_state` keeps them for each row.
 
 Shapes: N rows of one forward.
 """

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import uvicorn
         from vllm import AsyncEngineArgs, AsyncLLMEngine
+        from vllm.platforms import current_platform
         from vllm.utils.argparse_utils import FlexibleArgumentParser
     except ImportError as error:
         print(
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = engine_parser.parse_args(["--model", options.model, *of_engine])
     settings.max_logprobs = max(settings.max_logprobs, options.top_k)
     settings.enable_prefix_caching = True
+    if current_platform.is_cpu() and settings.block_size is None:
+        settings.block_size = 32  # not 128: what follows the last whole block of a cached beginning is computed again
     settings.worker_extension_cls = settings.worker_extension_cls or EXTENSION
     engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(settings))
     app = make_app(Scoring(engine, options.top_k), options)
