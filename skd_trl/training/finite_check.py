@@ -88,7 +88,7 @@ class GradientCheck(TrainerCallback):
 
 
 def _require_step_of_deepspeed(engine, step: int) -> None:
-    """DeepSpeed's optimizers keep no gradient, agree on whether what they have reduced is finite, and leave the step out without a word.
+    """DeepSpeed's optimizers keep no gradient, agree on whether what they have reduced is finite, and leave the step out.
 
     Raises:
         `FloatingPointError`: if they have, or if its configuration forbids that and they have not.
