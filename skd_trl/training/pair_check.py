@@ -238,7 +238,7 @@ def _check_placement(pair: Pair) -> tuple[Verdict, str]:
         )
     for name, model in pair.models.items():
         check_one_device(f"The {name}", model)
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if any(parameter.is_meta for parameter in model.parameters()) and not is_sharded(model):
             raise ValueError(
                 f"The {name} has weights on the meta device: they were never loaded in this process. Under FSDP set "
                 "fsdp_cpu_ram_efficient_loading: false in the accelerate config (examples/accelerate/fsdp2.yaml), or load the "
