@@ -6,6 +6,7 @@ holds more than its share and one tensor, but the main process, which reads the 
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,11 @@ OF_CONFIG = ("trust_remote_code", "revision", "subfolder", "cache_dir", "token",
 def load_teacher(name: str, args: "SKDConfig") -> PreTrainedModel:
     """The teacher `name`, whole and on the device where it will run; or, if it will be spread, a stand-in for it."""
     machine, kwargs = machine_of(args), loading_options(args)
-    with deepspeed_configuration(None), _environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+    with (
+        deepspeed_configuration(None),
+        _environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"),
+        _other_kinds_refused(name),
+    ):
         if machine.engine in ("DEEPSPEED", "FSDP") and _can_wait(name, kwargs):
             stand_in = _stand_in(name, kwargs)
             if shards_teacher(args.shard_teacher, stand_in, machine):
@@ -46,6 +51,21 @@ def load_teacher(name: str, args: "SKDConfig") -> PreTrainedModel:
         if device.type != "cpu":
             kwargs.setdefault("device_map", {"": str(device)})
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
+@contextmanager
+def _other_kinds_refused(name: str) -> Iterator[None]:
+    """`ValueError` by its kind for a model that is no causal language model; transformers lists all that are."""
+    try:
+        yield
+    except ValueError as error:
+        kind = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", str(error))
+        if kind is None:
+            raise
+        raise ValueError(
+            f"The teacher {name!r} is a {kind[1]}, which transformers does not load as a causal language model. Only text is read here: "
+            "use a decoder-only language model."
+        ) from error
 
 
 def load_in_shards(stand_in: PreTrainedModel, args: "SKDConfig", accelerator: Accelerator) -> PreTrainedModel:
