@@ -41,7 +41,7 @@ def torchao_int8():
 # How to load, and the largest relative difference between hidden states with the sampler's cache and without one.
 QUANTISERS = {
     "bitsandbytes 4-bit": ("bitsandbytes", bitsandbytes_4bit, 1e-4),
-    "bitsandbytes 8-bit": ("bitsandbytes", bitsandbytes_8bit, 1e-2),
+    "bitsandbytes 8-bit": ("bitsandbytes", bitsandbytes_8bit, 1e-4),
     "torchao int8": ("torchao", torchao_int8, 1e-4),
 }
 
