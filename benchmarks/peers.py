@@ -7,7 +7,7 @@ The floor of a step is its matrix products alone: the products of one more step 
 and each is timed by itself on numbers in the same layout. A trainer that took no time for anything else would take the floor.
 
     python benchmarks/peers.py --clock cpu
-    python benchmarks/peers.py --threads 2
+    python benchmarks/peers.py --threads 2 --max_new_tokens 16
     python benchmarks/peers.py --clock cpu --batch_size 2 --max_new_tokens 16 --output benchmarks/results/peers_gkd.md \
         --trainers "SKDTrainer interleaved" "SKDTrainer interleaved, best" GKDTrainer "GKDTrainer, best"
 """
@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import cache
 
 import torch
 from common import Report, load_model, load_tokenizer, median, parser, prepare, spread
@@ -72,32 +73,36 @@ def main() -> None:
         if arm.error is not None:
             raise SystemExit(f"{arm.name} failed: {arm.error!r}") from arm.error
     shapes = f"{args.batch_size} prompts of {args.prompt_tokens[0]} to {args.prompt_tokens[1]} tokens, up to {args.max_new_tokens} new"
-    times = {arm.name: arm.seconds for arm in arms}
-    compared = [*ours_beside_theirs(times)]
-    if compared:
-        report.table(
-            f"How many times as fast: {shapes}",
-            ["ours", "theirs", "times as fast", "lowest..highest turn", "their time by our floor"],
-            [[ours, theirs, *ratio, median(times[theirs]) / floor] for ours, theirs, ratio, floor in
-             ((ours, theirs, ratio, floor_of(arms, ours)) for ours, theirs, ratio in compared)],
-            "Medians of the ratios within a turn. The last column is what we would reach if our step were its matrix products alone.",
-        )  # fmt: skip
     report.table(
         f"Seconds of a step, medians: {shapes}",
         ["trainer", "step", "spread", *PHASES, "optimizer and the rest"],
         [[arm.name, median(arm.seconds), spread(arm.seconds), *arm.by_phase()] for arm in arms],
     )
+    floors = {arm.name: arm.products.seconds(clock) for arm in arms}
     report.table(
         "The floor: matrix products and attention of one step, each timed alone, in seconds",
         ["trainer", "step", *PHASES, "GFLOP", "GFLOP a second"],
-        [[arm.name, sum(floor.values()), *(floor.get(phase, 0.0) for phase in PHASES), num / 1e9, num / 1e9 / sum(floor.values())]
-         for arm, floor, num in ((arm, arm.products.seconds(clock), arm.products.num_operations) for arm in arms)],
-    )  # fmt: skip
-
-
-def floor_of(arms: "list[Arm]", name: str) -> float:
-    arm = next(arm for arm in arms if arm.name == name)
-    return sum(arm.products.seconds(arm.clock).values())
+        [
+            [
+                arm.name,
+                sum(floor.values()),
+                *(floor.get(phase, 0.0) for phase in PHASES),
+                num,
+                num / sum(floor.values()),
+            ]
+            for arm, floor, num in ((arm, floors[arm.name], arm.products.num_operations / 1e9) for arm in arms)
+        ],
+    )
+    times = {arm.name: arm.seconds for arm in arms}
+    report.table(
+        f"How many times as fast: {shapes}",
+        ["ours", "theirs", "times as fast", "lowest..highest turn", "their time by our floor"],
+        [
+            [ours, theirs, *ratio, median(times[theirs]) / sum(floors[ours].values())]
+            for ours, theirs, ratio in ours_beside_theirs(times)
+        ],
+        "Medians of the ratios within a turn. The last column is what we would reach if our step were its matrix products alone.",
+    )
 
 
 def ours_beside_theirs(times: dict[str, list[float]]):
@@ -130,7 +135,7 @@ def make_trainer(name: str, args, rows, directory: str):
 
 
 class Turns:
-    """One arm runs at a time, in a fixed order; those that have ended are passed over."""
+    """One arm runs at a time, in a fixed order; those that have ended are skipped."""
 
     def __init__(self, names: list[str]):
         self.names, self.condition = list(names), threading.Condition()
@@ -235,7 +240,7 @@ class Products(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls: Counter = Counter()
-        self.num_operations, self.found = 0, None
+        self.num_operations = 0
 
     def of(self, arm: Arm) -> "Products":
         self.arm = arm
@@ -255,16 +260,14 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def seconds(self, clock) -> Counter:
-        """Seconds of all products by phase, each kind timed alone (the shortest of three)."""
-        if self.found is None:
-            alone, self.found = {}, Counter()
-            for (phase, func, key, spec), count in self.calls.items():
-                if (func, key) not in alone:
-                    alone[func, key] = _seconds_alone(func, key, spec, clock)
-                self.found[phase] += count * alone[func, key]
-        return self.found
+        """Seconds of all products by phase, each kind timed alone (the shortest of three) once for all arms."""
+        found = Counter()
+        for (phase, func, key, spec), count in self.calls.items():
+            found[phase] += count * _seconds_alone(func, key, spec, clock)
+        return found
 
 
+@cache
 def _seconds_alone(func, key, spec, clock) -> float:
     leaves = [_like(*leaf) if isinstance(leaf, tuple) else leaf for leaf in key]
     args, kwargs = tree_unflatten(leaves, spec)

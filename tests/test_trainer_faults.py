@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from processes import torchrun
 from rich.console import Console
@@ -24,6 +25,7 @@ from skd_trl import (
     interleaved_sample,
 )
 from skd_trl.training.completions import print_completions
+from skd_trl.training.finite_check import _is_bad_anywhere
 from skd_trl.training.sampled_evaluation import row_noise
 
 
@@ -102,6 +104,12 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_step(tmp_pa
     with pytest.raises(FloatingPointError, match=r"Step 1: the loss is finite and its gradient is not \(.*keep roots"):
         trainer.train()
     assert all(torch.equal(p, before[key]) for key, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(("number", "is_bad"), [(1e30, False), (float("inf"), True), (float("nan"), True)])
+def test_a_gradient_is_bad_where_a_number_is_and_not_where_its_norm_overflows(number, is_bad):
+    gradients = [torch.zeros(3, dtype=torch.bfloat16), torch.tensor([1.0, number]), torch.empty(0)]
+    assert _is_bad_anywhere(gradients, Accelerator(cpu=True), is_collective=True) is is_bad
 
 
 def test_a_divergence_that_is_not_finite_is_named(tmp_path):
