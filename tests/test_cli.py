@@ -311,6 +311,30 @@ def test_a_file_of_any_form_is_trained_on_compared_and_reported(form, assets, tm
     assert f"| teacher | `{assets / 'teacher'}` |" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "column", "reason"),
+    [
+        ({"teacher_model_name_or_path": "teacher"}, "messages", None),
+        ({"teacher_model_server_url": ["http://localhost:1"]}, "messages", "no single teacher"),
+        ({"teacher_models": {"a": "one", "b": "two"}}, "messages", "no single teacher"),
+        ({"teacher_model_kind": "ema"}, "messages", "the student itself"),
+        ({"teacher_model_name_or_path": "teacher"}, "privileged_context", "differ from the student's"),
+    ],
+)
+def test_the_student_is_compared_by_default_where_one_teacher_is_at_hand(options, column, reason, tmp_path, capsys):
+    rows = Dataset.from_dict({column: ["text"]})
+    script_args, training_args = (
+        train.TrainArguments(dataset_name="rows.jsonl"),
+        SKDConfig(output_dir=str(tmp_path), bf16=False, **options),
+    )
+    train.decide_comparison(script_args, training_args, rows)
+    assert script_args.compare is (reason is None)
+    assert (reason or "") in capsys.readouterr().out
+    wanted = train.TrainArguments(dataset_name="rows.jsonl", compare=True)
+    train.decide_comparison(wanted, training_args, rows)
+    assert wanted.compare is True
+
+
 @pytest.mark.slow
 def test_speckd_is_trained_without_a_comparison_where_none_is_wanted(assets, tmp_path, capsys):
     out = tmp_path / "out"

@@ -199,7 +199,8 @@ def _error_of(model: PreTrainedModel) -> Exception | None:
         return None
     try:
         with torch.no_grad(), eval_mode(model), attention_implementation(model, sampling_attention(model)):
-            model(input_ids=torch.tensor([[1, 2]], device=model.device), use_cache=False)
+            ids = torch.tensor([[1, 2]], device=model.device)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:  # whatever a kernel says that is not for this device or type
         return error
     return None

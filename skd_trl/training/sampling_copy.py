@@ -5,7 +5,7 @@ doubles a token's operators. The copy holds cast and merged weights, is brought 
 reading the same memory), and shares everything else. The loss is the student's own, with its adapter.
 
 A merged weight is rounded once to the type it is computed in, as activations are after each layer; in fp32 the copy's logits are the
-student's up to rounding. So a text may differ where two logits nearly tie, and is as much the student's as with another batch size.
+student's up to rounding. So a response may differ where two logits nearly tie, and is as much the student's as with another batch size.
 """
 
 import copy
