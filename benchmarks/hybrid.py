@@ -79,14 +79,10 @@ def compare(student, teacher, batch_size: int, acceptance: float, args, clock) -
     best = min(seconds[length] for length in args.lengths)
     rows = []
     for name, own in watched.items():
-        lengths = [length for length, _ in own.rounds]
-        predicted, share = "", ""
-        if set(lengths) <= set(costs):
-            cost = sum(costs[length].round(len(rests)) for length, rests in own.rounds)
-            tokens = sum(
-                expected_tokens(acceptance, min(length, rest)) for length, rests in own.rounds for rest in rests
-            )
-            predicted = (seconds[name] - prefill / (batch_size * args.num_tokens)) * tokens / cost
+        lengths, share = [length for length, _ in own.rounds], ""
+        cost = sum(seconds_of_round(costs, length, len(rests)) for length, rests in own.rounds)
+        tokens = sum(expected_tokens(acceptance, min(length, rest)) for length, rests in own.rounds for rest in rests)
+        predicted = (seconds[name] - prefill / (batch_size * args.num_tokens)) * tokens / cost
         if name != "auto":
             share = 100 * costs[name].back.seconds(batch_size) / costs[name].round(batch_size)
         shown = name if name != "auto" else f"auto ({sum(lengths) / len(lengths):.1f})"
@@ -130,6 +126,16 @@ class Costs:
             if isinstance(name, tuple) and name[1] == length:
                 getattr(costs, name[0]).add(name[2], value)
         return costs
+
+
+def seconds_of_round(costs: dict[int, Costs], length: int, num_rows: int) -> float:
+    """Of a length that was not measured: on the line through those that were."""
+    if length in costs:
+        return costs[length].round(num_rows)
+    line = ForwardCost()
+    for known, own in costs.items():
+        line.add(known, own.round(num_rows))
+    return line.seconds(length)
 
 
 def hybrid(hidden_size: int, num_layers: int, vocab_size: int = 8192) -> PreTrainedModel:

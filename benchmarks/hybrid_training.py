@@ -12,9 +12,10 @@ As a control, a copy of the student goes on for as many steps, of as many rows, 
 
 import copy
 import tempfile
+from pathlib import Path
 
 import torch
-from common import Report, load_rows, parser, prepare
+from common import ASSETS, Report, load_rows, parser, prepare
 from datasets import Dataset
 from hybrid import hybrid
 from rich.console import Console
@@ -31,7 +32,8 @@ PAD, EOS = "<|pad|>", "<|end|>"
 
 
 def main() -> None:
-    own = parser(__doc__.splitlines()[0])
+    own = parser(__doc__.splitlines()[0], models=False, repeats=1)
+    own.add_argument("--assets", type=Path, default=ASSETS, help="directory made by examples/offline_assets.py")
     own.add_argument("--vocab_size", type=int, default=2048)
     own.add_argument("--hidden_sizes", type=int, nargs=2, default=[64, 192], help="of student and teacher")
     own.add_argument("--num_layers", type=int, nargs=2, default=[4, 4], help="of student and teacher")

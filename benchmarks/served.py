@@ -52,12 +52,16 @@ def main() -> None:
                 args, teacher_model_server_url=[server.url], teacher_signal="hidden_states"
             )
     if steps:
-        local = median(steps["in this process"])
+        local = median(steps["in this process"][0])
         report.table(
             "One step of the demo (8 prompts, up to 32 new tokens)",
-            ["teacher", "seconds", "spread", "relative to the teacher in this process"],
-            [[name, median(seconds), spread(seconds), median(seconds) / local] for name, seconds in steps.items()],
-            "Trainer and server share the cores, so a served teacher takes nothing off this machine.",
+            ["teacher", "seconds", "spread", "relative to the teacher in this process", "losses"],
+            [
+                [name, median(seconds), spread(seconds), median(seconds) / local, losses]
+                for name, (seconds, losses) in steps.items()
+            ],
+            "Trainer and server share the cores, so a served teacher takes nothing off this machine. Seeds are equal; draws are at "
+            "temperature 1, where those among 64 tokens are others.",
         )
     if "rounds" in args.parts:
         with VLLMServer("stock", model) as server:
@@ -101,8 +105,8 @@ def seconds_of_rounds(args, client: TeacherClient, ask) -> tuple[list[float], in
     return seconds[1:], sum(sizes) // (args.batch_size * args.num_draft_tokens)
 
 
-def seconds_of_steps(args, **settings) -> list[float]:
-    """Seconds of each step of the demo but the first."""
+def seconds_of_steps(args, **settings) -> tuple[list[float], str]:
+    """Seconds of each step of the demo but the first, and the losses of all."""
     timer = StepTimer(time.perf_counter)
     args.prompt_tokens = [105, 135]
     rows = prompts_and_completions(args, DEMO["per_device_train_batch_size"] * (args.repeats + 1))
@@ -116,7 +120,8 @@ def seconds_of_steps(args, **settings) -> list[float]:
             callbacks=[timer],
         )
         trainer.train()
-    return timer.seconds[1:]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return timer.seconds[1:], ", ".join(f"{loss:.5f}" for loss in losses)
 
 
 if __name__ == "__main__":

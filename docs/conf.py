@@ -66,6 +66,7 @@ GROUPS = {
     "Cost": (
         "rollout_batch_size",
         "sampling_copy",
+        "merge_adapter",
         "capture_sampling",
         "compile_student",
         "ds3_gather_for_generation",

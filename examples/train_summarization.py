@@ -25,7 +25,14 @@ import sys
 from accelerate import PartialState
 from summarization_data import load_summarization
 
-from skd_trl.commands.train import check_names, chosen_trainer, for_this_machine, train, train_command
+from skd_trl.commands.train import (
+    check_names,
+    chosen_trainer,
+    decide_comparison,
+    for_this_machine,
+    train,
+    train_command,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -48,6 +55,7 @@ def main(arguments: list[str]) -> None:
                 (script_args.dataset_test_split, script_args.num_eval_rows),
             )
         )
+    decide_comparison(script_args, training_args, train_rows)
     train(script_args, training_args, model_args, train_rows, test_rows if script_args.compare else None, command)
 
 

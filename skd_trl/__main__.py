@@ -24,7 +24,7 @@ from .training.limits import room_for_prompts
 from .training.machine import Machine
 from .training.memory_advice import describe_plan
 from .training.memory_plan import fitted_plan
-from .training.pair_check import Finding, Verdict, check_launch, check_pair
+from .training.pair_check import Finding, Verdict, check_launch, check_pair, check_placed, is_incomplete
 from .training.teacher_loading import load_pair
 
 
@@ -117,8 +117,12 @@ def run_check(options: argparse.Namespace, rest: list[str]) -> int:
     except Exception as error:  # whatever the loading of a model raises
         pair = " and ".join(repr(name) for name in (model, args.teacher_model_name_or_path) if name is not None)
         options.parser.error(f"{pair} cannot be loaded. {' '.join(str(error).split())}")
-    accelerator = Accelerator(cpu=args.use_cpu)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+    accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
     findings = check_pair(student, teacher, tokenizer, args)
+    if is_incomplete(findings):
+        later = {found.topic: found for found in check_placed(student, teacher, tokenizer, args, accelerator)}
+        findings = [later.get(found.topic, found) for found in findings]
     findings += [found for found in check_launch(student, teacher, args, accelerator) if found not in findings]
     if accelerator.is_main_process:
         print_findings(findings)
@@ -139,7 +143,11 @@ def print_plan(student, teacher, args: SKDConfig, accelerator: Accelerator) -> N
 
 def print_findings(findings: list[Finding], console: Console | None = None) -> None:
     """A table of topic, verdict and detail."""
-    styles = {Verdict.GOOD: "green", Verdict.WARNING: "yellow", Verdict.REFUSED: "bold red", Verdict.UNCHECKED: "dim"}
+    styles = dict.fromkeys(Verdict, "dim") | {
+        Verdict.GOOD: "green",
+        Verdict.WARNING: "yellow",
+        Verdict.REFUSED: "bold red",
+    }
     table = Table(show_lines=True)
     for column in ("topic", "verdict", "detail"):
         table.add_column(column)

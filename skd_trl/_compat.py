@@ -7,9 +7,12 @@ GKDTrainer does, so where it is gone, a class of its name and fields on SFTTrain
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.integrations import deepspeed as deepspeed_integration
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -76,6 +79,21 @@ from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 
+@contextmanager
+def deepspeed_configuration(settings: dict[str, Any] | None) -> Iterator[None]:
+    """While it lasts, models are loaded as under this DeepSpeed configuration, or as under none. (transformers keeps the one in force
+    as a weak reference in its module, without a function that returns it.)"""
+    before = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    # It is in force from here on, for as long as it is referred to.
+    kept = None if settings is None else deepspeed_integration.HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        del kept
+        deepspeed_integration._hf_deepspeed_config_weak_ref = before
+
+
 __all__ = [
     "GKDConfig",
     "GKDTrainer",
@@ -86,6 +104,7 @@ __all__ = [
     "TrlParser",
     "add_hooks",
     "create_model_from_path",
+    "deepspeed_configuration",
     "get_config_model_id",
     "get_peft_config",
     "get_quantization_config",

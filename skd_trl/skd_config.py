@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ._compat import GKDConfig
+from .explained_options import explained
 from .ideas import IdeaField, Number, check_used, default_of, describe, is_default, make_idea, numbers_of
 from .inherited_options import check_inherited_options
 from .loss.distillation_loss import REPLACED_LOSSES
@@ -54,6 +55,7 @@ DIVERGENCE = IdeaField(
 )
 
 
+@explained
 @dataclass
 class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     """
@@ -63,88 +65,6 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     [`~skd_trl.teacher_options.TeacherOptions`]), and those of
     [`~trl.experimental.gkd.GKDConfig`] whose default differs. Defaults are those of the paper (Xu et al., ICLR 2025,
     arXiv 2410.11325) and of its authors' settings, where they give any and the responses depend on them.
-
-    Args:
-        rollout (`str`, *optional*, defaults to `"interleaved"`):
-            Who writes the responses: `"interleaved"` (student and teacher together: SKD), `"student"` (on-policy
-            distillation), `"teacher"` (sequence-level distillation), `"dataset"` (supervised distillation).
-        lmbda (`float`, *optional*, defaults to `1.0`):
-            Share of optimizer steps trained on sampled responses. The other steps train on the data set's own, or with
-            `seq_kd` on the teacher's.
-        lmbda_unit (`str`, *optional*, defaults to `"step"`):
-            What `lmbda` is a share of: `"step"`, whole optimizer steps (GKD), or `"prompt"`, the prompts of each step
-            (ImitKD).
-        accept (`str` or [`AcceptanceRule`], *optional*, defaults to `"top_k"`):
-            Rule that accepts or rejects the proposals of the student: a name in `ACCEPTANCE_RULES`, `"module:attribute"`, or an
-            object.
-        accept_top_k (`int`, *optional*, defaults to `25`):
-            K of the `top_k` rule.
-        accept_kwargs (`dict`, *optional*):
-            Parameters of the other rules, such as `{"alpha": 0.25}` for `min_prob`.
-        num_draft_tokens (`int` or `str`, *optional*):
-            Tokens the student drafts before the teacher verifies them (the paper: 5). Changes the cost, not the
-            distribution of the responses. `"auto"` measures both models in the first rounds, follows the acceptance, and
-            takes the length with the lowest cost per token. Its measurements differ from run to run, and blocks of another
-            shape round differently: only a number repeats a run exactly (a resumed run, once measured, repeats itself
-            either way). By default `"auto"`, and 5 with `full_determinism=True`.
-        temperature (`float`, *optional*, defaults to `0.5`), student_top_p (`float`, *optional*, defaults to `0.5`):
-            Temperature (0: greedy) and nucleus of the student's draws.
-        teacher_temperature (`float`, *optional*, defaults to `0.2`), teacher_top_p (`float`, *optional*, defaults to `0.5`):
-            The same for the teacher's.
-        divergence (`str` or `Callable`, *optional*, defaults to `"forward_kl"`):
-            A name in `DIVERGENCES`, `"module:attribute"`, or a function of student and teacher logits (N, V) that returns
-            (N,). The inherited `beta` belongs to `"jsd"`.
-        divergence_kwargs (`dict`, *optional*):
-            Parameters of the other divergences, such as `{"alpha": 0.1}` for `skew_forward_kl`.
-        replaced_loss (`str`, *optional*, defaults to `"divergence"`):
-            Loss at replaced tokens: the divergence as everywhere (SKD), or `"nll"`, the negative log-likelihood of the
-            teacher's token (CA-OPD, IPD).
-        schedules (`dict`, *optional*):
-            Numbers that move over the training, by name: a [`Schedule`] or its fields, such as
-            `{"accept_top_k": {"end": 5, "shape": "cosine", "hold": 0.2}, "accept_kwargs.alpha": {"start": 0.5, "end": 0.25}}`.
-            `start` is by default the field's own value. Also of `lmbda`: `{"start": 0.0, "end": 1.0, "shape": "step", "hold":
-            0.3}` is the SKD paper's mixed training, supervised first and on-policy after.
-        loss_chunk_size (`int`, *optional*):
-            Positions whose logits are in memory at once. By default as many as take about 64 MiB (on CPU 16 to 30).
-        rollout_batch_size (`int`, *optional*):
-            Responses written at once on each device; freed places are refilled. By default all of an optimizer step.
-        capture_sampling (`bool`, *optional*):
-            Whether rounds of sampling are captured as CUDA graphs. By default on CUDA where it is possible; the log says what was
-            captured, or why not.
-        compile_student (`bool`, *optional*, defaults to `False`):
-            Whether both models' forwards in a round of sampling go through `torch.compile`, inside the CUDA graphs where these are
-            captured: for long runs, the first steps take minutes. Not for a student that ZeRO-3 or FSDP2 shards. (The inherited
-            `torch_compile` is for the training step; sampling runs without it.)
-        sampling_copy (`bool`, *optional*):
-            Whether an fp32 student samples with a copy of its weights in the type that bf16 or fp16 training computes in. By default on
-            CUDA, where casting them for every token costs more than the two bytes for each weight. Rounding differs a little
-            from autocast's, as everything between the layers is in that type too.
-        max_prompt_length (`int`, *optional*):
-            Rows with a longer prompt are left out. By default `max_length - max_new_tokens`.
-        max_response_length (`int`, *optional*):
-            Reference responses are cut after this many tokens. By default `max_length - max_prompt_length`. Where no step
-            samples, `max_new_tokens` plays no part: without these two, a prompt and its reference share `max_length`. Both
-            models' positions are a limit in any case.
-        chat_template_kwargs (`dict`, *optional*):
-            Given to the chat template, such as `{"enable_thinking": False}`.
-        every_answer (`bool`, *optional*, defaults to `False`):
-            Whether a conversation of n answers is n rows, each answer after what came before it. By default it is one row: its
-            last answer, or of a completion of several turns the first.
-        log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to keep sampled responses: a table in the terminal and
-            `output_dir/completions/completions_{step}.parquet`, with what the teacher replaced.
-        log_completions_steps (`int`, *optional*):
-            Number of steps from one time to the next. By default `logging_steps`.
-        log_fixed_prompts (`int`, *optional*, defaults to `0`):
-            How many prompts are sampled again, with the same noise, each time that completions are kept.
-        num_completions_to_print (`int`, *optional*, defaults to `3`):
-            Rows of the table in the terminal.
-        ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
-            Under DeepSpeed ZeRO-3 and FSDP2, whether the student's parameters are gathered while it samples. Faster,
-            but each device then holds the whole student for that time.
-        shard_teacher (`bool`, *optional*):
-            Whether the teacher is spread over the devices: under DeepSpeed in a ZeRO-3 engine, under FSDP2 by layers. A whole
-            one needs no communication while it judges. By default it is whole, unless it takes more than half of a device.
     """
 
     _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + [
@@ -184,7 +104,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         default="top_k",
         metadata={
             "help": f"Rule that accepts or rejects the proposals of the student: {', '.join(ACCEPTANCE_RULES)}, a name that you "
-            "registered, or module:attribute."
+            "registered, module:attribute, or an AcceptanceRule."
         },
     )
     accept_top_k: int = field(
@@ -194,7 +114,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         },
     )
     accept_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Parameters of the other acceptance rules, such as {'alpha': 0.25}."}
+        default=None, metadata={"help": "Parameters of the other acceptance rules, such as '{\"alpha\": 0.25}'."}
     )
     num_draft_tokens: int | str | None = field(
         default=None,
@@ -220,11 +140,11 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         default="forward_kl",
         metadata={
             "help": f"Divergence from the teacher at each token (paper: forward_kl): {', '.join(DIVERGENCES)}, a name that you "
-            "registered, or module:attribute."
+            "registered, module:attribute, or a function of student and teacher logits (N, V) that returns (N,)."
         },
     )
     divergence_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Parameters of the divergence, such as {'alpha': 0.1}; jsd takes beta."}
+        default=None, metadata={"help": "Parameters of the divergence, such as '{\"alpha\": 0.1}'; jsd takes beta."}
     )
     replaced_loss: str = field(
         default="divergence",
@@ -237,8 +157,10 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     schedules: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Numbers that move over the training, such as {'accept_top_k': {'end': 5, 'shape': 'cosine', 'hold': 0.2}}; "
-            "shape is linear, cosine or step, hold the share of steps before the number moves."
+            "help": 'Numbers that move over the training, by name, such as \'{"accept_top_k": {"end": 5, "shape": "cosine", "hold": '
+            '0.2}, "accept_kwargs.alpha": {"start": 0.5, "end": 0.25}}\'; shape is linear, cosine or step, hold the share of steps before '
+            'the number moves; start is by default the field\'s value. With lmbda: \'{"start": 0.0, "end": 1.0, "shape": "step", '
+            "\"hold\": 0.3}' is the SKD paper's mixed training, supervised first."
         },
     )
     loss_chunk_size: int | None = field(
@@ -265,14 +187,23 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         default=False,
         metadata={
             "help": "Run both models' forwards in a round of sampling through torch.compile, inside the CUDA graphs where these "
-            "are captured: for long runs, the first steps take minutes."
+            "are captured: for long runs, the first steps take minutes. Not for a student that ZeRO-3 or FSDP2 shards. (The "
+            "inherited torch_compile is for the training step.)"
         },
     )
     sampling_copy: bool | None = field(
         default=None,
         metadata={
             "help": "Sample with a copy of an fp32 student's weights in the type that bf16 or fp16 training computes in. Default: on "
-            "CUDA. Rounding differs a little from autocast's."
+            "CUDA, where casting them for every token costs more than the two bytes for each weight. Rounding differs a little from "
+            "autocast's."
+        },
+    )
+    merge_adapter: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Sample with the student's LoRA or DoRA adapter merged into a copy of the weights that it targets, brought up to date "
+            "before each sampling; training keeps the adapter. Default: on CUDA, unless ZeRO-3 or FSDP2 shards the student."
         },
     )
     max_prompt_length: int | None = field(
@@ -286,22 +217,25 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         default=None,
         metadata={
             "help": "Reference responses are cut after this many tokens. Default: max_length - max_prompt_length, or where "
-            "nothing is sampled what the prompt leaves of max_length."
+            "nothing is sampled what the prompt leaves of max_length. Both models' positions are a limit in any case."
         },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Given to the chat template, such as {'enable_thinking': false}."}
+        default=None, metadata={"help": "Given to the chat template, such as '{\"enable_thinking\": false}'."}
     )
     every_answer: bool = field(
         default=False,
         metadata={
             "help": "Make a conversation of n answers n rows, each answer after what came before it. Default: one row, of the "
-            "last answer."
+            "last answer, or of the first one of a completion of several turns."
         },
     )
     log_completions: bool = field(
         default=False,
-        metadata={"help": "Keep sampled responses: a table in the terminal and output_dir/completions/*.parquet."},
+        metadata={
+            "help": "Keep sampled responses: a table in the terminal and output_dir/completions/completions_{step}.parquet, with "
+            "what the teacher replaced."
+        },
     )
     log_completions_steps: int | None = field(
         default=None, metadata={"help": "Number of steps between kept responses. Default: logging_steps."}
@@ -326,7 +260,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     shard_teacher: bool | None = field(
         default=None,
         metadata={
-            "help": "Spread the teacher over the devices under DeepSpeed (in a ZeRO-3 engine) and FSDP2. A whole one needs no "
+            "help": "Spread the teacher over the devices under DeepSpeed (in a ZeRO-3 engine) and FSDP2 (by layers). A whole one needs no "
             "communication while it judges. Default: whole, unless it takes more than half of a device."
         },
     )

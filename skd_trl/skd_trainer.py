@@ -75,12 +75,12 @@ from .training.models import (
     given_model,
     pad_token_id,
 )
-from .training.pair_check import check_launch, check_pair, require
+from .training.pair_check import check_launch, check_pair, check_placed, is_incomplete, require
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
 from .training.sampled_evaluation import check_sampled_evaluation
 from .training.sampled_steps import SampledSteps
-from .training.sampling_copy import SamplingCopy
+from .training.sampling_copy import SamplingCopy, check_merging
 from .training.saved_run import SavedRun
 from .training.saved_weights import describe_shards
 from .training.searched_run import SearchedRun
@@ -216,8 +216,11 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         name_layers_to_shard(student)
         teachers, self._teacher_names = loaded.models, loaded.names
         self._is_served, self._is_recorded = loaded.is_served, loaded.is_recorded
+        unplaced = []
         for one in teachers:
-            require(check_pair(student, one, tokenizer, args, peft_config))
+            findings = check_pair(student, one, tokenizer, args, peft_config)
+            require(findings)
+            unplaced += [one] if is_incomplete(findings) else []
         self.vocab_size = min(shared_vocab_size(student, one) for one in teachers)
         client = connected(loaded, args, tokenizer, self.vocab_size)
         if client is not None:
@@ -287,6 +290,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         self._finite_check = FiniteCheck()
         self.add_callback(GradientCheck(self))
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
+        if args.merge_adapter:
+            check_merging(self.model, self.accelerator)
         self._sampling_copy = SamplingCopy()
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
         self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
@@ -300,6 +305,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         )
         self._teacher, self.teacher_model, self._inner_teacher = placed.teacher, placed.prepared, placed.inner
         self._average, self._shared = placed.average, placed.shared
+        for one in unplaced:
+            require(check_placed(self._inner_student(), one, tokenizer, args, self.accelerator))
         if self._average is not None:
             self.add_callback(self._average)
         bound_waits(args.ddp_timeout)

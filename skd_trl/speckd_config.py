@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .explained_options import explained
 from .ideas import IdeaField, make_idea, numbers_of
 from .loss.gates import GATE_CONTROLS, GATES, Gate
 from .skd_config import ROLLOUTS, SKDConfig, check_choice, check_positive
@@ -19,6 +20,7 @@ GATE = IdeaField("gate", GATES, "a Gate", is_gate, {"k": "gate_top_k", "floor": 
 COMPARED = IdeaField("gate_compare", GATES, "a Gate", is_gate, {"k": "gate_top_k"})
 
 
+@explained
 @dataclass
 class SpecKDConfig(SKDConfig):
     """
@@ -26,36 +28,6 @@ class SpecKDConfig(SKDConfig):
 
     This class includes only the parameters that are specific to SpecKD training (Huang et al., arXiv 2510.24021, in its
     second version called SelecTKD), and those of [`SKDConfig`] whose default differs. Defaults are the paper's.
-
-    Args:
-        rollout (`str`, *optional*, defaults to `"student"`):
-            Who writes the responses that the gate weighs; any of `SKDConfig`'s. With `"interleaved"` SKD makes the data
-            and SpecKD the loss.
-        gate (`str` or [`Gate`], *optional*, defaults to `"greedy_top_k"`):
-            Which tokens have full weight in the loss: a name in `GATES`, `"module:attribute"`, or an object.
-        gate_top_k (`int`, *optional*, defaults to `5`):
-            k of the gates `greedy_top_k` and `spec_k`.
-        gate_top_k_end (`int`, *optional*):
-            k at the last step, reached linearly from `gate_top_k`: short for `schedules={"gate_top_k": {"end": ...}}`.
-        gate_floor (`float`, *optional*, defaults to `0.01`):
-            Weight of a rejected token (the paper's beta).
-        gate_kwargs (`dict`, *optional*):
-            Other parameters of the gate, such as `{"exact": true}` for `spec_k`.
-        gate_control (`str`, *optional*):
-            Puts a control in the gate's place, made of it, to tell a gate's effect from that of a smaller step:
-            `"random"` (the same acceptances, shuffled), `"inverted"` (1 - acceptance) or `"same_mean"` (their mean
-            everywhere).
-        gate_normalizer (`str`, *optional*, defaults to `"all"`):
-            What the weighted sum is divided by, over the whole optimizer step: `"all"` response tokens, as published (a
-            closed gate then also shortens the step); `"accepted"` tokens; or `"mean_one"`, the sum of the weights. The
-            last two need one more forward of the student, without gradient, before the first backward of a step.
-        gate_keep_eos (`bool`, *optional*, defaults to `False`):
-            Whether end-of-sequence tokens always weigh 1. A gate that rejects them teaches the student not to stop.
-        gate_warmup_steps (`int`, *optional*, defaults to `0`):
-            Steps over which the gate closes linearly, from weights of 1 to its own: short for
-            `schedules={"gate_floor": {"start": 1.0, "end": gate_floor, "num_steps": ...}}`.
-        gate_compare (`str` or [`Gate`], *optional*):
-            A second gate, computed beside the first for the metric `gate_overlap` only.
     """
 
     _VALID_DICT_FIELDS = SKDConfig._VALID_DICT_FIELDS + ["gate_kwargs"]
@@ -64,44 +36,54 @@ class SpecKDConfig(SKDConfig):
     rollout: str = field(
         default="student",
         metadata={
-            "help": "Who writes the responses that the gate weighs.",
+            "help": "Who writes the responses that the gate weighs; any of SKDConfig's. With 'interleaved' SKD makes the data and SpecKD the loss.",
             "choices": list(ROLLOUTS),
         },
     )
     gate: Gate | str | None = field(
         default="greedy_top_k",
         metadata={
-            "help": f"Which tokens have full weight in the loss (paper: greedy_top_k): {', '.join(GATES)}, a name that you registered, or "
-            "module:attribute."
+            "help": f"Which tokens have full weight in the loss (paper: greedy_top_k): {', '.join(GATES)}, a name that you registered, "
+            "module:attribute, or a Gate."
         },
     )
     gate_top_k: int = field(default=5, metadata={"help": "k of the gates greedy_top_k and spec_k (paper: 5)."})
     gate_top_k_end: int | None = field(
-        default=None, metadata={"help": "k at the last step, reached linearly from gate_top_k. Default: no schedule."}
+        default=None,
+        metadata={
+            "help": "k at the last step, reached linearly from gate_top_k: short for a schedule. Default: none."
+        },
     )
     gate_floor: float = field(default=0.01, metadata={"help": "Weight of a rejected token (the paper's beta: 0.01)."})
     gate_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Other parameters of the gate, such as {'exact': true} for spec_k."}
+        default=None, metadata={"help": "Other parameters of the gate, such as '{\"exact\": true}' for spec_k."}
     )
     gate_control: str | None = field(
         default=None,
         metadata={
-            "help": f"Puts a control in the gate's place, made of it: {', '.join(GATE_CONTROLS)}. Default: the gate itself."
+            "help": f"Puts a control in the gate's place, to tell its effect from that of a smaller step: {', '.join(GATE_CONTROLS)} (the same "
+            "acceptances shuffled, 1 - acceptance, their mean everywhere). Default: the gate itself."
         },
     )
     gate_normalizer: str = field(
         default="all",
         metadata={
             "help": "What the weighted sum is divided by: 'all' response tokens (as published), 'accepted' tokens, or "
-            "'mean_one', the sum of the weights.",
+            "'mean_one', the sum of the weights. The last two need one more forward of the student before the first backward of a step.",
             "choices": list(NORMALIZERS),
         },
     )
     gate_keep_eos: bool = field(
-        default=False, metadata={"help": "Whether end-of-sequence tokens always weigh 1 (as published: no)."}
+        default=False,
+        metadata={
+            "help": "Whether end-of-sequence tokens always weigh 1 (as published: no). A gate that rejects them teaches the student not to stop."
+        },
     )
     gate_warmup_steps: int = field(
-        default=0, metadata={"help": "Steps over which the gate closes linearly, from weights of 1 to its own."}
+        default=0,
+        metadata={
+            "help": "Steps over which the gate closes linearly, from weights of 1 to its own: short for a schedule of gate_floor."
+        },
     )
     gate_compare: Gate | str | None = field(
         default=None, metadata={"help": "A second gate, computed for the metric gate_overlap only."}

@@ -6,51 +6,33 @@ Names that TRL's SDFT has are those of SDFT, with their meaning and defaults.
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .data.teacher_prompts import DEFAULT_TEMPLATE, check_template
+from .explained_options import explained
 
 
 SELF_TEACHERS = ("base", "ema", "live")
 TEACHER_SIGNALS = ("top_k", "hidden_states")
 
 
+@explained
 @dataclass
 class TeacherOptions:
-    """
-    What [`SKDConfig`] says of the teacher.
-
-    Args:
-        teacher_models (`dict`, *optional*):
-            Several teachers, in the place of one: names and where each is loaded from. A row's `teacher_id` says which is its own.
-            (The trainer's `teacher_model` may also be such a dict, of models too.)
-        teacher_model_server_url (`list[str]`, *optional*):
-            The teacher is behind a server, in the place of a `teacher_model`: the address of `skd serve` or `vllm serve`, or those of
-            its replicas. An API key is taken from the environment variable `SKD_TEACHER_API_KEY`.
-        teacher_signal (`str`, *optional*, defaults to `"top_k"`):
-            What a served teacher sends of each position: `"top_k"`, its most probable tokens, or `"hidden_states"`, its last hidden
-            states, of which the trainer makes all logits with a copy of the teacher's head.
-        teacher_top_k (`int`, *optional*, defaults to `64`):
-            How many of its most probable tokens a served teacher sends with `"top_k"`.
-        teacher_server_patience (`float`, *optional*, defaults to `600.0`):
-            Seconds for which a server that does not answer is asked again. After them a checkpoint is written and the run ends.
-        teacher_model_kind (`str`, *optional*):
-            Makes the student its own teacher, in the place of a `teacher_model`: `"base"`, as training started (with an adapter:
-            the model without it), `"ema"`, an average of what it has been, `"live"`, as it is. Frozen weights are shared.
-        teacher_update_rate (`float`, *optional*, defaults to `0.05`):
-            The share of its distance to the student that an `ema` teacher moves; 1 makes it the student of that moment.
-        teacher_sync_steps (`int`, *optional*, defaults to `1`):
-            After how many optimizer steps it moves.
-        teacher_prompt_template (`str`, *optional*, defaults to `"{prompt}\\n\\n{privileged_context}"`):
-            How the teacher's prompt is made of rows with a `privileged_context`: the text of the last user turn and the context.
-        max_teacher_prompt_length (`int`, *optional*):
-            Rows whose `teacher_prompt`, or prompt with context, is longer are left out. By default what the teacher's positions
-            leave beside the response.
-    """
+    """What [`SKDConfig`] says of the teacher."""
 
     teacher_models: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Several teachers, in the place of one: names and paths, such as {'code': 'path', 'prose': 'path'}. A row's "
+            "help": 'Several teachers, in the place of one: names and paths, such as \'{"code": "path", "prose": "path"}\'. A row\'s '
             "`teacher_id` says which is its own."
+        },
+    )
+    teacher_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the teacher runs, if not beside the student: another GPU of this process ('cuda:1') or 'cpu'. Not under "
+            "DeepSpeed and FSDP."
         },
     )
     teacher_model_server_url: list[str] | None = field(
@@ -152,6 +134,7 @@ class TeacherOptions:
             "teacher_models",
             "teacher_model_kind",
             "shard_teacher",
+            "teacher_device",
         )
         for name in others:
             if self.teacher_model_server_url and getattr(self, name):
@@ -162,11 +145,21 @@ class TeacherOptions:
         kind = self.teacher_model_kind
         if kind is not None and kind not in SELF_TEACHERS:
             raise ValueError(f"teacher_model_kind={kind!r} is unknown; choose one of {', '.join(SELF_TEACHERS)}.")
-        for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs", "shard_teacher"):
+        for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs", "shard_teacher", "teacher_device"):
             if kind is not None and getattr(self, name):
                 raise ValueError(
                     f"teacher_model_kind={kind!r} makes the student its own teacher, and {name}={getattr(self, name)!r} is about "
                     "another one. Drop one of them."
+                )
+        if self.teacher_device is not None:
+            try:
+                torch.device(self.teacher_device)
+            except RuntimeError as error:
+                raise ValueError(f"teacher_device={self.teacher_device!r} is no device: {error}") from None
+            if getattr(self, "shard_teacher", None):
+                raise ValueError(
+                    f"teacher_device={self.teacher_device!r} is one device, and shard_teacher=True spreads the teacher over all. "
+                    "Drop one of them."
                 )
         if not 0 < self.teacher_update_rate <= 1:
             raise ValueError(f"teacher_update_rate={self.teacher_update_rate} must be above 0 and at most 1.")

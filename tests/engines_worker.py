@@ -219,6 +219,7 @@ def run(directory: Path, name: str, case: Case, result: dict) -> None:
     enter(case.mode, write_config(directory, name, case))
     if "fsdp" in case.settings:
         fsdp_on_cpu()
+    untrained = tiny_model("llama", seed=1, **STUDENT).state_dict()  # before ZeRO-3 shards every new model
     trainer = make_trainer(directory, name, **{**DATASET, **case.settings})
     saved = directory / "saved"
     try:
@@ -227,7 +228,7 @@ def run(directory: Path, name: str, case: Case, result: dict) -> None:
         if case.does == "saves":
             trainer.save_model(str(saved / f"{name}-before"))
         if case.does == "spoils":
-            result.update(what_a_bad_gradient_does(trainer))
+            result.update(what_a_bad_gradient_does(trainer, untrained))
             return
         trainer.train()
         if case.does == "resumes":
@@ -252,9 +253,8 @@ def run(directory: Path, name: str, case: Case, result: dict) -> None:
         trainer.accelerator.free_memory()
 
 
-def what_a_bad_gradient_does(trainer) -> dict:
+def what_a_bad_gradient_does(trainer, before: dict[str, torch.Tensor]) -> dict:
     """What the training ends with, and (on the main process) the student's weights that are not as they were."""
-    before = tiny_model("llama", seed=1, **STUDENT).state_dict()
     try:
         trainer.train()
         error = ""

@@ -126,6 +126,7 @@ def test_a_wrong_command_gives_one_line_with_a_hint_and_exit_code_2(
         (["watch", "--num_draft_tokens", "0"], "num_draft_tokens='0' must be at least 1, or 'auto'."),
         (["watch", "--accept", "best"], "accept='best' is unknown; choose one of top_k"),
         (["evaluate", "--dataset_name", "x", "--metrics", "bleu"], "metric 'bleu' is unknown"),
+        (["evaluate", "--dtype", "int4"], "invalid choice: 'int4' (choose from 'auto', 'float32'"),
         (["score", "--topk", "5"], "--topk is no option. Did you mean --top_k?"),
         (["check", "--acept", "top_k"], "--acept is no option. Did you mean --accept?"),
         (["check"], "--model is missing: the student's name or path."),
@@ -137,6 +138,13 @@ def test_other_commands_say_in_a_line_what_is_wrong_with_an_option(wrong, messag
     pair = {"watch": ["--student", "s", "--teacher", "t"], "evaluate": ["--student", "s", "--teacher", "t"]}
     code, output = run([wrong[0], *pair.get(wrong[0], []), *wrong[1:]], capsys)
     assert code == 2 and message in output and "Traceback" not in output
+
+
+def test_the_check_of_a_pair_lists_each_topic_once(assets, capsys):
+    pair = ["--model", assets / "student", "--teacher_model_name_or_path", assets / "teacher"]
+    code, output = run(["check", *pair, "--max_new_tokens", "8"], capsys)
+    topics = re.findall(r"^│ (\w[\w ]*?) +│", output, re.MULTILINE)
+    assert code == 0 and len(topics) > 8 and len(topics) == len(set(topics))
 
 
 def test_a_run_is_resumed_from_its_last_checkpoint_or_the_one_that_is_named(tmp_path):
@@ -301,6 +309,30 @@ def test_a_file_of_any_form_is_trained_on_compared_and_reported(form, assets, tm
     assert found["progress"] == {"step": 1, "num_steps": 1, "is_over": True}
     assert (out / "samples.html").exists() and (out / "model.safetensors").exists()
     assert f"| teacher | `{assets / 'teacher'}` |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "column", "reason"),
+    [
+        ({"teacher_model_name_or_path": "teacher"}, "messages", None),
+        ({"teacher_model_server_url": ["http://localhost:1"]}, "messages", "no single teacher"),
+        ({"teacher_models": {"a": "one", "b": "two"}}, "messages", "no single teacher"),
+        ({"teacher_model_kind": "ema"}, "messages", "the student itself"),
+        ({"teacher_model_name_or_path": "teacher"}, "privileged_context", "differ from the student's"),
+    ],
+)
+def test_the_student_is_compared_by_default_where_one_teacher_is_at_hand(options, column, reason, tmp_path, capsys):
+    rows = Dataset.from_dict({column: ["text"]})
+    script_args, training_args = (
+        train.TrainArguments(dataset_name="rows.jsonl"),
+        SKDConfig(output_dir=str(tmp_path), bf16=False, **options),
+    )
+    train.decide_comparison(script_args, training_args, rows)
+    assert script_args.compare is (reason is None)
+    assert (reason or "") in capsys.readouterr().out
+    wanted = train.TrainArguments(dataset_name="rows.jsonl", compare=True)
+    train.decide_comparison(wanted, training_args, rows)
+    assert wanted.compare is True
 
 
 @pytest.mark.slow

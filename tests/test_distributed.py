@@ -67,8 +67,9 @@ def test_two_processes_take_the_steps_of_one_on_the_same_rows(directory, name):
         assert result["grad_norms"] == pytest.approx(single["grad_norms"], rel=1e-4)
     expected, trained = (torch.load(directory / f"{which}.pt") for which in (f"single-{case}", name))
     assert trained.keys() == expected.keys()
+    limit = 1e-4 if "hybrid" in name else 1e-5  # a recurrence passes a rounding on to all tokens after it
     for key in expected:
-        torch.testing.assert_close(trained[key], expected[key], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trained[key], expected[key], atol=limit, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,16 +1,17 @@
-"""README and docs: code runs, commands exist, links lead somewhere, and the README keeps its size."""
+"""README and docs: links lead somewhere, the README keeps its size, the pages work in a browser. `test_docs_run.py` runs their code."""
 
-import ast
 import re
-import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from trl import ModelConfig
 
-from skd_trl import ACCEPTANCE_RULES, DIVERGENCES, GATES
+from skd_trl import SKDConfig, SpecKDConfig, explained_options
+from skd_trl.__main__ import COMMANDS
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,26 +22,6 @@ GENERATED = {DOCS / "options.md"}
 PAGES = [README, *sorted(set(DOCS.glob("*.md")) - GENERATED), ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md",
          ROOT / "benchmarks" / "README.md"]  # fmt: skip
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Code that loads models or data from a hub is parsed, and its imports are run.
-NEEDS_HUB = re.compile(r"Qwen/|trl-lib/")
-
-
-def blocks(language: str) -> list:
-    found = []
-    for page in PAGES:
-        for number, (name, text) in enumerate(FENCE.findall(page.read_text(encoding="utf-8")), start=1):
-            if name == language:
-                found.append(pytest.param(text, id=f"{page.relative_to(ROOT)}-{number}"))
-    return found
-
-
-def commands() -> list:
-    lines = []
-    for block in blocks("bash"):
-        for line in block.values[0].replace("\\\n", " ").splitlines():
-            if line.strip() and not line.strip().startswith("#"):
-                lines.append(pytest.param(line, id=line[:60]))
-    return lines
 
 
 def test_the_readme_is_short():
@@ -49,101 +30,32 @@ def test_the_readme_is_short():
     assert max(map(len, text.splitlines())) <= 120
 
 
-def pages_with_python() -> list:
-    pages: dict[str, list[str]] = {}
-    for block in blocks("python"):
-        pages.setdefault(block.id.rpartition("-")[0], []).append(block.values[0])
-    return [pytest.param(codes, id=page) for page, codes in pages.items()]
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python|skd) [^`\n]+)`")
 
 
-@pytest.mark.parametrize("codes", pages_with_python())
-def test_python_runs(codes, tmp_path, monkeypatch):
-    """The blocks of a page, one after the other, as on a machine whose GPU can do bf16."""
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    monkeypatch.chdir(tmp_path)
-    registries = (ACCEPTANCE_RULES, DIVERGENCES, GATES)
-    before = [dict(registry) for registry in registries]
-    names: dict = {"__name__": "docs"}
-    try:
-        for code in codes:
-            tree = ast.parse(code)
-            if NEEDS_HUB.search(code):
-                tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-                assert tree.body
-            exec(compile(tree, "<docs>", "exec"), names)
-    finally:
-        for registry, entries in zip(registries, before, strict=True):
-            registry.clear()
-            registry.update(entries)
+def inline_commands() -> list:
+    found = [(page, command) for page in PAGES for command in INLINE.findall(page.read_text(encoding="utf-8"))]
+    return [pytest.param(command, id=f"{page.name}: {command}") for page, command in dict.fromkeys(found)]
 
 
-def program_of(words: list[str]) -> tuple[str, list[str]]:
-    """What a command starts, without launchers and environment variables, and what it is given."""
-    while "=" in words[0] and not words[0].startswith("-"):
-        words = words[1:]
-    if words[:2] == ["accelerate", "launch"]:
-        words = words[2:]
-        while words[0].startswith("--"):
-            if words[0] == "--config_file":
-                assert (ROOT / words[1]).is_file(), words[1]
-            words = words[2:]
-        return words[0], words[1:]
-    if words[0] == "python" and words[1] == "-m":
-        return f"-m {words[2]}", words[3:]
-    if words[0] == "python":
-        return words[1], words[2:]
-    return words[0], words[1:]
-
-
-@pytest.mark.parametrize("line", commands())
-def test_commands_name_what_exists(line):
-    """Scripts, files and options of each command exist. The commands of the examples are run by `test_examples.py`."""
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for part in re.split(r"&&|\|", line):
-        words = shlex.split(part, comments=True)
-        if not words:
-            continue
-        program, given = program_of(words)
-        if program == "make":
-            assert {word for word in given if "=" not in word} <= targets, part
-        elif program.endswith(".py"):
-            assert (ROOT / program).is_file(), program
-            assert_options_exist((ROOT / program).read_text(), given)
-        elif program in ("-m skd_trl", "skd"):
-            assert_options_exist("\n".join(p.read_text() for p in (ROOT / "skd_trl").rglob("*.py")), given)
-        else:
-            assert program in {
-                "pip",
-                "source",
-                "git",
-                "xdg-open",
-                "-m build",
-                "-m pytest",
-                "-m sphinx",
-                "-m venv",
-                "vllm",
-                "pre-commit",
-            }, part
-        for word in given:
-            if word.startswith(("examples/configs/", "examples/accelerate/", "tests/", "benchmarks/")):
-                assert (ROOT / word.partition("::")[0]).exists(), word
-
-
-def assert_options_exist(source: str, given: list[str]) -> None:
-    """Each option is added by the program, or is a field of a configuration that it parses."""
-    import dataclasses
-
-    from trl import ModelConfig
-
-    from skd_trl import SpecKDConfig
-
-    fields = {field.name for config in (SpecKDConfig, ModelConfig) for field in dataclasses.fields(config)}
-    for word in given:
+@pytest.mark.parametrize("command", inline_commands())
+def test_a_command_within_a_sentence_names_what_exists(command):
+    """Those in blocks are run, by `test_docs_run.py`."""
+    program, first, *rest = re.sub(r"^([A-Z_]+=\S+ )*", "", command).split()
+    if program == "skd" or (first, *rest[:1]) == ("-m", "skd_trl"):
+        words = [first, *rest] if program == "skd" else rest[1:]
+        assert words[0] in (*COMMANDS, "check"), command
+        source = "".join(path.read_text() for path in (ROOT / "skd_trl").rglob("*.py"))
+        known = {field.name for config in (SpecKDConfig, ModelConfig) for field in fields(config)}
+    elif first == "-m":
+        return
+    else:
+        script, words, known = ROOT / first, rest, set()
+        assert script.is_file(), command
+        source = script.read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+    for word in words:
         if word.startswith("--"):
-            name = word[2:].partition("=")[0]
-            assert word in source or f"{name}:" in source or name in fields or name in ("config", "help"), word
+            assert word in source or f"{word[2:]}:" in source or word[2:] in known or word == "--help", command
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -184,6 +96,23 @@ def test_the_options_page_explains_every_field(tmp_path):
     assert "## Other" not in text, "conf.GROUPS has no place for a field: " + text.partition("## Other")[2]
     rows = re.findall(r"^\| `(\w+)` \| `.*` \| (.*) \|$", text, re.MULTILINE)
     assert len(rows) > 40 and all(len(help_text) > 10 for name, help_text in rows if name != "beta"), rows
+
+
+@pytest.mark.parametrize("config", [SKDConfig, SpecKDConfig])
+def test_an_option_is_explained_once_in_its_help_from_which_the_docstring_is_written(config):
+    explained = dict(
+        re.findall(r"^    (\w+) \(`[^`]+`, \*optional\*.*\):\n        (.+)$", config.__doc__, re.MULTILINE)
+    )
+    own = {
+        name: config.__dataclass_fields__[name].metadata["help"] for name in config.__annotations__ if name[0] != "_"
+    }
+    assert explained == own and len(own) >= 10
+    with pytest.raises(TypeError, match="Silent.silent has no help"):
+
+        @explained_options.explained
+        @dataclass
+        class Silent:
+            silent: int = 1
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from skd_trl import DIVERGENCES
 from skd_trl.evaluation import bootstrap, callback, comparison, divergence, text_metrics
 from skd_trl.evaluation.divergence import token_divergence
 from skd_trl.evaluation.draft_model import Drafting, draft_acceptance, num_forwards
-from skd_trl.evaluation.held_out import Decoding, HeldOut, held_out
+from skd_trl.evaluation.held_out import Decoding, HeldOut, held_out, prompt_text
 from skd_trl.evaluation.scores import METRICS, Evaluation, Scores, evaluate, text_scores
 from skd_trl.evaluation.texts import generate
 
@@ -317,6 +317,18 @@ def test_the_ratio_of_sums_is_that_of_a_plain_loop_and_rows_without_weight_have_
 
 
 # Comparison
+
+
+def test_people_are_shown_the_prompt_that_the_models_read():
+    """Some sets have the first question as `prompt` beside all turns; the turns are what counts, for both."""
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
+    assert prompt_text({"prompt": "u", "messages": turns}) == "user: u\n\nassistant: a\n\nuser: u"
+    assert (
+        prompt_text({"prompt": turns[:1]})
+        == prompt_text({"messages": turns[:2]})
+        == prompt_text({"prompt": "u"})
+        == "u"
+    )
 
 
 def length(predictions, targets):

@@ -11,7 +11,14 @@ from peft import LoraConfig, get_peft_model
 from test_skd_trainer import ROWS, losses, make_trainer
 from tiny import byte_tokenizer, save_models, tiny_model
 from torch import nn
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling, GenerationConfig, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    GenerationConfig,
+    LlavaConfig,
+    T5Config,
+    TrainerCallback,
+)
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
 from trl import LogCompletionsCallback, ModelConfig, ScriptArguments, TrlParser, get_peft_config
@@ -170,6 +177,16 @@ def test_a_batch_of_another_trainers_keys_is_refused_with_where_batches_come_fro
     with torch.no_grad():
         mean, half = (trainer.compute_loss(trainer.model, own, num_items_in_batch=n) for n in (None, 2 * num_tokens))
     assert half.item() == pytest.approx(mean.item() / 2) != 0
+
+
+@pytest.mark.parametrize("config, kind", [(T5Config(), "T5"), (LlavaConfig(), "Llava")])
+def test_a_teacher_of_another_kind_of_model_is_refused_by_its_kind_and_not_by_a_list_of_all_others(
+    tmp_path, config, kind
+):
+    config.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=f"is a {kind}, which transformers does not load as a causal") as refusal:
+        make_trainer(tmp_path, teacher=str(tmp_path / "teacher"))
+    assert len(str(refusal.value)) < 400
 
 
 class EachOnce:

@@ -152,7 +152,9 @@ def test_two_tokens_are_distributed_as_the_algorithm_says(names):
     assert chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-5
 
 
-@pytest.mark.parametrize("pair", [("qwen3_5_text", "qwen3_5_text"), ("lfm2", "mamba2"), ("llama", "nemotron_h")])
+@pytest.mark.parametrize(
+    "pair", [("qwen3_5_text", "qwen3_5_text"), ("lfm2", "mamba2"), ("llama", "nemotron_h"), ("rwkv", "xlstm")]
+)
 def test_captured_rounds_write_the_texts_of_plain_ones(pair):
     student, teacher = tiny_model(pair[0], seed=1), tiny_model(pair[1], seed=2)
     rounds, before = Rounds(capture=True, make_graph=Tape), Tape.num_replays

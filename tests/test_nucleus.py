@@ -55,9 +55,8 @@ def test_draws_by_candidates_are_the_plain_draws_wherever_the_nucleus_fits(
         nucleus.level = level
         nucleus.begin_round()
         drawn = nucleus.draw(logits, sampling, uniforms)
-        missed = nucleus.missed(8)
-        if missed is None:
-            missed = torch.zeros(8, dtype=torch.bool)
+        fitted = nucleus.fitted(8)
+        missed = torch.zeros(8, dtype=torch.bool) if fitted is None else ~fitted
         assert level < 2 or not missed.any()
         assert torch.equal(drawn[~missed], plain[~missed])
         probs = nucleus.probs(logits, sampling)

@@ -1,7 +1,9 @@
 """The report of a run: what it reads, what the page shows, and what of it a killed run has."""
 
+import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -192,6 +194,31 @@ def test_a_killed_run_is_as_long_as_it_was_to_be_where_a_checkpoint_went_as_far_
         "is_over": False,
     }
     assert "Not finished: step 4 of 6" in (run_dir / "samples.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_phone_and_a_desk_in_both_themes(run_dir):
+    """Needs playwright and chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium")
+    report.write_report(run_dir)
+    colours, errors = set(), []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width, scheme in itertools.product((400, 1400), ("light", "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.goto((run_dir / "samples.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.locator("figure svg").count() == 2 and page.locator(".replaced").first.is_visible()
+            assert not page.locator(".proposal").first.is_visible()
+            page.check("#show-proposals")
+            assert page.locator(".proposal").first.is_visible()
+            colours.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        browser.close()
+    assert len(colours) == 2 and not errors
 
 
 def test_the_plots_of_the_page_are_drawn_in_its_colours(run_dir):

@@ -1,6 +1,7 @@
 """The student as its own teacher: equal to second copies by value, moved as a plain average, and without their memory."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -210,6 +211,27 @@ def test_the_second_models_memory_is_gone_but_for_what_is_averaged(tmp_path, kin
     trained_bytes = sum(p.numel() * 4 for p in student.parameters() if p.requires_grad)
     assert num_bytes(student, teacher) - num_bytes(student) == (trained_bytes if kind == "ema" else 0)
     assert num_bytes(student, tiny_model(seed=1)) > 1.5 * num_bytes(student)
+
+
+def bytes_of_all_parameters():
+    """Of every parameter that is alive in this process, wherever it is referred to from."""
+    gc.collect()
+    alive = [x for x in gc.get_objects() if type(x) is nn.Parameter]
+    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in alive}.values())
+
+
+def test_beside_a_second_copy_a_process_has_one_model_less(tmp_path):
+    settings = {"peft_config": LORA, "max_steps": 1}
+    held = {}
+    for name, teacher in (("base", {"teacher_model_kind": "base"}), ("copy", {"teacher": tiny_model(seed=1)})):
+        size = num_bytes(tiny_model(seed=1))
+        before = bytes_of_all_parameters() - (size if name == "copy" else 0)
+        trainer = make(tmp_path, **teacher, **settings)
+        trainer.train()
+        held[name] = bytes_of_all_parameters() - before
+        teacher.clear()
+        del trainer
+    assert held["copy"] - held["base"] == size
 
 
 # What is refused

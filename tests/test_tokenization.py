@@ -230,6 +230,18 @@ def test_keys_that_arrow_filled_with_none_are_not_shown_to_the_template():
     assert texts({"messages": [{**QUESTION, "tool_calls": None}]}, tokenizer)[0].endswith("False")
 
 
+def test_assistant_masks_of_tokenized_rows_are_read_as_trl_reads_them():
+    ids = [5, 6, 7, 8, 9, 10]
+    found = tokenize({"input_ids": ids, "assistant_masks": [0, 1, 0, 0, 1, 1]})
+    assert (found["prompt_ids"], found["response_ids"]) == ([5, 6, 7, 8], [9, 10])
+    both = {"input_ids": ids, "assistant_masks": [0, 1, 0, 1, 1, 0], "completion_mask": [0, 0, 0, 0, 1, 1]}
+    found = tokenize(both)
+    assert (found["prompt_ids"], found["response_ids"]) == ([5, 6, 7, 8], [9])
+    assert tokenize({"input_ids": ids, "assistant_masks": [0, 1]})["problem"] == "unreadable"
+    for mask in ([0, 1], [0, 0, 0, 0, 1, 1, 1]):
+        assert tokenize({**both, "completion_mask": mask})["problem"] == "unreadable"
+
+
 @pytest.mark.parametrize("mask", ["completion_mask", "labels"])
 def test_rows_that_trl_tokenized_split_at_their_mask(mask):
     eos = byte_tokenizer().eos_token_id

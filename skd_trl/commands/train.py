@@ -71,9 +71,12 @@ class TrainArguments(ScriptArguments):
             "taken out of the training rows, a tenth of these at most."
         },
     )
-    compare: bool = field(
-        default=True,
-        metadata={"help": "Whether to compare the student before and after on held-out prompts."},
+    compare: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to compare the student before and after on held-out prompts. Default: where the run has one teacher, in this "
+            "process."
+        },
     )
     compare_at_evaluation: bool = field(
         default=False,
@@ -106,7 +109,7 @@ class TrainArguments(ScriptArguments):
         for name in ("teacher_sft", "student_sft"):
             value = getattr(self, name)
             setattr(self, name, json.loads(value) if isinstance(value, str) else value)
-        if self.compare:
+        if self.compare is not False:
             text_metrics(self.metrics)  # an unknown one is told before models are loaded
 
 
@@ -116,7 +119,7 @@ def run(arguments: list[str]) -> int:
     script_args, training_args, model_args = command.parse(arguments, **for_this_machine())
     with command.one_line_errors(), PartialState().main_process_first():
         check_names(training_args, model_args)
-        rows = load_train_and_test(script_args, training_args.seed)
+        rows = load_train_and_test(script_args, training_args)
     train(script_args, training_args, model_args, *rows, command=command)
     return 0
 
@@ -181,8 +184,31 @@ def checkpoint_to_resume(args: SKDConfig) -> str | None:
     )
 
 
-def load_train_and_test(args: TrainArguments, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """The rows to train on and those held out, if any are."""
+def decide_comparison(
+    script_args: TrainArguments, training_args: SKDConfig, train_rows: Dataset | IterableDataset
+) -> None:
+    """Sets `compare` where nothing was given, and says why if there is no one teacher to compare with."""
+    if script_args.compare is not None:
+        return
+    own_prompts = {"teacher_prompt", "privileged_context"} & set(train_rows.column_names or [])
+    if training_args.teacher_model_kind is not None:
+        reason = "the teacher is the student itself"
+    elif training_args.teacher_model_name_or_path is None:
+        reason = "there is no single teacher in this process"
+    elif own_prompts:
+        reason = f"the teacher reads prompts that differ from the student's ({own_prompts.pop()})"
+    else:
+        reason = None
+    script_args.compare = reason is None
+    if reason and PartialState().is_main_process:
+        print(f"The student is not compared before and after: {reason}. See skd compare.")
+
+
+def load_train_and_test(
+    args: TrainArguments, training_args: SKDConfig
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """The rows to train on and those held out, if any are; decides whether the student is compared, where nothing was given."""
+    seed = training_args.seed
 
     def load(split: str, num_rows: int, streaming: bool = False):
         rows = load_rows(
@@ -193,6 +219,7 @@ def load_train_and_test(args: TrainArguments, seed: int) -> tuple[Dataset | Iter
         return from_templates(rows, args.prompt_template, args.completion_template)
 
     train_rows = load(args.dataset_train_split, args.num_train_rows, args.dataset_streaming)
+    decide_comparison(args, training_args, train_rows)
     if not args.compare:
         return train_rows, None
     if args.dataset_test_split in split_names(args.dataset_name, args.dataset_config):

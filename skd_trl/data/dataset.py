@@ -49,7 +49,7 @@ def prepare_dataset(
 
     Rows may hold `messages` (the last turn is the reference if it is the assistant's, else the row is a prompt alone),
     `prompt` and `completion` or `prompt` alone (texts or conversations), `conversations` (from/value), or TRL's
-    tokenized rows: `input_ids` with `completion_mask` or `labels`. A conversation's own `tools` and
+    tokenized rows: `input_ids` with `completion_mask`, `assistant_masks` or `labels`. A conversation's own `tools` and
     `chat_template_kwargs` columns (lists and dicts, or their JSON text) are handed to the chat template, and the text of a `system`
     or `system_prompt` column is put before its turns. Roles and contents of other data sets are translated
     (`conversations.py`). A conversation of several answers is one row, of its last; of several in a `completion`, of the first,

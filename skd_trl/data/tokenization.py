@@ -232,19 +232,20 @@ def _check_ids(ids: list[int], rules: RowRules) -> None:
 
 def _split_tokenized(row: dict[str, Any], rules: RowRules) -> list[tuple[list[int], list[int]]]:
     """Rows that TRL has tokenized: a run of response positions is a response, what precedes it its prompt. The last run, or all."""
-    if row.get("completion_mask") is not None:
-        mask = [bool(bit) for bit in row["completion_mask"]]
-    elif row.get("labels") is not None:
-        mask = [label != -100 for label in row["labels"]]
-    else:
+    masks = [row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
+    if not masks and row.get("labels") is not None:
+        masks = [[label != -100 for label in row["labels"]]]
+    if not masks:
         raise UnusableRow(
             "form",
-            "it has `input_ids` but neither `completion_mask` nor `labels`, so nothing says where the prompt ends. "
+            "it has `input_ids` but none of `completion_mask`, `assistant_masks` and `labels`, so nothing says where the prompt ends. "
             "Add `completion_mask` (0 on the prompt, 1 on the response).",
         )
     ids = list(row["input_ids"] or [])
-    if len(mask) != len(ids):
-        raise UnusableRow("unreadable", f"its mask has {len(mask)} entries for {len(ids)} tokens.")
+    for mask in masks:
+        if len(mask) != len(ids):
+            raise UnusableRow("unreadable", f"its mask has {len(mask)} entries for {len(ids)} tokens.")
+    mask = [all(bits) for bits in zip(*masks, strict=True)]  # of two, as TRL reads them: what both count
     starts = [i for i, bit in enumerate(mask) if bit and (i == 0 or not mask[i - 1])]
     ends = [i + 1 for i, bit in enumerate(mask) if bit and not any(mask[i + 1 : i + 2])]
     runs = list(zip(starts, ends, strict=True)) or [(len(ids), len(ids))]

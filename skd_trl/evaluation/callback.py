@@ -152,7 +152,11 @@ class HeldOutEvaluation(TrainerCallback):
 def no_comparison_with(trainer: SKDTrainer) -> str | None:
     """Why the teacher of this trainer is none to compare with, if it is not."""
     if not isinstance(trainer.teacher_model, nn.Module):
-        return "this run has several teachers" if trainer.teacher_model else "this run's is recorded scores"
+        return (
+            "this run has several teachers"
+            if trainer.teacher_model
+            else "this run's is recorded scores, or behind a server"
+        )
     if trainer.args.teacher_model_kind is not None:
         return f"this run's is the student itself (teacher_model_kind={trainer.args.teacher_model_kind!r})"
     if "teacher_prompt_ids" in (getattr(trainer.train_dataset, "column_names", None) or []):

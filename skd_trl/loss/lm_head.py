@@ -123,8 +123,8 @@ class LMHead:
     def verify(self, model: PreTrainedModel) -> bool:
         """
         Whether this head makes `model`'s own logits of what `backbone(model)` returns, and whether that is what the
-        model's head is given; tried on two tokens. To be called before a model is sharded. `False` means that the
-        model does something between its backbone and its logits that is not known here: use its full logits instead.
+        model's head is given; tried on two tokens, in the precision that is on. To be called before a model is sharded. `False`
+        means that the model does something between its backbone and its logits that is not known here: use its full logits instead.
         """
         hidden: list[Tensor] = []
         hooks = [
@@ -134,16 +134,18 @@ class LMHead:
         was_training = model.training
         try:
             input_ids = torch.tensor([[1, 2]], device=model.device)
-            expected = model.eval()(input_ids=input_ids, use_cache=False).logits.float()
+            expected = model.eval()(input_ids=input_ids, use_cache=False).logits
         finally:
             model.train(was_training)
             for hook in hooks:
                 hook.remove()
         if len(hidden) != 2 or not torch.equal(hidden[0], hidden[1]):
             return False
-        logits = self.logits(hidden[0])
+        logits, expected, dtypes = self.logits(hidden[0]), expected.float(), (model.dtype, expected.dtype)
+        if torch.is_autocast_enabled(expected.device.type):
+            dtypes += (torch.get_autocast_dtype(expected.device.type),)
         # Same product, maybe in another order: a few roundings of the type it is computed in, relative to the largest.
-        rounding = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps) * 16
+        rounding = max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32)) * 16
         return logits.shape == expected.shape and bool(
             (logits - expected).abs().max() <= rounding * expected.abs().max()
         )

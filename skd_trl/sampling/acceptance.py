@@ -8,7 +8,7 @@ A new rule is a frozen dataclass with `__call__(draft) -> accepted (N, G)` and a
 Shapes: N rows, G drafted tokens, V vocabulary.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -29,15 +29,15 @@ class Judgement:
             What the loss may use of the teacher at each of these tokens, kept with the responses under these names.
     """
 
+    has_all_outcomes: ClassVar[bool] = True  # is over the whole vocabulary
     logits: torch.Tensor
     signal: dict[str, torch.Tensor]
 
     def rank(self, tokens: torch.Tensor) -> torch.Tensor:
-        """How many ids the teacher ranks higher than `tokens` (N, G): (N, G), -1 where nothing was drafted or judged."""
+        """How many ids the teacher ranks higher than `tokens` (N, G): (N, G), -1 where nothing was judged."""
         if self.logits.shape[-1] == 0:
             return torch.full_like(tokens, -1)
-        own = self.logits.gather(-1, tokens.clamp(min=0)[..., None])
-        return torch.where(tokens >= 0, (self.logits > own).sum(-1), -1)
+        return (self.logits > self.logits.gather(-1, tokens[..., None])).sum(-1)
 
     def probability(self, tokens: torch.Tensor) -> torch.Tensor:
         """The probability (N, G) of `tokens` (N, G) at temperature 1 over the whole vocabulary."""
@@ -46,8 +46,7 @@ class Judgement:
     def mass_above(self, tokens: torch.Tensor) -> torch.Tensor:
         """The probability (N, G) of all ids that the teacher ranks higher than `tokens` (N, G)."""
         probs = self.logits.float().softmax(-1)
-        own = probs.gather(-1, tokens[..., None])
-        return torch.where(probs > own, probs, 0.0).sum(-1)
+        return (probs * (probs > probs.gather(-1, tokens[..., None]))).sum(-1)
 
     def shaped_probs(self, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
         """The distribution that is drawn from, over the outcomes that `at_outcomes` and `tokens_of` know: (N, G, V)."""
@@ -94,6 +93,7 @@ class Draft:
         student_sampling, teacher_sampling ([`SamplingParams`]): how either model's draws are shaped.
         coins (`torch.Tensor` of shape `(N, G)`): uniform numbers in [0, 1) for rules that accept by chance.
         nucleus ([`~skd_trl.sampling.nucleus.Nucleus`], *optional*): how this round finds nuclei; by default by sorting.
+        is_drafted (`bool`, *optional*, defaults to `True`): whether there are proposals.
     """
 
     tokens: torch.Tensor
@@ -103,6 +103,7 @@ class Draft:
     teacher_sampling: SamplingParams
     coins: torch.Tensor
     nucleus: Nucleus = field(default_factory=Nucleus)
+    is_drafted: bool = True
 
     @property
     def teacher_logits(self) -> torch.Tensor:
@@ -112,35 +113,72 @@ class Draft:
     @cached_property
     def teacher_rank(self) -> torch.Tensor:
         """How many ids the teacher ranks higher than the proposal, (N, G): 0 is its favourite. Ties count for the proposal.
-        Of raw logits: temperature and nucleus would turn a rank below the top few into a tie at zero."""
-        return self.judgement.rank(self.tokens)
+        Of raw logits: temperature and nucleus would turn a rank below the top few into a tie at zero. -1 where nothing was
+        drafted or judged."""
+        return self.judgement.rank(self.tokens) if self.is_drafted else torch.full_like(self.tokens, -1)
 
     def column(self, index: torch.Tensor) -> "Draft":
         """The draft of one column per row, `index` (N, 1): what a replacement is drawn from."""
-        return replace(
-            self,
-            tokens=self.tokens.gather(1, index),
-            student_logits=take_column(self.student_logits, index),
-            judgement=self.judgement.column(index),
-            coins=self.coins.gather(1, index),
-        )
+        return _Column(self, index)
 
     def probability(self, of: str, shaped: bool = True) -> torch.Tensor:
         """Probability of the proposals under `"student"` or `"teacher"`, (N, G), as drawn from or (`shaped=False`)
         at temperature 1 over the whole vocabulary."""
         judgement = Judgement(self.student_logits, {}) if of == "student" else self.judgement
-        sampling = self.student_sampling if of == "student" else self.teacher_sampling
         if not shaped:
             return judgement.probability(self.tokens)
+        if self.judgement.has_all_outcomes:
+            return self.shaped_probs(of).gather(-1, self.tokens[..., None]).squeeze(-1)
+        sampling = self.student_sampling if of == "student" else self.teacher_sampling
         return judgement.shaped_probability(self.tokens, sampling, self.nucleus)
 
     def shaped_probs(self, of: str) -> torch.Tensor:
         """The distributions that `"student"` or `"teacher"` draws from, over the judgement's outcomes: (N, G, V), or (N, G, k) where the
         teacher sends its top k. A rule that takes them from here never waits for the device, and no vocabulary is sorted where
         the nuclei are small."""
-        if of == "student":
-            return self.judgement.at_outcomes(self.nucleus.probs(self.student_logits, self.student_sampling))
-        return self.judgement.shaped_probs(self.teacher_sampling, self.nucleus)
+        if of not in self._shaped_probs:
+            if of == "student":
+                probs = self.judgement.at_outcomes(self.nucleus.probs(self.student_logits, self.student_sampling))
+            else:
+                probs = self.judgement.shaped_probs(self.teacher_sampling, self.nucleus)
+            self._shaped_probs[of] = probs
+        return self._shaped_probs[of]
+
+    @cached_property
+    def _shaped_probs(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class _Column(Draft):
+    """A column of a draft, of which only what is asked for is taken out."""
+
+    draft: Draft
+    index: torch.Tensor
+
+    def __init__(self, draft: Draft, index: torch.Tensor):
+        names = ("student_sampling", "teacher_sampling", "nucleus", "is_drafted")
+        vars(self).update({name: getattr(draft, name) for name in names}, draft=draft, index=index)
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:  # type: ignore[override]
+        return self.draft.tokens.gather(1, self.index)
+
+    @cached_property
+    def student_logits(self) -> torch.Tensor:  # type: ignore[override]
+        return take_column(self.draft.student_logits, self.index)
+
+    @cached_property
+    def judgement(self) -> Judgement:  # type: ignore[override]
+        return self.draft.judgement.column(self.index)
+
+    @cached_property
+    def coins(self) -> torch.Tensor:  # type: ignore[override]
+        return self.draft.coins.gather(1, self.index)
+
+    @cached_property
+    def _shaped_probs(self) -> dict[str, torch.Tensor]:
+        # Where the rule has judged by them, they are there.
+        return {of: take_column(probs, self.index) for of, probs in self.draft._shaped_probs.items()}
 
 
 @dataclass(frozen=True)

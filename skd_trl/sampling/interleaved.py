@@ -151,7 +151,7 @@ def interleaved_sample(
             shape = rows.live, rows.num_in_use, num_draft
             stopwatch, signal, is_warm_up = run_round(student, teacher, rows, accept, nucleus, shape)
             rows.keep_signal(signal)
-            rows.read(num_draft if accept.drafts else 0)  # the one wait for the device
+            rows.read(num_draft, accept.drafts)  # the one wait for the device
             nucleus.observe(rows.num_missed)
             if execution.observe is not None:
                 execution.observe(list(rows.host_written), [prompt for prompt, _ in rows.live])
@@ -180,7 +180,7 @@ def run_round(
         return interleave_round(student, teacher, rows, accept, num_draft, nucleus, stopwatch)
 
     begin()
-    device = rows.tokens.device
+    device = rows.owner.device
     precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     key = (
         num_rows, num_draft, rows.max_new_tokens, _by_value(accept), nucleus.level, precision, student.round_key(), teacher.round_key(),
@@ -215,16 +215,18 @@ def interleave_round(
     proposals = torch.stack([tokens for tokens, _ in steps], dim=1)
     stopwatch.mark()
     judgement = teacher.judge(proposals)
-    student_logits = torch.stack([logits if accept.needs_student else logits[:, :0] for _, logits in steps], dim=1)
-    coins = noise[..., ACCEPT_COIN]
-    draft = Draft(proposals, student_logits, judgement, student.sampling, teacher.sampling, coins, nucleus)
-    num_leading = accept(draft).long().cumprod(dim=-1).sum(dim=-1)
-    column = num_leading.clamp(max=num_draft - 1)[:, None]
+    if accept.needs_student:
+        student_logits = torch.stack([logits for _, logits in steps], dim=1)
+    else:
+        student_logits = steps[0][1][:, None, :0].expand(-1, num_draft, -1)
+    sampling, coins = (student.sampling, teacher.sampling), noise[..., ACCEPT_COIN]
+    draft = Draft(proposals, student_logits, judgement, *sampling, coins, nucleus, accept.drafts)
+    accepted = accept(draft).bool()
+    column = rows.first_rejected(accepted)
     replacement = accept.replacement(draft.column(column), noise[..., TEACHER_DRAW].gather(1, column).squeeze(1))
-    is_rejected = torch.arange(num_draft, device=column.device) == num_leading[:, None]
-    block = torch.where(is_rejected, replacement[:, None], proposals)
+    block = torch.where(accepted, proposals, replacement[:, None])  # what follows the first rejected token is dropped
     stopwatch.mark()
-    count = rows.write(block, num_leading, draft, nucleus.missed(len(block)))
+    count = rows.write(block, accepted, column, draft, nucleus.fitted(len(block)))
     student.keep(block, count)
     teacher.keep(block, count)
     stopwatch.mark()

@@ -17,6 +17,7 @@ from .sampling_params import (
     first_above,
     least_of,
     shaped_probs,
+    softmax_at,
     target,
     tempered_probs,
 )
@@ -36,32 +37,39 @@ class Nucleus:
 
     Attributes:
         level (`int`): which of them is tried.
-        misses (`list` of `torch.BoolTensor` of shape `(N, ...)`): of each draw of this round, the rows whose nucleus did not fit.
+        fitting (`list` of `torch.BoolTensor` of shape `(N, ...)`): of each draw of this round, the rows whose nucleus fitted.
     """
 
     PATIENCE = 16  # rounds for which a larger number of candidates is kept
 
     def __init__(self, ladder: tuple[int, ...] = ()):
         self.ladder, self.level, self.num_rounds_left = ladder, 0, 0
-        self.misses: list[torch.Tensor] = []
+        self.fitting: list[torch.Tensor] = []
 
-    def num_candidates(self, vocab_size: int) -> int | None:
-        """C, or `None` for all."""
-        fitting = [number for number in self.ladder[self.level :] if number * LEAST_SHARE <= vocab_size]
-        return fitting[0] if fitting else None
+    def num_candidates(self, vocab_size: int, top_k: int = 0) -> int | None:
+        """C, above `top_k`, or `None` for all."""
+        enough = (number for number in self.ladder[self.level :] if number * LEAST_SHARE <= vocab_size)
+        return next((number for number in enough if number > top_k), None)
 
     def draw(self, logits: torch.Tensor, sampling: SamplingParams, uniforms: torch.Tensor) -> torch.Tensor:
         """As [`~skd_trl.sampling.sampling_params.draw`], where the nucleus fits."""
-        num_candidates = self.num_candidates(logits.shape[-1])
         if sampling.temperature == 0.0:
             return logits.argmax(-1)
-        if sampling.top_p == 1.0 or num_candidates is None:
+        num_candidates = self.num_candidates(logits.shape[-1], sampling.top_k)
+        if (sampling.top_p == 1.0 and sampling.top_k == 0) or num_candidates is None:
             return draw_from_probs(self.probs(logits, sampling), uniforms)
-        ordered, ids = tempered_probs(logits, sampling).topk(num_candidates, dim=-1)
-        least = self._least(ordered, sampling.top_p)
+        ordered, ids = softmax_at(logits, sampling.temperature).topk(num_candidates, dim=-1)
+        if sampling.top_k:
+            ordered = _without(ordered, ordered < ordered[..., sampling.top_k - 1 : sampling.top_k])
+        least = ordered[..., sampling.top_k - 1 : sampling.top_k]
+        if sampling.top_p < 1.0:
+            ordered = ordered / ordered.sum(-1, keepdim=True) if sampling.top_k else ordered
+            least = least_of(ordered, sampling.top_p)
+        is_outside = ordered < least
+        self.fitting.append(is_outside[..., -1:])
         # In the vocabulary's order, in which the plain draw counts.
         ids, order = ids.sort(dim=-1)
-        cumulative = ordered.masked_fill(ordered < least, 0.0).gather(-1, order).cumsum(-1, dtype=torch.float64)
+        cumulative = _without(ordered, is_outside).gather(-1, order).cumsum(-1, dtype=torch.float64)
         return ids.gather(-1, first_above(cumulative, target(cumulative[..., -1:], uniforms))).squeeze(-1)
 
     def probs(self, logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
@@ -72,22 +80,20 @@ class Nucleus:
         probs = tempered_probs(logits, sampling)
         if num_candidates is None:
             return at_least(probs, least_of(probs.sort(dim=-1, descending=True).values, sampling.top_p))
-        return at_least(probs, self._least(probs.topk(num_candidates, dim=-1).values, sampling.top_p))
-
-    def _least(self, ordered: torch.Tensor, top_p: float) -> torch.Tensor:
-        least = least_of(ordered, top_p)
-        # Then some id beyond the candidates may be in it, or tie with its last.
-        self.misses.append(ordered[..., -1:] >= least)
-        return least
+        ordered = probs.topk(num_candidates, dim=-1).values
+        least = least_of(ordered, sampling.top_p)
+        self.fitting.append(ordered[..., -1:] < least)
+        return at_least(probs, least)
 
     def begin_round(self) -> None:
-        self.misses = []
+        self.fitting = []
 
-    def missed(self, num_rows: int) -> torch.Tensor | None:
-        """The rows (N,) of this round of which any draw missed, or `None` if none could."""
-        if not self.misses:
+    def fitted(self, num_rows: int) -> torch.Tensor | None:
+        """The rows (N,) of this round of which every draw fitted, or `None` if all must: the last candidate is outside the nucleus, or
+        some id beyond it may be inside, or tie with the last one inside."""
+        if not self.fitting:
             return None
-        return torch.cat([missed.reshape(num_rows, -1) for missed in self.misses], dim=1).any(dim=1)
+        return torch.cat([fitted.reshape(num_rows, -1) for fitted in self.fitting], dim=1).all(dim=1)
 
     def observe(self, num_missed: int) -> None:
         """After a round: more candidates where they were too few, fewer again after some rounds in which they were enough."""
@@ -97,3 +103,8 @@ class Nucleus:
             self.level, self.num_rounds_left = self.level - 1, self.PATIENCE
         else:
             self.num_rounds_left = max(self.num_rounds_left - 1, 0)
+
+
+def _without(probs: torch.Tensor, is_outside: torch.Tensor) -> torch.Tensor:
+    """`probs` with 0 where `is_outside`, in one operator that no tensor is copied for."""
+    return torch.addcmul(probs, probs, is_outside, value=-1)

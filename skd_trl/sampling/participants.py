@@ -23,10 +23,10 @@ from .admission import positions_of, prove
 from .nucleus import Nucleus
 from .prefill import cost_of_forward, groups_of_equal_length, left_padded, prefill_groups
 from .prompts import Prompts
-from .ragged_cache import eval_mode, is_sharded
+from .ragged_cache import eval_mode, is_sharded, of_rows
 from .recurrent_state import Reading
 from .rounds import Rounds
-from .sampling_params import SamplingParams
+from .sampling_params import SamplingParams, on_device
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,12 @@ class LocalParticipant(Participant):
         self.decoder = self.rounds.decoder(setting.name, self.model, setting.num_places, num_slots)
         room = positions_of(self.model.config.get_text_config())
         self.last_position = min(self.decoder.num_slots if room is None else room, self.decoder.num_slots) - 1
+        self.may_run_over = self.last_position < num_slots - 1
         self.last, self.length = (  # the last token kept, and its position
             self.rounds.buffer(f"{name} of {setting.name}", (setting.num_places,), torch.long, self.device).zero_()
             for name in ("last", "length")
         )
+        on_device(self.sampling.temperature, self.device)  # is there before a round needs it
         self.num_shared = 0  # first tokens of all prompts, whose keys and values every place has
         if self.decoder.states is not None:
             self.decoder.states.forget_beginning()
@@ -250,33 +252,41 @@ class LocalParticipant(Participant):
         super().begin_round(rows, num_rows, num_draft)
         longest = max(self.prompts.host_lengths[prompt] + num_written for prompt, num_written in rows)
         self.num_slots_in_use = self.rounds.num_slots(longest + num_draft - 1, self.decoder.num_slots)
-        self.next_input, self.num_ahead = self.last[:num_rows], 0
+        self.next_input, self.num_ahead, self.num_draft = self.last[:num_rows], 0, num_draft
         if self.decoder.states is not None and self.decoder.states.begin_round(num_draft):
             self.rounds.forget_graphs()  # they go on with the buffers as they were
 
     def round_key(self) -> tuple:
-        return self.num_slots_in_use, self.last_position, self.vocab_size, self.sampling
+        return self.num_slots_in_use, self.last_position, self.may_run_over, self.vocab_size, self.sampling
 
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, positions = self.next_input[:, None], self._positions(self.num_ahead, 1)
-        reading = Reading(step=self.num_ahead)
-        logits = self.decoder(tokens, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)[1]
+        if self.num_ahead == 0:  # once for all steps of the round, one step after the other: (G N, 1)
+            self.positions = self._positions(self.length[: self.num_rows], self.decoder.slots[: self.num_draft, None])
+            self.positions = self.positions.view(-1, 1)
+            self.masks = self.decoder.masks(self.positions, self.num_slots_in_use)
+        rows = slice(self.num_ahead * self.num_rows, (self.num_ahead + 1) * self.num_rows)
+        logits = self.decoder(
+            self.next_input[:, None],
+            self.positions[rows],
+            num_slots_in_use=self.num_slots_in_use,
+            reading=Reading(step=self.num_ahead),
+            masks=of_rows(self.masks, rows),
+        )[1]
         logits = logits[:, 0, : self.vocab_size]
         self.next_input, self.num_ahead = self.nucleus.draw(logits, self.sampling, uniforms), self.num_ahead + 1
         return self.next_input, logits
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
         inputs = torch.cat([self.last[: self.num_rows, None], proposals[:, :-1]], dim=1)
-        positions = self._positions(0, inputs.shape[1])
+        positions = self._positions(self.length[: self.num_rows, None], self.decoder.slots[: inputs.shape[1]])
         reading = Reading(step=0)
         hidden, logits = self.decoder(inputs, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)
         return Judgement(logits[..., : self.vocab_size], {"teacher_hidden_states": hidden})
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
-        last = self.last[: self.num_rows]
-        kept = block.gather(1, (count - 1).clamp(min=0)[:, None]).squeeze(1)
-        last.copy_(torch.where(count > 0, kept, last))
-        self.length[: self.num_rows] += count
+        last = self.last[: self.num_rows, None]
+        torch.gather(torch.cat([last, block], dim=1), 1, count[:, None], out=last)
+        self.length[: self.num_rows].add_(count)
         if self.decoder.states is not None:
             self.decoder.states.keep(count)
 
@@ -287,7 +297,7 @@ class LocalParticipant(Participant):
         with nullcontext() if states is None else states.idle(tokens.shape):
             self.model(input_ids=tokens, use_cache=False)
 
-    def _positions(self, start: int, count: int) -> torch.Tensor:
-        """Positions (N, count) of the inputs `start`, `start + 1`, ... of a block; the first input is the last token kept."""
-        positions = self.length[: self.num_rows, None] + self.decoder.slots[start : start + count]
-        return positions.clamp_(max=self.last_position)
+    def _positions(self, length: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Positions of the inputs of a block, of which the first is the last token kept."""
+        positions = length + step
+        return positions.clamp_(max=self.last_position) if self.may_run_over else positions

@@ -20,17 +20,21 @@ class Prompts:
         if ids.ndim != 2 or ids.shape != mask.shape:
             raise ValueError(f"prompt_ids {tuple(ids.shape)} and prompt_mask {tuple(mask.shape)} must both be (B, P).")
         self.ids, self.lengths = ids, mask.sum(dim=1)
-        self.host_lengths: list[int] = self.lengths.tolist()
+        wanted = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - self.lengths[:, None]
+        is_wrong = (mask.bool() != wanted).any(dim=1)
+        of_all = [(ids * mask).max(), self._num_shared()] if ids.numel() else []
+        facts = torch.cat([self.lengths, is_wrong.long(), *(fact[None] for fact in of_all)])
+        host_facts: list[int] = facts.tolist()  # the one wait for the device
+        self.host_lengths, wrong_rows = host_facts[: len(ids)], host_facts[len(ids) : 2 * len(ids)]
+        self.largest_id, self.num_shared = host_facts[2 * len(ids) :] or (0, 0)
         empty = [row for row, length in enumerate(self.host_lengths) if length == 0]
         if empty:
             raise ValueError(f"Prompts {empty} are empty: there is nothing to continue. Give each at least one token.")
-        wanted = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - self.lengths[:, None]
-        wrong = (mask.bool() != wanted).any(dim=1).nonzero().flatten().tolist()
+        wrong = [row for row, is_wrong in enumerate(wrong_rows) if is_wrong]
         if wrong:
             raise ValueError(
                 f"Prompts {wrong} are not left-padded (the 1s of prompt_mask must be at the right). Pad on the left."
             )
-        self.largest_id = int((ids * mask).max()) if ids.numel() else 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,7 +64,10 @@ class Prompts:
     def shared_beginning(self) -> torch.Tensor:
         """The tokens (1, Q) that all prompts begin with, such as a template's system turn. The last token of a prompt never
         counts: it is the first input of the first round."""
-        every_row = torch.arange(len(self), device=self.ids.device)
-        beginnings = self.tokens(every_row, 0, min(self.host_lengths) - 1)
-        num_equal = int((beginnings == beginnings[:1]).all(dim=0).long().cumprod(dim=0).sum())
-        return beginnings[:1, :num_equal]
+        return self.tokens(torch.zeros(1, dtype=torch.long, device=self.ids.device), 0, self.num_shared)
+
+    def _num_shared(self) -> torch.Tensor:
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        tokens = self.ids.gather(1, (columns + (len(columns) - self.lengths)[:, None]).clamp(max=len(columns) - 1))
+        is_shared = (tokens == tokens[:1]).all(dim=0) & (columns < self.lengths.amin() - 1)
+        return is_shared.long().cumprod(dim=0).sum()

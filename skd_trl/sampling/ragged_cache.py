@@ -32,6 +32,10 @@ WITHOUT_ATTENTION = {"linear_attention", "conv", "recurrent", "moe", "mlp"}
 MOST_SHAPES = 64
 
 
+# Which slots are seen, by kind of layer if there are several.
+Masks = torch.Tensor | dict[str, torch.Tensor | None] | None
+
+
 class RaggedDecoder:
     """Runs a decoder-only model of transformers on rows of different lengths, with going back for free.
 
@@ -77,19 +81,21 @@ class RaggedDecoder:
         num_slots_in_use: int | None = None,
         without_logits: bool = False,
         reading: Reading = Reading(),  # noqa: B008 (frozen)
+        masks: Masks = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Feeds `tokens` (N, Q) at `positions` (N, Q) to the cache's `rows`, by default the first N, attending to earlier slots.
 
         `num_slots_in_use` is an upper bound, known without asking the device, of the highest position plus one: the
         attention reads no slot beyond it. `without_logits` saves the head's work in a prefill. `reading` is how recurrent states,
-        if there are any, are used.
+        if there are any, are used. `masks` are those of these positions, where they were made before.
 
         Returns the last hidden states, the input of the language-model head, (N, Q, H), and the logits (N, Q, V);
         with `without_logits` these are (N, 0, H) and (N, 0, V).
         """
         num_slots_in_use = min(num_slots_in_use or self.num_slots, self.num_slots)
         self.window.set(rows or range(len(tokens)), positions, num_slots_in_use)
-        masks = self.masks(positions, num_slots_in_use, reading.padding)
+        if masks is None:
+            masks = self.masks(positions, num_slots_in_use, reading.padding)
         with (
             attention_implementation(self.model, self.attn_implementation),
             packed_query_groups(),
@@ -123,9 +129,7 @@ class RaggedDecoder:
         self.addresses = [tensor.data_ptr() for part in (model.parameters(), model.buffers()) for tensor in part]
         return before != self.addresses
 
-    def masks(
-        self, positions: torch.Tensor, num_slots: int, padding: torch.Tensor | None = None
-    ) -> torch.Tensor | dict[str, torch.Tensor] | None:
+    def masks(self, positions: torch.Tensor, num_slots: int, padding: torch.Tensor | None = None) -> Masks:
         """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several. Layers with
         a recurrent state take `padding` (N, Q) instead."""
         slots, positions = self.slots[:num_slots], positions[:, None, :, None]
@@ -269,6 +273,13 @@ class _Window:
         else:
             self.rows = index = torch.tensor(rows, device=positions.device)
         self.index = index[:, None]
+
+
+def of_rows(masks: Masks, rows: slice) -> Masks:
+    """The masks of some of the rows that they were made for."""
+    if isinstance(masks, dict):
+        return {kind: None if mask is None else mask[rows] for kind, mask in masks.items()}
+    return None if masks is None else masks[rows]
 
 
 class HeadInput:

@@ -42,19 +42,20 @@ class Rows:
         self.num_prompts, self.num_columns, self.rounds = num_prompts, self.max_new_tokens + longest_draft, rounds
         # By prompt, and one spare row
         shape = (num_prompts + 1, self.num_columns)
-        self.tokens, self.proposals, self.teacher_rank = (
-            rounds.buffer(name, shape, torch.long, device) for name in ("tokens", "proposals", "teacher_rank")
-        )
-        self.replaced = rounds.buffer("replaced", shape, torch.bool, device)
-        self.spare = len(self.tokens) - 1
-        self.noise = rounds.buffer("noise", (len(self.tokens), *uniforms.shape[1:]), uniforms.dtype, device)
+        # The token, the proposal, and twice the teacher's rank of it, plus 1 where it was accepted.
+        self.written = rounds.buffer("written", (*shape, 3), torch.long, device)
+        self.spare = len(self.written) - 1
+        self.noise = rounds.buffer("noise", (len(self.written), self.num_columns, 3), uniforms.dtype, device)
         # A number below 1 in fp64 may be 1 in fp32.
         self.noise[:num_prompts, : self.max_new_tokens] = uniforms.clamp(max=1 - 2**-24)
         self.signal: dict[str, torch.Tensor] = {}
         # By place
         self.owner = rounds.buffer("owner", (num_places,), torch.long, device).fill_(self.spare)
-        self.num_written = rounds.buffer("num_written", (num_places,), torch.long, device).zero_()
+        # The last token of a block that may be kept, counted from 0: nothing in a place without a prompt.
+        self.last_column = rounds.buffer("last_column", (num_places,), torch.long, device).fill_(-1)
         self.outcome = rounds.buffer("outcome", (5, num_places), torch.long, device)
+        self.columns = rounds.buffer("columns", (self.num_columns,), torch.long, device)
+        torch.arange(len(self.columns), out=self.columns)
         ends = sorted(set(eos_token_ids))
         self.pad_token_id = ends[0] if ends else 0
         self.ends = rounds.buffer("ends", (max(len(ends), 1),), torch.long, device).fill_(-1)  # no token is -1
@@ -94,9 +95,11 @@ class Rows:
         del self.places[num_kept:]
         # The device is told what the host has decided.
         owner = [self.spare if prompt is None else prompt for prompt in self.places]
-        written = [0 if prompt is None else self.host_written[prompt] for prompt in self.places]
-        state = torch.tensor([owner, written], dtype=torch.long, device=self.owner.device)
-        self.owner[: len(owner)], self.num_written[: len(owner)] = state[0], state[1]
+        last = [
+            -1 if prompt is None else self.max_new_tokens - 1 - self.host_written[prompt] for prompt in self.places
+        ]
+        state = torch.tensor([owner, last], dtype=torch.long, device=self.owner.device)
+        self.owner[: len(owner)], self.last_column[: len(owner)] = state[0], state[1]
         self.has_changed = False
         return moves
 
@@ -118,36 +121,41 @@ class Rows:
 
     def noise_of_block(self, num_draft: int) -> torch.Tensor:
         """The noise (N, G, 3) of the positions that a block will fill."""
-        steps = self.num_written[: self.num_in_use, None] + torch.arange(num_draft, device=self.owner.device)
-        return self.noise[self.owner[: self.num_in_use, None], steps.clamp(max=self.max_new_tokens - 1)]
+        first, num_rows = self.max_new_tokens - 1, self.num_in_use
+        # Until the end of the round also where the block will be written.
+        self.positions = self.columns[first : first + num_draft] - self.last_column[:num_rows, None]
+        return self.noise[self.owner[:num_rows, None], self.positions]
+
+    def first_rejected(self, accepted: torch.Tensor) -> torch.Tensor:
+        """The column (N, 1) of the first token of a block that was not `accepted` (N, G), or else the last one."""
+        num_draft = accepted.shape[1]
+        if num_draft == 1:
+            return self.columns[:1].expand(len(accepted), 1)
+        columns = torch.where(accepted[:, :-1], self.columns[num_draft - 1], self.columns[: num_draft - 1])
+        return columns.amin(dim=1, keepdim=True)
 
     def write(
-        self, block: torch.Tensor, num_leading: torch.Tensor, draft: Draft, missed: torch.Tensor | None
+        self,
+        block: torch.Tensor,
+        accepted: torch.Tensor,
+        column: torch.Tensor,
+        draft: Draft,
+        fitted: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Writes a block (N, G) whose first `num_leading` (N,) tokens were accepted, and ends rows. Returns how many tokens of it
-        are kept (N,): the accepted ones and the replacement, up to an end of sequence or the longest response, and none of the rows
-        that `missed` (N,)."""
+        """Writes a block (N, G) which was `accepted` (N, G) before `column` (N, 1), and ends rows. Returns how many tokens of it
+        are kept (N,): the accepted ones and the replacement, up to an end of sequence or the longest response, and only of rows that
+        `fitted` (N,). What is written beyond is overwritten, or never read."""
         num_rows, num_draft = block.shape
-        column = torch.arange(num_draft, device=block.device)
-        owner, num_written = self.owner[:num_rows], self.num_written[:num_rows]
-        count = torch.minimum((num_leading + 1).clamp(max=num_draft), self.max_new_tokens - num_written)
-        is_end = (block[..., None] == self.ends).any(-1) & (column < count[:, None])
-        is_counted = owner != self.spare
-        if missed is not None:
-            missed = missed & is_counted
-            is_counted = is_counted & ~missed
-        ended = is_end.any(dim=1)
-        count = torch.where(ended, is_end.int().argmax(dim=1) + 1, count) * is_counted
-
-        target = (owner[:, None], num_written[:, None] + column)
-        self.tokens[target] = block
-        self.proposals[target] = draft.tokens
-        self.teacher_rank[target] = draft.teacher_rank
-        self.replaced[target] = column == num_leading[:, None]
-        num_written += count
-        facts = [num_written, ended & is_counted, count, num_leading < count]
-        facts.append(torch.zeros_like(ended) if missed is None else missed)
-        torch.stack([fact.long() for fact in facts], out=self.outcome[:, :num_rows])
+        is_no_end = block[..., None] != self.ends
+        end = torch.where(is_no_end, self.columns[num_draft], self.columns[:num_draft, None]).amin(dim=(1, 2))
+        verdict = torch.add(accepted, draft.teacher_rank, alpha=2)
+        facts, last_column = self.outcome[:, :num_rows], self.last_column[:num_rows]
+        torch.stack([column.squeeze(1), last_column, end, verdict[:, -1]], out=facts[:4])
+        last_kept = facts[:3].amin(dim=0)
+        fitted = self.columns[1].expand(num_rows) if fitted is None else fitted
+        count = torch.addcmul(fitted, last_kept, fitted, out=facts[4])  # one more, or none
+        last_column.sub_(count)
+        self.written[self.owner[:num_rows, None], self.positions] = torch.stack([block, draft.tokens, verdict], dim=-1)
         return count
 
     # After a round
@@ -158,27 +166,33 @@ class Rows:
         for name, values in signal.items():
             if name not in self.signal:
                 self.signal[name] = values.new_empty(self.num_prompts + 1, self.num_columns, *values.shape[2:])
-            first = self.num_written[:num_rows] - self.outcome[2, :num_rows]
+            first = self.max_new_tokens - 1 - self.outcome[1, :num_rows]
             column = first[:, None] + torch.arange(values.shape[1], device=values.device)
             self.signal[name][self.owner[:num_rows, None].clamp(max=self.num_prompts), column] = values
 
-    def read(self, num_drafted: int) -> None:
+    def read(self, num_draft: int, is_drafted: bool) -> None:
         """Waits for the outcome of a round, and frees the places of finished rows."""
-        written, ended, counts, replaced, missed = self.outcome[:, : self.num_in_use].tolist()
-        self.num_judged, self.num_accepted = sum(counts), sum(counts) - sum(replaced)
-        self.num_missed = sum(missed)
+        outcome = zip(*self.outcome[:, : self.num_in_use].tolist(), strict=True)
         self.num_rounds += len(self.live)
-        self.num_drafted += len(self.live) * num_drafted
-        for place, prompt in enumerate(self.places):
-            if prompt is not None:
-                self.host_written[prompt] = written[place]
-                self.num_ended += ended[place]
-                if ended[place] or written[place] >= self.max_new_tokens:
-                    self.places[place], self.has_changed = None, True
+        self.num_drafted += len(self.live) * num_draft * is_drafted
+        self.num_judged = self.num_accepted = self.num_missed = 0
+        for place, (prompt, (column, last_column, end, verdict, count)) in enumerate(
+            zip(self.places, outcome, strict=True)
+        ):
+            if prompt is None:
+                continue
+            is_replaced = column == count - 1 and (column < num_draft - 1 or verdict % 2 == 0)
+            self.num_judged += count
+            self.num_accepted += count - is_replaced
+            self.num_missed += count == 0
+            self.host_written[prompt] += count
+            self.num_ended += end == count - 1
+            if count and (end == count - 1 or last_column == count - 1):
+                self.places[place], self.has_changed = None, True
 
     def rollout(self, prompts: Prompts) -> Rollout:
         """What was written, laid out as [prompt | response | padding]."""
-        num_prompts, device = len(prompts), self.tokens.device
+        num_prompts, device = len(prompts), self.written.device
         num_columns = max(self.host_written, default=0)
         lengths = torch.tensor(self.host_written, dtype=torch.long, device=device)
         written = torch.arange(num_columns, device=device) < lengths[:, None]
@@ -192,17 +206,19 @@ class Rows:
 
         # Prompts end, and responses start, at one column: a shift to the left by its padding lays a row out.
         width, total = prompts.ids.shape[1], prompts.lengths + lengths
-        column = torch.arange(int(total.max()) if num_prompts else 0, device=device)
+        longest = max(map(sum, zip(prompts.host_lengths, self.host_written, strict=True)), default=0)
+        column = torch.arange(longest, device=device)
         source = (column + (width - prompts.lengths)[:, None]).clamp(max=width + num_columns - 1)
         is_token, is_prompt = column < total[:, None], column < prompts.lengths[:, None]
-        input_ids = torch.cat([prompts.ids, cut(self.tokens, self.pad_token_id)], dim=1).gather(1, source)
+        tokens, proposals, verdicts = self.written.unbind(dim=-1)
+        input_ids = torch.cat([prompts.ids, cut(tokens, self.pad_token_id)], dim=1).gather(1, source)
         return Rollout(
             input_ids=input_ids.masked_fill(~is_token, self.pad_token_id),
             attention_mask=is_token.long(),
             labels=input_ids.masked_fill(~is_token | is_prompt, -100),
-            replaced=cut(self.replaced, False),
-            proposals=cut(self.proposals, -100),
-            teacher_rank=cut(self.teacher_rank, -1),
+            replaced=cut(verdicts % 2 == 0, False),
+            proposals=cut(proposals, -100),
+            teacher_rank=cut(verdicts >> 1, -1),
             teacher_signal=signal,
             num_rounds=self.num_rounds,
             num_drafted=self.num_drafted,

@@ -6,12 +6,14 @@ nucleus; `nucleus.py` does without. Shapes: `...` any leading ones, V vocabulary
 """
 
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 
-# Ids in a block (W). Smaller vocabularies than four blocks are scanned at once.
+# Ids in a block (W), where the vocabulary has no divisor near it. Smaller vocabularies than four blocks are scanned at once.
 BLOCK = 128
 # Candidates for a nucleus that are tried before the vocabulary is sorted, on CPU.
 SHORT_LISTS = (64, 1024)
@@ -61,26 +63,39 @@ def draw_from_probs(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
     if vocab_size <= 4 * BLOCK:
         cumulative = probs.cumsum(-1, dtype=torch.float64)
         return first_above(cumulative, target(cumulative[..., -1:], uniforms)).squeeze(-1)
-    if vocab_size % BLOCK:
-        probs = functional.pad(probs, (0, -vocab_size % BLOCK))
-    blocks = probs.unflatten(-1, (-1, BLOCK))  # (..., K, W)
+    width = block_width(vocab_size)
+    if vocab_size % width:
+        probs = functional.pad(probs, (0, -vocab_size % width))
+    blocks = probs.unflatten(-1, (-1, width))  # (..., K, W)
     # In fp64, whose scan is as good as monotone: in fp32 a parallel one is not.
-    edges = functional.pad(blocks.sum(-1, dtype=torch.float64), (1, 0)).cumsum(-1)  # (..., K + 1), where blocks begin
-    wanted = target(edges[..., -1:], uniforms)
-    block = torch.searchsorted(edges, wanted, right=True).clamp_(1, edges.shape[-1] - 1) - 1
-    inside = (
-        blocks.gather(-2, block[..., None].expand(*block.shape, BLOCK)).squeeze(-2).cumsum(-1, dtype=torch.float64)
-    )
-    # What rounding left between the block's two sums belongs to its last token that has a probability.
-    wanted = torch.minimum(wanted - edges.gather(-1, block), inside[..., -1:] * (1 - 2**-50))
-    return (block * BLOCK + first_above(inside, wanted)).squeeze(-1)
+    edges = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (..., K), where blocks end
+    left = torch.addcmul(
+        edges, below_one(uniforms)[..., None], edges[..., -1:], value=-1
+    )  # from the target to these ends
+    # Counted among all but the last: what is no number is in the vocabulary then.
+    block = (left[..., :-1] <= 0).sum(-1, keepdim=True)
+    inside = blocks.gather(-2, block[..., None].expand(*block.shape, width)).squeeze(-2)
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    # Below 0 by rounding alone; a token of probability 0 at the block's start must not be drawn then.
+    wanted = (inside[..., -1:] - left.gather(-1, block)).clamp_(min=0)
+    return torch.add((inside[..., :-1] <= wanted).sum(-1, keepdim=True), block, alpha=width).squeeze(-1)
+
+
+@cache
+def block_width(vocab_size: int) -> int:
+    """W: the divisor of the vocabulary's size that is nearest to `BLOCK`, from half to twice of it; `BLOCK` if there is none."""
+    near = [width for width in range(BLOCK // 2, 2 * BLOCK + 1) if vocab_size % width == 0]
+    return min(near, key=lambda width: abs(width - BLOCK), default=BLOCK)
+
+
+def below_one(uniforms: torch.Tensor) -> torch.Tensor:
+    """`uniforms` in [0, 1), such that their product with a sum is below the sum."""
+    return uniforms.clamp(max=1 - 2**-40) if uniforms.dtype == torch.float64 else uniforms
 
 
 def target(total: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The cumulative probability (..., 1) that `uniforms` (...) in [0, 1) stand for where `total` (..., 1) is reached: below it."""
-    if uniforms.dtype == torch.float64:  # one number below 1 may round to it
-        uniforms = uniforms.clamp(max=1 - 2**-40)
-    return uniforms[..., None] * total
+    return below_one(uniforms)[..., None] * total
 
 
 def first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -99,11 +114,25 @@ def shaped_probs(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor
 
 def tempered_probs(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """Without the nucleus: (..., V) in fp32, summing to 1."""
-    logits = logits.float()
-    probs = (logits if sampling.temperature == 1.0 else logits / sampling.temperature).softmax(-1)
+    probs = softmax_at(logits, sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         probs = at_least(probs, probs.topk(sampling.top_k, dim=-1).values[..., -1:])
     return probs
+
+
+def softmax_at(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(..., V) in fp32, over the whole vocabulary."""
+    if temperature == 1.0:
+        return logits.float().softmax(-1)
+    if logits.dtype == torch.float32:
+        return (logits / temperature).softmax(-1)
+    return (logits / on_device(temperature, logits.device)).softmax(-1)  # cast and divided in one operator
+
+
+@cache
+def on_device(number: float, device: torch.device) -> torch.Tensor:
+    """A number as a tensor (1,) in fp32, for as long as the process lives: graphs read it."""
+    return torch.full((1,), number, device=device)
 
 
 def at_least(probs: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
@@ -114,9 +143,12 @@ def at_least(probs: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
 
 
 def least_of(ordered: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Of probabilities in descending order (..., C), that of the token which reaches `top_p`, (..., 1); the last one's if none does."""
-    num_before = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True) - 1
-    return ordered.gather(-1, num_before.clamp_(min=0))  # below 0 where they are no numbers
+    """Of probabilities in descending order (..., C), in fp32, that of the token which reaches `top_p`, (..., 1); 0 if none does."""
+    # The largest of those at which `top_p` is reached. The operator is ReLU's backward: its first argument where the second is above a
+    # number, else 0.
+    below = np.nextafter(np.float32(top_p), np.float32(-1))
+    reached = torch.ops.aten.threshold_backward(ordered, ordered.cumsum(-1), float(below))
+    return reached.amax(-1, keepdim=True)
 
 
 def _least_of_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:

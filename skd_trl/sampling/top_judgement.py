@@ -57,6 +57,7 @@ class TopJudgement(Judgement):
         }
         object.__setattr__(self, "signal", signal)
 
+    has_all_outcomes = False
     scores: Scores
     vocab_size: int
 

@@ -47,8 +47,14 @@ def _gathered(values: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters are spread over ranks (ZeRO-3, FSDP2), which makes every forward collective."""
-    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
+    """Whether the parameters are spread over ranks (ZeRO-3, FSDP2), which makes every forward collective; or will be when they are
+    loaded."""
+    return is_stand_in(model) or any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
+
+
+def is_stand_in(model: nn.Module) -> bool:
+    """Whether the model has no weights yet: it will be loaded in shards (`teacher_weights.py`)."""
+    return getattr(model, "is_stand_in", False)
 
 
 @contextmanager
@@ -136,13 +142,20 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, shard: b
     if accelerator.distributed_type == "DEEPSPEED":
         prepared = _prepare_deepspeed(teacher, accelerator, shard)
     elif accelerator.distributed_type == "FSDP" and shard and not is_quantized(teacher):
-        prepared = _prepare_fsdp2(teacher, accelerator)
+        prepared = teacher if is_sharded(teacher) else split_by_layers(teacher, accelerator)
     elif accelerator.distributed_type == "FSDP":  # as its accelerator would split it
         prepared = teacher.to(accelerator.device)
     else:  # the caller's own object, in whatever mode it came: it is put in eval mode for each use
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     prepared.eval()  # DeepSpeed's returns nothing
     return prepared
+
+
+def put_on_device(teacher: PreTrainedModel, device: torch.device, accelerator: Accelerator) -> nn.Module:
+    """A whole teacher on a device that is not the accelerator's. (Quantised weights that are there already cannot be moved.)"""
+    if next(teacher.parameters()).device != device:
+        teacher = teacher.to(device)  # type: ignore[arg-type]
+    return accelerator.prepare_model(teacher, device_placement=False, evaluation_mode=True)
 
 
 def forwards_are_collective(*models: nn.Module) -> bool:
@@ -201,8 +214,8 @@ def _prepare_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator, shard
     return engine
 
 
-def _prepare_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """Shards each layer, so a forward holds one of them at a time, and the rest (embeddings, head) as the root."""
+def split_by_layers(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """Shards each layer by FSDP2, so a forward holds one of them at a time, and the rest (embeddings, head) as the root."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)

@@ -66,6 +66,8 @@ def advice(plan: MemoryPlan, machine: Machine, args) -> list[str]:
                 else "a quantised teacher, or several GPUs with shard_teacher=True",
             )
         )
+    if copy := plan.held.get("student's copy for sampling"):
+        found.append((copy, "sampling_copy=False and merge_adapter=False"))
     if plan.sampling.get("gathered student") and in_sampling:
         found.append((plan.sampling["gathered student"], "ds3_gather_for_generation=False"))
     found.append(

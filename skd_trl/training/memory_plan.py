@@ -23,7 +23,7 @@ from .memory_count import (
     training_bytes,
     whole_bytes,
 )
-from .sampling_copy import PRECISIONS
+from .sampling_copy import CopySettings, copied_bytes
 
 
 GIB = 2**30
@@ -87,14 +87,19 @@ def plan_memory(
     weights = whole_bytes(student, most_bytes)
     states = trained * (_state_bytes(args) + (4 if keeps_copies else 0))
     gradients = sum(p.numel() * min(p.element_size(), most_bytes) for p in student.parameters() if p.requires_grad)
+    # Of a teacher on another device the loss has a copy of the head.
+    beside = teacher if getattr(args, "teacher_device", None) is None else teacher.get_output_embeddings()
     held = {
         "student": weights // (ranks if stage == 3 else 1),
         "optimizer": states // (ranks if stage > 0 else 1),
-        "teacher": whole_bytes(teacher) // (ranks if is_spread else 1),
+        "teacher": whole_bytes(beside) // (ranks if is_spread else 1),
     }
-    casts = machine.is_gpu and stage < 3 and machine.mixed_precision in PRECISIONS and args.sampling_copy is not False
-    if casts:
-        held["student's copy for sampling"] = sum(2 * p.numel() for p in student.parameters() if p.element_size() > 2)
+    copied = CopySettings.of(student, args, machine.mixed_precision, machine.is_gpu) if stage < 3 else CopySettings()
+    if keeps_copies:  # there is nothing left to cast
+        copied = replace(copied, dtype=None)
+    if copied.is_needed:
+        held["student's copy for sampling"] = copied_bytes(student, copied)
+    casts = copied.dtype is not None
     sampling, per_place = sampling_bytes(student, teacher, machine, window, casts or keeps_copies)
     if stage == 3 and args.ds3_gather_for_generation:
         sampling["gathered student"] = weights

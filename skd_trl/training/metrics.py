@@ -41,6 +41,10 @@ class RatioMetrics:
         """Adds values whose mean is the metric, e.g. one per token."""
         self.add(name, values.float().sum(), float(values.numel()))
 
+    def add_share(self, name: str, is_counted: torch.Tensor, among: torch.Tensor) -> None:
+        """Adds how many of those that are marked in `among` are marked in `is_counted` too, without waiting for the device."""
+        self.add(name, (is_counted & among).sum(), among.sum())
+
     def compute(self, accelerator: Accelerator) -> dict[str, float]:
         """Ratios (or totals) over all ranks of what was added since the last time; collective. Names without data are left
         out."""
@@ -85,8 +89,8 @@ def without_filled_rows(batch: dict, accelerator: Accelerator) -> dict:
 
 def add_rollout(metrics: RatioMetrics, rollout: Rollout, seconds: float, num_processes: int) -> None:
     """What there is to say of sampled responses, and of the `seconds` that sampling them took."""
-    num_tokens, num_rows = rollout.num_tokens, len(rollout.input_ids)
-    metrics.add("replaced_share", rollout.num_replaced, num_tokens)
+    num_tokens, num_rows = (rollout.labels != IGNORE_INDEX).sum(), len(rollout.input_ids)
+    metrics.add("replaced_share", rollout.replaced.sum(), num_tokens)
     metrics.add("response_length", num_tokens, num_rows)
     metrics.add("truncated_share", rollout.num_truncated, num_rows)
     metrics.add("tokens_per_round", num_tokens, rollout.num_rounds)
@@ -95,8 +99,8 @@ def add_rollout(metrics: RatioMetrics, rollout: Rollout, seconds: float, num_pro
     metrics.add("sampling_seconds", seconds)
     metrics.add("tokens_per_second", 0.0, seconds / num_processes)
     judged = rollout.teacher_rank >= 0
-    metrics.add_mean("acceptance_rate", ~rollout.replaced[judged])
-    metrics.add_mean("teacher_rank", rollout.teacher_rank[judged])
+    metrics.add_share("acceptance_rate", ~rollout.replaced, judged)
+    metrics.add("teacher_rank", (rollout.teacher_rank * judged).sum(), judged.sum())
 
 
 OF_EACH_TEACHER = ("acceptance_rate", "replaced_share", "teacher_entropy", "divergence", "num_tokens")
@@ -115,8 +119,8 @@ def add_rollout_by_teacher(
     is_token = torch.arange(judged.shape[1], device=judged.device) < (rollout.labels != -100).sum(dim=1, keepdim=True)
     for i in range(len(teachers)):
         own = (which == i)[:, None]
-        metrics.add_mean(names["acceptance_rate"][i], ~rollout.replaced[judged & own])
-        metrics.add_mean(names["replaced_share"][i], rollout.replaced[is_token & own])
+        metrics.add_share(names["acceptance_rate"][i], ~rollout.replaced, judged & own)
+        metrics.add_share(names["replaced_share"][i], rollout.replaced, is_token & own)
 
 
 def add_loss_by_teacher(

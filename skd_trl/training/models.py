@@ -128,6 +128,8 @@ def copied_arguments(
     for name in ("dataset_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs", "accelerator_config"):
         setattr(args, name, copy.deepcopy(getattr(args, name)))
     args.remove_unused_columns = False
+    if args.teacher_device is not None and args.n_gpu > 1:
+        args._n_gpu = 1  # the others are not for copies of the student (nn.DataParallel)
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     # Each rank collates its own rows, of streams too: batches of different widths could not be concatenated and sent around.
     args.accelerator_config.dispatch_batches = False

@@ -3,11 +3,16 @@
 `check_pair` needs the loaded pair alone; `check_launch` what a launcher has set up around it. A check returns a verdict with
 its detail, or raises `ValueError` for a pair that cannot be trained: what was found, why it cannot work, what to change. The
 trainers raise the first refusal; `python -m skd_trl check` prints all findings.
+
+Some kernels (FP8, GPTQ, AWQ, flash attention) run on a GPU alone, or in 16 bits alone. What is found by running a model is found by
+`check_placed` then, when the model is where it will be used, and if need be under autocast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +28,7 @@ from ..data.vocabulary import (
 )
 from ..loss.lm_head import LMHead
 from ..sampling.admission import check_adapter, check_kind, check_one_device, prove
-from ..sampling.ragged_cache import attention_implementation, sampling_attention
+from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
 from ..skd_config import SKDConfig
 from .distributed import check_connected, check_engine, check_head, is_sharded
 from .engine_settings import check_settings
@@ -41,6 +46,7 @@ class Verdict(StrEnum):
     GOOD = "good"
     WARNING = "warning"
     REFUSED = "refused"
+    LATER = "checked once the models are placed"
     UNCHECKED = "not checked"
 
 
@@ -68,13 +74,50 @@ def check_pair(
         args ([`SKDConfig`], *optional*): how they will be trained; by default a default configuration.
         peft_config ([`~peft.PeftConfig`], *optional*): the adapter that the student will get.
 
-    Both models run a few tokens, unless something shards their parameters.
+    Both models run a few tokens, unless something shards their parameters, or a model does not run where it was loaded.
     """
     if args is None:
         args = SKDConfig("unused", bf16=False, use_cpu=not torch.cuda.is_available())
     pair = Pair(student, teacher, tokenizer, args, peft_config)
     with without_router_logits(student, teacher):
         return [_finding(topic, check, pair) for topic, check in PAIR_CHECKS.items()]
+
+
+def check_placed(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SKDConfig,
+    accelerator: Accelerator,
+) -> list[Finding]:
+    """What `check_pair` left for later, with models on the device of `accelerator` and in its precision. A student that its engine has not
+    moved yet is moved for this."""
+    pair = Pair(student, teacher, tokenizer, args, None, is_placed=True)
+    with (
+        accelerator.autocast(),
+        without_router_logits(student, teacher),
+        _moved_to(student, accelerator.device),
+        _moved_to(teacher, accelerator.device),
+    ):
+        return [_finding(topic, PAIR_CHECKS[topic], pair) for topic in RUN_CHECKS]
+
+
+@contextmanager
+def _moved_to(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    before = model.device
+    if before.type == device.type or is_sharded(model):
+        yield
+        return
+    try:
+        model.to(device)  # type: ignore[arg-type]
+        yield
+    finally:
+        model.to(before)  # type: ignore[arg-type]
+
+
+def is_incomplete(findings: list[Finding]) -> bool:
+    """Whether something is left for `check_placed`."""
+    return any(finding.verdict == Verdict.LATER for finding in findings)
 
 
 def check_launch(
@@ -115,17 +158,52 @@ def _finding(topic: str, check: Callable[..., tuple[Verdict, str]], *args) -> Fi
 
 @dataclass(frozen=True)
 class Pair:
-    """What the checks look at."""
+    """What the checks look at. Models that are placed run, or are refused."""
 
     student: PreTrainedModel
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     args: SKDConfig
     peft_config: Any
+    is_placed: bool = False
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
         return {"student": self.student, "teacher": self.teacher}
+
+    @cached_property
+    def waiting(self) -> dict[str, Exception]:
+        """By name, the models that could be trained by their kind and do not run two tokens where they were loaded, and why."""
+        if self.is_placed:
+            return {}
+        return {name: error for name, model in self.models.items() if (error := _error_of(model)) is not None}
+
+    def later(self) -> tuple[Verdict, str]:
+        """The finding of a check that could not run all models."""
+        name, error = next(iter(self.waiting.items()))
+        said = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        detail = (
+            f"The {name} does not run where it was loaded ({said}); it is run again on its device, as it is trained."
+        )
+        return Verdict.LATER, detail
+
+    def running(self) -> dict[str, PreTrainedModel]:
+        """The models that run where they are."""
+        return {name: model for name, model in self.models.items() if name not in self.waiting}
+
+
+def _error_of(model: PreTrainedModel) -> Exception | None:
+    try:
+        check_kind(model)
+    except ValueError:  # it never runs
+        return None
+    try:
+        with torch.no_grad(), eval_mode(model), attention_implementation(model, sampling_attention(model)):
+            ids = torch.tensor([[1, 2]], device=model.device)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception as error:  # whatever a kernel says that is not for this device or type
+        return error
+    return None
 
 
 def check_teacher_differs(kind: str, has_own_prompts: bool) -> Finding:
@@ -160,7 +238,7 @@ def _check_placement(pair: Pair) -> tuple[Verdict, str]:
         )
     for name, model in pair.models.items():
         check_one_device(f"The {name}", model)
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if any(parameter.is_meta for parameter in model.parameters()) and not is_sharded(model):
             raise ValueError(
                 f"The {name} has weights on the meta device: they were never loaded in this process. Under FSDP set "
                 "fsdp_cpu_ram_efficient_loading: false in the accelerate config (examples/accelerate/fsdp2.yaml), or load the "
@@ -199,7 +277,9 @@ def _check_sampling(pair: Pair) -> tuple[Verdict, str]:
             Verdict.UNCHECKED,
             "Parameters are sharded: the models are proved at the first sampling, when an engine runs them.",
         )
-    proofs = {name: prove(model) for name, model in pair.models.items()}
+    proofs = {name: prove(model) for name, model in pair.running().items()}
+    if pair.waiting:
+        return pair.later()
     figures = "; ".join(
         f"{name} {proof.error:.1e} (rounding: below {proof.limit:.1e})" for name, proof in proofs.items()
     )
@@ -250,14 +330,17 @@ def _check_padding(pair: Pair) -> tuple[Verdict, str]:
     vocab_size = shared_vocab_size(pair.student, pair.teacher)
     special, padding = set(pair.tokenizer.all_special_ids), pad_token_id(pair.tokenizer, vocab_size)
     ids = [i for i in range(vocab_size) if i not in special]
-    error = max(check_padding(name, model, ids, padding) for name, model in pair.models.items())
-    return Verdict.GOOD, f"A row's hidden states do not depend on what follows it (difference {error:.1e})."
+    errors = [check_padding(name, model, ids, padding) for name, model in pair.running().items()]
+    if pair.waiting:
+        return pair.later()
+    return Verdict.GOOD, f"A row's hidden states do not depend on what follows it (difference {max(errors):.1e})."
 
 
 def _check_heads(pair: Pair) -> tuple[Verdict, str]:
     for name, model in pair.models.items():
         if is_sharded(model):
             return Verdict.UNCHECKED, f"The {name}'s parameters are sharded, and the check would need them whole."
+    for name, model in pair.running().items():
         with attention_implementation(model, sampling_attention(model)):
             is_known = LMHead.of(model).verify(model)
         if not is_known:
@@ -271,6 +354,8 @@ def _check_heads(pair: Pair) -> tuple[Verdict, str]:
                 "scale and a soft cap, "
                 "so the loss would be computed on wrong logits. Use another architecture, or report this one."
             )
+    if pair.waiting:
+        return pair.later()
     return Verdict.GOOD, "The logits that the loss makes from hidden states are the models' own."
 
 
@@ -291,6 +376,10 @@ PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
     "heads": _check_heads,
     "experts": _check_experts,
 }
+
+
+# Those that run the models.
+RUN_CHECKS = ("sampling", "padding", "heads")
 
 
 def _check_engine(

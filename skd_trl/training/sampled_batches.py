@@ -18,11 +18,12 @@ def sampled_batches(rollout: Rollout, batches: list[dict[str, torch.Tensor]]) ->
         Key.LABELS: rollout.labels,
     }
     by_position = {Key.REPLACED: rollout.replaced, Key.TEACHER_RANK: rollout.teacher_rank, **rollout.teacher_signal}
+    lengths = rollout.attention_mask.sum(dim=1), (rollout.labels != IGNORE_INDEX).sum(dim=1)
+    columns, positions = torch.stack(lengths).tolist()  # the one wait for the device
     sampled, start = [], 0
     for batch, size in zip(batches, sizes, strict=True):
         rows, start = slice(start, start + size), start + size
-        num_columns = int(rollout.attention_mask[rows].sum(dim=1).max()) if size > 0 else 0
-        num_positions = int((rollout.labels[rows] != IGNORE_INDEX).sum(dim=1).max()) if size > 0 else 0
+        num_columns, num_positions = max(columns[rows], default=0), max(positions[rows], default=0)
         sampled.append(
             {
                 **{

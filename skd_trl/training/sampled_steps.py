@@ -38,7 +38,7 @@ from .metrics import (
 )
 from .router_logits import without_router_logits
 from .sampled_batches import sampled_batches
-from .sampling_copy import PRECISIONS, can_be_copied, is_worth_copying
+from .sampling_copy import CopySettings
 
 
 class SampledSteps(Trainer):
@@ -124,8 +124,10 @@ class SampledSteps(Trainer):
             out_of_memory_advised("sampling"),
         ):
             collective = self.accelerator.num_processes > 1 and forwards_are_collective(student, *self._teacher.inner)
-            if self._samples_with_a_copy(student):
-                student = self._sampling_copy.of(student, PRECISIONS[self.accelerator.mixed_precision])
+            is_gpu = self.accelerator.device.type == "cuda"
+            settings = CopySettings.of(student, self.args, self.accelerator.mixed_precision, is_gpu)
+            if settings.is_needed:
+                student = self._sampling_copy.of(student, settings)
             num_places = self._places(student, prompts)
             return interleaved_sample(
                 LocalParticipant(
@@ -150,11 +152,6 @@ class SampledSteps(Trainer):
                     observe=observe,
                 ),
             )
-
-    def _samples_with_a_copy(self, student: nn.Module) -> bool:
-        if self.args.sampling_copy is None:
-            return is_worth_copying(student, self.accelerator)
-        return self.args.sampling_copy and can_be_copied(student, self.accelerator)
 
     def _places(self, student: nn.Module, prompts: torch.Tensor) -> int | None:
         """How many responses to `prompts` (B, P) are written at once: as configured, or fewer if only those fit."""

@@ -8,7 +8,7 @@ from .models import (
     base_model,
     disable_dropout,
 )
-from .pair_check import check_pair, require
+from .pair_check import check_pair, check_placed, is_incomplete, require
 from .quantised import keep_gradients
 
 
@@ -32,7 +32,10 @@ class SearchedRun(Trainer):
                 "makes others. Search with the model as teacher_model, or construct a trainer for each trial."
             )
         for teacher in self._teacher.inner or [base_model(model)]:
-            require(check_pair(base_model(model), teacher, self.processing_class, self.args))
+            findings = check_pair(base_model(model), teacher, self.processing_class, self.args)
+            require(findings)
+            if is_incomplete(findings):
+                require(check_placed(base_model(model), teacher, self.processing_class, self.args, self.accelerator))
         if self.args.disable_dropout:
             disable_dropout(model)
         stop_at(base_model(model), self.eos_token_ids)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..serving.client import TeacherClient
-from .distributed import forwards_are_collective, prepare_teacher
+from .distributed import forwards_are_collective, is_stand_in, prepare_teacher, put_on_device
 from .engine_settings import check_parallel_models
 from .forward_patches import take_off_patches
 from .machine import Machine
@@ -24,7 +24,8 @@ from .pair_check import check_teacher_differs, require
 from .quantised import keep_gradients
 from .self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
 from .served import RemoteHiddenStates, RemoteTeacher, check_server, connect, fetched_head
-from .teachers import OneTeacher, RecordedTeacher, Teacher, TeachersByRow
+from .teacher_weights import check_teacher_device, load_in_shards, load_teacher
+from .teachers import OneTeacher, RecordedTeacher, Teacher, TeacherElsewhere, TeachersByRow
 
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def load_models(
     """
     named = named_teachers(teacher_model, args)
     first, *others = named.values() if named else [given_model("teacher_model", teacher_model)]
+    check_teacher_device(args)
     check_parallel_models(args, {"model": model, "teacher_model": first})
     student, teacher, tokenizer = load_pair(model, first, processing_class, args, has_scores)
     is_served = args.teacher_model_server_url is not None
@@ -121,19 +123,33 @@ def place_teacher(
     if client is not None:
         return PlacedTeacher(RemoteTeacher(client))
     if loaded.is_recorded:
+        if args.teacher_device is not None:
+            raise ValueError(
+                f"teacher_device={args.teacher_device!r} would have no effect: there is no teacher but the scores beside the rows."
+            )
         return PlacedTeacher(RecordedTeacher())
     if args.teacher_model_kind is not None:
         return _placed_self_teacher(student, args, accelerator, has_own_prompts)
-    prepared = [
-        prepare_teacher(one, accelerator, shards_teacher(args.shard_teacher, one, Machine.of(accelerator)))
-        for one in loaded.models
-    ]
+    models = [load_in_shards(one, args, accelerator) if is_stand_in(one) else one for one in loaded.models]
+    device = None if args.teacher_device is None else torch.device(args.teacher_device)
+    if device is not None:
+        prepared = [put_on_device(one, device, accelerator) for one in models]
+    else:
+        prepared = [
+            prepare_teacher(one, accelerator, shards_teacher(args.shard_teacher, one, Machine.of(accelerator)))
+            for one in models
+        ]
+    is_collective = accelerator.num_processes > 1 and forwards_are_collective(*models)
+    if loaded.names:
+        teacher = TeachersByRow(models, prepared, is_collective, device)
+    else:
+        teacher = OneTeacher(models[0], prepared[0], device)
+    if device is not None and device != accelerator.device:
+        teacher = TeacherElsewhere(teacher)
     if not loaded.names:
-        return PlacedTeacher(OneTeacher(loaded.models[0], prepared[0]), prepared[0], loaded.models[0])
-    is_collective = accelerator.num_processes > 1 and forwards_are_collective(*loaded.models)
+        return PlacedTeacher(teacher, prepared[0], models[0])
     by_name = dict(zip(loaded.names, prepared, strict=True))
-    # The list of modules is for the messages of checks.
-    return PlacedTeacher(TeachersByRow(loaded.models, prepared, is_collective), by_name, nn.ModuleList(loaded.models))
+    return PlacedTeacher(teacher, by_name, nn.ModuleList(models))  # the list is for the messages of checks
 
 
 def _placed_self_teacher(
@@ -148,7 +164,7 @@ def _placed_self_teacher(
     if kind == "ema":
         average = StudentAverage(inner, student, args.teacher_update_rate, args.teacher_sync_steps)
     shared = SharedTensors(inner, student)
-    # Without an engine of its own, which would move the student's tensors.
+    # Without a separate engine, which would move the student's tensors.
     prepared = accelerator.prepare_model(inner, evaluation_mode=True)
     return PlacedTeacher(OneTeacher(inner, prepared), prepared, inner, average, shared)
 
@@ -200,7 +216,7 @@ def load_pair(
         )
     tokenizer = with_options(load_tokenizer(model, processing_class, args), args)
     student = load_student(model, args) if isinstance(model, str) else model
-    teacher = _load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
+    teacher = load_teacher(teacher_model, args) if isinstance(teacher_model, str) else teacher_model
     for loaded in (student, teacher):
         take_off_patches(loaded)
     keep_gradients(student)
@@ -231,12 +247,3 @@ def named_teachers(teacher_model: Any, args: "SKDConfig") -> dict[str, PreTraine
     if not given:
         raise ValueError("teacher_models is empty: give names and models, or one teacher_model.")
     return {str(name): given_model(f"teacher {name!r}", model) for name, model in given.items()}
-
-
-def _load_teacher(name: str, args: "SKDConfig") -> PreTrainedModel:
-    loading: Any = args.teacher_model_init_kwargs
-    kwargs = dict(loading or {})
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)

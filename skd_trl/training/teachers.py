@@ -6,9 +6,11 @@ forward, as the forward of a sharded teacher is collective; heads are made whole
 Shapes: B rows, S columns, T the longest response, N response tokens of a micro-batch, H hidden.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -20,6 +22,7 @@ from ..data.batches import Key, ResponseTokens, as_teacher_reads, model_inputs, 
 from ..loss.lm_head import LMHead
 from ..loss.several_teachers import HiddenStatesOfSeveral
 from ..loss.teacher_signal import HiddenStates, TeacherSignal, TopLogProbs
+from ..sampling.other_device import OnOtherDevice
 from ..sampling.participants import LocalParticipant, Participant
 from ..sampling.prompts import Prompts
 from ..sampling.ragged_cache import eval_mode
@@ -63,13 +66,13 @@ class Teacher(ABC):
 
 
 class OneTeacher(Teacher):
-    """A model in this process; `prepared` is what an engine made of it."""
+    """A model in this process; `prepared` is what an engine made of it, `device` where it is, if not where the batches are."""
 
-    def __init__(self, inner: PreTrainedModel, prepared: nn.Module):
-        self.inner, self.prepared = [inner], prepared
+    def __init__(self, inner: PreTrainedModel, prepared: nn.Module, device: torch.device | None = None):
+        self.inner, self.prepared, self.device = [inner], prepared, device
 
     def participant(self, window, sampling, vocab_size, accelerator) -> Participant:
-        prompts = Prompts(*teacher_prompts_of(window))
+        prompts = Prompts(*(values.to(self.device) for values in teacher_prompts_of(window)))
         model = accelerator.unwrap_model(self.prepared)
         return LocalParticipant(model, sampling, prompts=prompts, vocab_size=vocab_size)
 
@@ -77,7 +80,7 @@ class OneTeacher(Teacher):
         if Key.TEACHER_HIDDEN_STATES in batch:
             states = tokens.pick(batch[Key.TEACHER_HIDDEN_STATES])
         else:
-            states = hidden_states(self.inner[0], self.prepared, batch, tokens)
+            states = hidden_states(self.inner[0], self.prepared, batch, tokens, self.device)
         return HiddenStates(states, LMHead.of(self.inner[0]))
 
     def keep(self, batch, tokens, signal) -> None:
@@ -109,8 +112,14 @@ class TeachersByRow(Teacher):
 
     Where a forward is collective (`is_collective`), each of them runs as often on every process: idle where it has no row."""
 
-    def __init__(self, inner: list[PreTrainedModel], prepared: list[nn.Module], is_collective: bool):
-        self.inner, self.prepared, self.is_collective = inner, prepared, is_collective
+    def __init__(
+        self,
+        inner: list[PreTrainedModel],
+        prepared: list[nn.Module],
+        is_collective: bool,
+        device: torch.device | None = None,
+    ):
+        self.inner, self.prepared, self.is_collective, self.device = inner, prepared, is_collective, device
 
     def participant(self, window, sampling, vocab_size, accelerator) -> Participant:
         (ids, mask), which = teacher_prompts_of(window), window[Key.TEACHER_INDEX]
@@ -118,7 +127,7 @@ class TeachersByRow(Teacher):
             LocalParticipant(
                 accelerator.unwrap_model(model),
                 sampling,
-                prompts=Prompts(ids[which == i], mask[which == i]),
+                prompts=Prompts(ids[which == i].to(self.device), mask[which == i].to(self.device)),
                 vocab_size=vocab_size,
             )
             for i, model in enumerate(self.prepared)
@@ -149,7 +158,8 @@ class TeachersByRow(Teacher):
             return torch.empty((0, width), dtype=inner.dtype, device=is_own.device)
         chosen = torch.ones_like(is_own) if is_idle else is_own
         own = {name: values[chosen] for name, values in batch.items() if name in READ}
-        states = hidden_states(self.inner[teacher], self.prepared[teacher], own, ResponseTokens.of(own))
+        tokens = ResponseTokens.of(own)
+        states = hidden_states(self.inner[teacher], self.prepared[teacher], own, tokens, self.device)
         return states[:0] if is_idle else states
 
     def keep(self, batch, tokens, signal) -> None:
@@ -162,13 +172,49 @@ class TeachersByRow(Teacher):
         batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(states)
 
 
+class TeacherElsewhere(Teacher):
+    """A teacher whose models are on another device than the student's, its `device`. What it reads goes there, its judgement and its
+    hidden states come back, and the loss has a copy of its head (of each, if there are several) beside the student's."""
+
+    def __init__(self, teacher: OneTeacher | TeachersByRow):
+        self.teacher, self.inner = teacher, teacher.inner
+        self.heads: dict[int, LMHead] = {}
+
+    def participant(self, window, sampling, vocab_size, accelerator) -> Participant:
+        prompts = Prompts(*(values.to(self.teacher.device) for values in teacher_prompts_of(window)))
+        teacher = self.teacher.participant(window, sampling, vocab_size, accelerator)
+        return OnOtherDevice(teacher, prompts, window[Key.PROMPTS].device)
+
+    def signal(self, batch, tokens) -> TeacherSignal:
+        return self.teacher.signal(batch, tokens).with_heads(lambda head: self._beside(head, tokens.labels.device))
+
+    def keep(self, batch, tokens, signal) -> None:
+        self.teacher.keep(batch, tokens, signal)
+
+    @torch.no_grad()
+    def _beside(self, head: LMHead, device: torch.device) -> LMHead:
+        key = id(head.module if head.weight is None else head.weight)
+        if key not in self.heads:
+            tensors = {"weight": head.weight, "bias": head.bias}
+            moved = {name: tensor.detach().to(device) for name, tensor in tensors.items() if tensor is not None}
+            module = None if head.module is None else copy.deepcopy(head.module).to(device)
+            self.heads[key] = replace(head, **moved, module=module)
+        return self.heads[key]
+
+
 def hidden_states(
-    inner: PreTrainedModel, prepared: nn.Module, batch: dict[str, torch.Tensor], tokens: ResponseTokens
+    inner: PreTrainedModel,
+    prepared: nn.Module,
+    batch: dict[str, torch.Tensor],
+    tokens: ResponseTokens,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
-    """The hidden states (N, H) that predict the response tokens of a batch, by a forward on what the teacher reads."""
+    """The hidden states (N, H) that predict the response tokens of a batch, by a forward on what the teacher reads; it runs on
+    `device`, if not where the batch is."""
     own = as_teacher_reads(batch)
+    inputs = {name: values.to(device) for name, values in model_inputs(own).items()}
     with eval_mode(prepared):
-        hidden = last_hidden_states(prepared, inner, **model_inputs(own))
+        hidden = last_hidden_states(prepared, inner, **inputs).to(tokens.labels.device)
     return (tokens if own is batch else ResponseTokens.of(own)).predicted_by(hidden)
 
 
