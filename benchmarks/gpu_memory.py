@@ -76,6 +76,7 @@ def planned(student: nn.Module, teacher: nn.Module, num_gpus: int, memory: int, 
         "unused",
         use_cpu=True,
         bf16=False,
+        merge_adapter=False,  # a merged copy takes two bytes more for each weight of the student
         per_device_train_batch_size=options.rows,
         gradient_accumulation_steps=max(options.prompts // (options.rows * num_gpus), 1),
         max_new_tokens=options.new_tokens,
