@@ -62,14 +62,25 @@ def test_draws_by_candidates_are_the_plain_draws_wherever_the_nucleus_fits(
         probs = nucleus.probs(logits, sampling)
         assert torch.equal(probs[~missed], shaped_probs(logits, sampling)[~missed])
     for row in range(8):
-        edges = cumulative_in_float64(logits[row].numpy(), sampling)
-        if np.abs(edges - uniforms[row].item()).min() > 1e-5:  # and no edge of the nucleus within rounding
-            ordered = np.sort(shaped_probs(logits[row : row + 1], SamplingParams(sampling.temperature))[0].numpy())[
-                ::-1
-            ]
-            if sampling.top_p == 1 or np.abs(np.cumsum(np.float64(ordered)) - sampling.top_p).min() > 1e-5:
-                if sampling.top_p == 1 or sampling.top_k == 0:
-                    assert plain[row] == np.searchsorted(edges, uniforms[row].item(), side="right")
+        values = logits[row].numpy()
+        edges = cumulative_in_float64(values, sampling)
+        if np.abs(edges - uniforms[row].item()).min() > 1e-5 and nucleus_is_clear(values, sampling):
+            if sampling.top_p == 1 or sampling.top_k == 0:
+                assert plain[row] == np.searchsorted(edges, uniforms[row].item(), side="right")
+
+
+def nucleus_is_clear(logits: np.ndarray, sampling: SamplingParams) -> bool:
+    """Whether rounding in fp32 cannot decide where a nucleus ends: neither its mass, nor which of two tokens is the last."""
+    if sampling.top_p == 1:
+        return True
+    scaled = logits.astype(np.float64) / sampling.temperature
+    probs = np.exp(scaled - scaled.max())
+    probs /= probs.sum()
+    ordered = np.sort(probs)[::-1]
+    mass = np.cumsum(ordered)
+    edge = ordered[min(int(np.searchsorted(mass, sampling.top_p)), len(ordered) - 1)]
+    is_apart = (probs == edge) | (np.abs(probs / edge - 1) > 1e-5)
+    return bool(np.abs(mass - sampling.top_p).min() > 1e-5 and is_apart.all())
 
 
 @pytest.mark.parametrize("vocab_size", [3, 512, 1000, 1280])

@@ -211,7 +211,7 @@ def test_without_a_command_there_is_help(capsys):
     "words, message",
     [
         (["chekc"], "invalid choice: 'chekc'"),
-        (["check"], "model is None: give the student"),
+        (["check"], "--model is missing: the student's name or path"),
         (["check", "--model", "no/where", "--teacher_model_name_or_path", "no/where"], "no/where"),
         (["check", "--model", "x", "--rolout", "student"], "--rolout"),
         (["check", "--model", "x", "--rollout", "nobody"], "nobody"),
