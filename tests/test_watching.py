@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -258,7 +259,8 @@ def test_completions_arrive_in_trackio(tmp_path):
         "trackio.init(project='test', name='run', embed=False); send_completions([record(step=3)], 3, ['trackio']); trackio.finish()"
     )
     # Its folder is read from the environment when it is imported, which may have happened here.
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path)}
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path), "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=200, capture_output=True)
     with sqlite3.connect(tmp_path / "test.db") as connection:
         ((stored,),) = connection.execute("select metrics from metrics")
