@@ -147,9 +147,11 @@ def test_the_check_of_a_pair_lists_each_topic_once(assets, capsys):
     assert code == 0 and len(topics) > 8 and len(topics) == len(set(topics))
 
 
-def test_a_run_is_resumed_from_its_last_checkpoint_or_the_one_that_is_named(tmp_path):
+def test_a_run_is_resumed_from_its_last_whole_checkpoint_or_the_one_that_is_named(tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-11").mkdir()  # killed while it was written
     for wanted, found in (
         ("true", "checkpoint-10"),
         (str(tmp_path / "checkpoint-2"), "checkpoint-2"),

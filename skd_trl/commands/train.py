@@ -169,18 +169,20 @@ def check_names(training_args: SKDConfig, model_args: ModelConfig) -> None:
 
 
 def checkpoint_to_resume(args: SKDConfig) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` names; `true` is the last one of `output_dir`."""
+    """The checkpoint that `resume_from_checkpoint` names; `true` is the last whole one of `output_dir`: the Trainer writes its state
+    last, so a run that was killed while it saved leaves a folder without one."""
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
     there_are = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if str(wanted).lower() == "true" and there_are:
-        return str(there_are[-1])
+    whole = [path for path in there_are if (path / "trainer_state.json").exists()]
+    if str(wanted).lower() == "true" and whole:
+        return str(whole[-1])
     if Path(wanted).is_dir():
         return wanted
     raise ValueError(
         f"resume_from_checkpoint={wanted!r} is no folder; {args.output_dir} has "
-        f"{', '.join(path.name for path in there_are) or 'no checkpoint, so start without it'}."
+        f"{', '.join(path.name for path in whole) or 'no whole checkpoint, so start without it'}."
     )
 
 

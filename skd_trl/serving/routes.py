@@ -1,7 +1,7 @@
 """The ways to ask a server how probable the last tokens of texts are, the best one first.
 
-Ours sends the asked positions alone, in binary, or the hidden states that predict them. vLLM's `/inference/v1/generate` sends all positions of the text as JSON, but can use the
-prefix cache; its answer is used where the server says how many positions came from the cache (`--enable-prompt-tokens-details`)
+Ours sends the asked positions alone, in binary, or the hidden states that predict them. vLLM's `/inference/v1/generate` sends
+all positions of the text as JSON, but can use the prefix cache; its answer is used where the server says how many positions came from the cache (`--enable-prompt-tokens-details`)
 and none of them is asked for: these hold memory that nobody has written. `/v1/completions` computes each text from its beginning.
 
 Shapes: N texts, S scored positions, k known tokens, H hidden.
