@@ -70,17 +70,19 @@ def test_draws_by_candidates_are_the_plain_draws_wherever_the_nucleus_fits(
 
 
 def nucleus_is_clear(logits: np.ndarray, sampling: SamplingParams) -> bool:
-    """Whether rounding in fp32 cannot decide where a nucleus ends: neither its mass, nor which of two tokens is the last."""
-    if sampling.top_p == 1:
-        return True
+    """Whether rounding in fp32 cannot decide what the nucleus keeps: not its mass, nor which of two tokens is the last."""
     scaled = logits.astype(np.float64) / sampling.temperature
-    probs = np.exp(scaled - scaled.max())
-    probs /= probs.sum()
-    ordered = np.sort(probs)[::-1]
-    mass = np.cumsum(ordered)
-    edge = ordered[min(int(np.searchsorted(mass, sampling.top_p)), len(ordered) - 1)]
-    is_apart = (probs == edge) | (np.abs(probs / edge - 1) > 1e-5)
-    return bool(np.abs(mass - sampling.top_p).min() > 1e-5 and is_apart.all())
+    ordered = np.sort(np.exp(scaled - scaled.max()))[::-1]
+    ordered /= ordered.sum()
+    lasts, mass_is_clear = [], True
+    if 0 < sampling.top_k < len(ordered):
+        lasts.append(ordered[sampling.top_k - 1])
+    if sampling.top_p < 1:
+        mass = np.cumsum(ordered)
+        lasts.append(ordered[min(int(np.searchsorted(mass, sampling.top_p)), len(ordered) - 1)])
+        mass_is_clear = np.abs(mass - sampling.top_p).min() > 1e-5
+    are_apart = [((ordered == last) | (np.abs(ordered / last - 1) > 1e-5)).all() for last in lasts]
+    return bool(mass_is_clear and all(are_apart))
 
 
 @pytest.mark.parametrize("vocab_size", [3, 512, 1000, 1280])
