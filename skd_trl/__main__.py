@@ -9,6 +9,8 @@ import os
 import sys
 import warnings
 
+from . import __version__
+
 
 # Name -> module of `commands/`, its function, and what it does.
 COMMANDS = {
@@ -37,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         module, function, _ = COMMANDS[arguments[0]]
         return getattr(importlib.import_module(f"skd_trl.commands.{module}"), function)(arguments[1:])
     parser = argparse.ArgumentParser("skd", description="Speculative knowledge distillation for TRL.")
+    parser.add_argument("--version", action="version", version=f"skd_trl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="command")
     for name, (_, _, what) in COMMANDS.items():
         commands.add_parser(name, help=what)

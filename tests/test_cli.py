@@ -14,6 +14,7 @@ from datasets import Dataset
 from rich.console import Console
 from tiny import EOS, byte_tokenizer
 
+import skd_trl
 from skd_trl import SKDConfig
 from skd_trl.__main__ import COMMANDS, main
 from skd_trl.commands import options, rows, train, train_options, train_rows, watch
@@ -75,6 +76,10 @@ def test_every_option_is_in_one_group_and_is_explained_by_it_and_by_its_name():
     assert all(f"--{name}\n" in everything for name in names)
     assert "--gate_floor" in command.help_text("speckd") and "--lora_r" not in command.help_text("speckd")
     assert "accepted" in command.help_text("accept_top_k")
+
+
+def test_the_version_is_told(capsys):
+    assert run(["--version"], capsys) == (0, f"skd_trl {skd_trl.__version__}\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
