@@ -132,7 +132,7 @@ def interleaved_sample(
     ):
         rows = Rows(noise.to(device), num_places, draft_length.longest, eos_token_ids, rounds)
         while True:
-            admitted = rows.admit(prompts.host_lengths)
+            admitted = rows.admit(prompts)
             prefills = student.admit(*admitted), teacher.admit(*admitted)
             for move in rows.pack():
                 student.move_row(*move)
@@ -209,7 +209,9 @@ def interleave_round(
     """Steps 2 to 6 for all rows in use: a function over fixed buffers, without a shape that depends on data and without a wait
     for the host. What it decided is in the buffers of `rows`; what it returns is what the teacher leaves for the loss."""
     nucleus.begin_round()
-    noise = rows.noise_of_block(num_draft)  # (N, G, 3)
+    last, columns, noise = rows.begin_block(num_draft)  # (N,), (N, G), (N, G, 3)
+    student.begin_block(last, columns)
+    teacher.begin_block(last, columns)
     stopwatch.mark()
     steps = [student.step(noise[:, g, STUDENT_DRAW]) for g in range(num_draft)]
     proposals = torch.stack([tokens for tokens, _ in steps], dim=1)
@@ -226,7 +228,7 @@ def interleave_round(
     replacement = accept.replacement(draft.column(column), noise[..., TEACHER_DRAW].gather(1, column).squeeze(1))
     block = torch.where(accepted, proposals, replacement[:, None])  # what follows the first rejected token is dropped
     stopwatch.mark()
-    count = rows.write(block, accepted, column, draft, nucleus.fitted(len(block)))
+    count = rows.write(block, accepted, draft, nucleus.fitted(len(block)))
     student.keep(block, count)
     teacher.keep(block, count)
     stopwatch.mark()

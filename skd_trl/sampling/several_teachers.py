@@ -143,6 +143,11 @@ class SeveralTeachers(Participant):
             self.free[teacher] = (self.free[teacher] - {gap}) | {source}
         return [own[place] for place in sorted(own)]
 
+    def begin_block(self, last: torch.Tensor, columns: torch.Tensor) -> None:
+        for teacher, places in self.rounds:
+            if len(places) > 0:
+                teacher.begin_block(last[places], columns[places])
+
     def judge(self, proposals: torch.Tensor) -> Judgement:
         judgements = []
         for teacher, places in self.rounds:
