@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from .acceptance import Judgement
 from .admission import positions_of, prove
+from .draft import Judgement
 from .nucleus import Nucleus
 from .prefill import cost_of_forward, groups_of_equal_length, left_padded, prefill_groups
 from .prompts import Prompts
@@ -87,9 +87,10 @@ class Participant:
         """What its part of the round that was begun depends on, besides N, G and what is in its tensors."""
         return ()
 
-    def begin_block(self, last: torch.Tensor, columns: torch.Tensor) -> None:
-        """First in a round: is told, on the device, the last token kept of each row (N,), of the student's prompt where none is, and which
-        tokens of the response the block will be, `columns` (N, G), counted from 0."""
+    def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
+        """Before it first steps or judges in a round: is told, on the device, what is known of its inputs, (N, 1) or (N, G), and which
+        tokens of the response the block will be, `columns` (N, G), counted from 0. The first input is the last token kept, of the
+        student's prompt where none is; before `judge` the proposals but the last follow."""
 
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws one token more for every row, from `uniforms` (N,): the tokens (N,), -100 for none, and the raw logits (N, V)
@@ -98,8 +99,7 @@ class Participant:
         return torch.full_like(uniforms, -100, dtype=torch.long), uniforms.new_empty(self.num_rows, 0)
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
-        """The distributions by which the `proposals` (N, G) are judged, in one forward: fed with the last token kept and all
-        proposals but the last."""
+        """The distributions by which the `proposals` (N, G) are judged, in one forward on the inputs that it was told of."""
         return Judgement(torch.empty((*proposals.shape, 0), device=self.device), {})
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
@@ -262,10 +262,13 @@ class LocalParticipant(Participant):
     def round_key(self) -> tuple:
         return self.num_slots_in_use, self.last_position, self.may_run_over, self.vocab_size, self.sampling
 
-    def begin_block(self, last: torch.Tensor, columns: torch.Tensor) -> None:
-        if self.own_prompts is not None:  # where nothing is written yet, it goes on from another token than the student
-            last = torch.where(columns[:, 0] == 0, self.last_of_prompt[: self.num_rows], last)
-        self.next_input, self.columns, self.num_ahead = last, columns, 0
+    def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
+        if (
+            self.own_prompts is not None
+        ):  # where nothing is written yet, it goes on from another token than the student
+            last_of_prompt = self.last_of_prompt[: self.num_rows, None]
+            inputs = torch.where(columns[:, : inputs.shape[1]] == 0, last_of_prompt, inputs)
+        self.inputs, self.columns, self.num_ahead = inputs, columns, 0
 
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.num_ahead == 0:  # once for all steps of the round, one step after the other: (G N, 1)
@@ -273,21 +276,21 @@ class LocalParticipant(Participant):
             self.masks = self.decoder.masks(self.positions, self.num_slots_in_use)
         rows = slice(self.num_ahead * self.num_rows, (self.num_ahead + 1) * self.num_rows)
         logits = self.decoder(
-            self.next_input[:, None],
+            self.inputs,
             self.positions[rows],
             num_slots_in_use=self.num_slots_in_use,
             reading=Reading(step=self.num_ahead),
             masks=of_rows(self.masks, rows),
         )[1]
         logits = logits[:, 0, : self.vocab_size]
-        self.next_input, self.num_ahead = self.nucleus.draw(logits, self.sampling, uniforms), self.num_ahead + 1
-        return self.next_input, logits
+        tokens = self.nucleus.draw(logits, self.sampling, uniforms)
+        self.inputs, self.num_ahead = tokens[:, None], self.num_ahead + 1
+        return tokens, logits
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
-        inputs = torch.cat([self.next_input[:, None], proposals[:, :-1]], dim=1)
         positions = self._positions(self.columns, self.start[: self.num_rows, None])
         reading = Reading(step=0)
-        hidden, logits = self.decoder(inputs, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)
+        hidden, logits = self.decoder(self.inputs, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)
         return Judgement(logits[..., : self.vocab_size], {"teacher_hidden_states": hidden})
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .acceptance import Draft
+from .draft import Draft
 from .prompts import Prompts
 from .rollout import Rollout
 from .rounds import Rounds
@@ -129,18 +129,18 @@ class Rows:
     # Inside a round: tensors of fixed shape, no wait for the host
 
     def begin_block(self, num_draft: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a block that will be written: the last token before it (N,), which tokens of the response it will be (N, G), counted from 0,
+        """Of a block that will be written: the last token before it (N, 1), which tokens of the response it will be (N, G), counted from 0,
         and their noise (N, G, 3)."""
         first, num_rows = self.max_new_tokens - 1, self.num_in_use
         owner = self.owner[:num_rows, None]
         # Until the end of the round also where the block will be written. The steps of one token each lie one after the other.
         self.positions = (self.columns[first : first + num_draft, None] - self.last_column[:num_rows]).T
-        last = self.text[..., 0][owner, self.positions[:, :1]]  # which the text has one further on
-        return last.squeeze(1), self.positions, self.noise[owner, self.positions]
+        last = self.text[..., 0][owner, self.positions[:, :1]]  # a response begins one further on
+        return last, self.positions, self.noise[owner, self.positions]
 
     def first_rejected(self, accepted: torch.Tensor) -> torch.Tensor:
         """The column (N, 1) of the first token of a block that was not `accepted` (N, G), or else the last one."""
-        (num_rows, num_draft), column = accepted.shape, self.limits[: len(accepted), :1]
+        num_draft, column = accepted.shape[1], self.limits[: len(accepted), :1]
         if num_draft == 1:
             return column.copy_(self.columns[:1])
         columns = torch.where(accepted[:, :-1], self.columns[num_draft - 1], self.columns[: num_draft - 1])
@@ -155,9 +155,7 @@ class Rows:
         num_rows, num_draft = block.shape
         limits = self.limits[:num_rows, : 2 + num_draft * len(self.ends)]
         ends = limits[:, 2:].unflatten(1, (num_draft, len(self.ends)))
-        torch.where(
-            block[..., None] != self.ends, self.columns[num_draft], self.columns[:num_draft, None], out=ends
-        )
+        torch.where(block[..., None] != self.ends, self.columns[num_draft], self.columns[:num_draft, None], out=ends)
         fitted = self.columns[1].expand(num_rows) if fitted is None else fitted
         outcome = self.outcome[:num_rows, : 1 + 3 * num_draft]
         count = torch.addcmul(fitted, limits.amin(dim=1), fitted, out=outcome[:, 0])  # one more, or none

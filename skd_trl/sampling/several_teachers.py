@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .acceptance import Judgement
+from .draft import Judgement
 from .mixers import is_stateful
 from .participants import LocalParticipant, Participant, Setting
 from .prompts import Prompts
@@ -143,10 +143,10 @@ class SeveralTeachers(Participant):
             self.free[teacher] = (self.free[teacher] - {gap}) | {source}
         return [own[place] for place in sorted(own)]
 
-    def begin_block(self, last: torch.Tensor, columns: torch.Tensor) -> None:
+    def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
         for teacher, places in self.rounds:
             if len(places) > 0:
-                teacher.begin_block(last[places], columns[places])
+                teacher.begin_block(inputs[places], columns[places])
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
         judgements = []
