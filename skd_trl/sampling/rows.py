@@ -132,11 +132,11 @@ class Rows:
         """Of a block that will be written: the last token before it (N, 1), which tokens of the response it will be (N, G), counted from 0,
         and their noise (N, G, 3)."""
         first, num_rows = self.max_new_tokens - 1, self.num_in_use
-        owner = self.owner[:num_rows, None]
+        owner = self.owner[:num_rows]
         # Until the end of the round also where the block will be written. The steps of one token each lie one after the other.
         self.positions = (self.columns[first : first + num_draft, None] - self.last_column[:num_rows]).T
-        last = self.text[..., 0][owner, self.positions[:, :1]]  # a response begins one further on
-        return last, self.positions, self.noise[owner, self.positions]
+        last = self.text[..., 0][owner, self.positions[:, 0]]  # a response begins one further on
+        return last[:, None], self.positions, self.noise[owner[:, None], self.positions]
 
     def first_rejected(self, accepted: torch.Tensor) -> torch.Tensor:
         """The column (N, 1) of the first token of a block that was not `accepted` (N, G), or else the last one."""
