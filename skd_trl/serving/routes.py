@@ -1,8 +1,8 @@
 """The ways to ask a server how probable the last tokens of texts are, the best one first.
 
 Ours sends the asked positions alone, in binary, or the hidden states that predict them. vLLM's `/inference/v1/generate` is told to
-generate a token, one question a position: the answer has this position alone, and what stands before it comes from the prefix cache.
-Many positions of a text are asked in one question for log-probabilities of the whole prompt, for which vLLM leaves its cache aside.
+generate a token, one question a position: the answer has this position alone, and what comes before it is read from the prefix cache.
+Many positions of one row are asked in one question for log-probabilities of the whole prompt, for which vLLM leaves its cache aside.
 `/v1/completions` has these alone, so it computes each text from its beginning.
 
 Shapes: N texts, S scored positions, k known tokens, H hidden.
@@ -38,7 +38,7 @@ from .wire import (
 
 logger = logging.getLogger(__name__)
 
-MOST_ASKED_ALONE = 16  # positions of a text that are each a question; a round of sampling has fewer
+MOST_ASKED_ALONE = 16  # positions of one row that are each a question; a round of sampling has fewer
 
 
 class ServerRefusal(ValueError):
@@ -196,7 +196,7 @@ class GenerateRoute(StockRoute):
         if position == len(text):
             best = self._generated(text, {"logprobs": top_k})["top_logprobs"]
             return scores_of_position({entry["token_id"]: entry["logprob"] for entry in best}, None, None, top_k)
-        # The token itself comes first among its alternatives: one more than k, so that k are there if it is none of them.
+        # The token itself comes first among its alternatives: one more than k is asked for, as it may be none of them.
         options = {"logprobs": top_k + 1, "allowed_token_ids": [text[position]], "ignore_eos": True}
         said = self._generated(text[:position], options)
         if said["token_id"] != text[position]:
