@@ -25,14 +25,9 @@ import sys
 from accelerate import PartialState
 from summarization_data import load_summarization
 
-from skd_trl.commands.train import (
-    check_names,
-    chosen_trainer,
-    decide_comparison,
-    for_this_machine,
-    train,
-    train_command,
-)
+from skd_trl.commands.train import check_names, train
+from skd_trl.commands.train_options import chosen_trainer, for_this_machine, train_command
+from skd_trl.commands.train_rows import decide_comparison
 
 
 def main(arguments: list[str]) -> None:

@@ -58,8 +58,10 @@ from .training.ends_of_sequence import stop_at
 from .training.engine_lifetime import check_first_training
 from .training.engine_settings import describe_offloading
 from .training.evaluated_run import EvaluatedRun
+from .training.findings import is_incomplete, require
 from .training.finite_check import FiniteCheck, GradientCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
+from .training.launch_check import check_launch
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
 from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
 from .training.memory_advice import out_of_memory_advised
@@ -75,7 +77,7 @@ from .training.models import (
     given_model,
     pad_token_id,
 )
-from .training.pair_check import check_launch, check_pair, check_placed, is_incomplete, require
+from .training.pair_check import check_pair, check_placed
 from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
 from .training.sampled_evaluation import check_sampled_evaluation

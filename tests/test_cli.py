@@ -14,9 +14,10 @@ from datasets import Dataset
 from rich.console import Console
 from tiny import EOS, byte_tokenizer
 
+import skd_trl
 from skd_trl import SKDConfig
 from skd_trl.__main__ import COMMANDS, main
-from skd_trl.commands import options, rows, train, watch
+from skd_trl.commands import options, rows, train, train_options, train_rows, watch
 from skd_trl.training.run_files import read_logs
 
 
@@ -46,7 +47,7 @@ def run(arguments, capsys) -> tuple[int, str]:
 def test_no_argument_gives_help_and_every_command_has_its_line(capsys):
     code, output = run([], capsys)
     assert code == 0
-    assert all(re.search(rf"^ +{name} +\w", output, re.MULTILINE) for name in (*COMMANDS, "check"))
+    assert all(re.search(rf"^ +{name} +\w", output, re.MULTILINE) for name in COMMANDS)
 
 
 def test_an_unknown_command_is_refused_with_those_that_there_are(capsys):
@@ -65,7 +66,7 @@ def test_the_help_of_every_command_fits_a_screen(name, capsys):
 
 
 def test_every_option_is_in_one_group_and_is_explained_by_it_and_by_its_name():
-    command = train.train_command("speckd")
+    command = train_options.train_command("speckd")
     groups = command.groups()
     names = [field.name for fields in groups.values() for field in fields]
     assert len(names) == len(set(names)) and {"gate", "lora_r", "learning_rate", "dataset_name"} <= set(names)
@@ -75,6 +76,18 @@ def test_every_option_is_in_one_group_and_is_explained_by_it_and_by_its_name():
     assert all(f"--{name}\n" in everything for name in names)
     assert "--gate_floor" in command.help_text("speckd") and "--lora_r" not in command.help_text("speckd")
     assert "accepted" in command.help_text("accept_top_k")
+
+
+def test_the_version_is_told(capsys):
+    assert run(["--version"], capsys) == (0, f"skd_trl {skd_trl.__version__}\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_short_help_leaves_out_nothing_but_what_others_explain(name, capsys):
+    """Options of TRL and transformers are shortened to the usual ones; a command's are all there."""
+    _, output = run([name, "--help"], capsys)
+    shortened = re.findall(r"^(\w+)(?::[^\n]*)?(?:\n  .*)*? and\s+\d+\s+more", output, re.MULTILINE)
+    assert set(shortened) <= set(options.SHORTENED)
 
 
 WRONG = [
@@ -192,7 +205,7 @@ def test_a_file_of_options_is_read_and_the_command_line_overrides_it(assets, tmp
     )
     arguments = ["--config", str(config), "--max_new_tokens", "5"]
     assert train.chosen_trainer(arguments) == "speckd"
-    script_args, training_args, _ = train.train_command("speckd").parse(arguments)
+    script_args, training_args, _ = train_options.train_command("speckd").parse(arguments)
     assert (script_args.dataset_name, training_args.gate_top_k, training_args.max_new_tokens) == ("rows", 7, 5)
 
 
@@ -326,14 +339,14 @@ def test_a_file_of_any_form_is_trained_on_compared_and_reported(form, assets, tm
 def test_the_student_is_compared_by_default_where_one_teacher_is_at_hand(options, column, reason, tmp_path, capsys):
     rows = Dataset.from_dict({column: ["text"]})
     script_args, training_args = (
-        train.TrainArguments(dataset_name="rows.jsonl"),
+        train_options.TrainArguments(dataset_name="rows.jsonl"),
         SKDConfig(output_dir=str(tmp_path), bf16=False, **options),
     )
-    train.decide_comparison(script_args, training_args, rows)
+    train_rows.decide_comparison(script_args, training_args, rows)
     assert script_args.compare is (reason is None)
     assert (reason or "") in capsys.readouterr().out
-    wanted = train.TrainArguments(dataset_name="rows.jsonl", compare=True)
-    train.decide_comparison(wanted, training_args, rows)
+    wanted = train_options.TrainArguments(dataset_name="rows.jsonl", compare=True)
+    train_rows.decide_comparison(wanted, training_args, rows)
     assert wanted.compare is True
 
 

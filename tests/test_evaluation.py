@@ -345,10 +345,12 @@ def test_a_metric_of_the_user_says_itself_whether_higher_is_better():
             100.0 * (p == t) for p, t in zip(predictions, targets, strict=True)
         ],
     }
-    targets = {"teacher": ["a", "b"], "reference": ["a", None]}
-    before, after = (Scores(texts, *text_scores(metrics, texts, targets)) for texts in (["aaaa", "bbbb"], ["a", "b"]))
+    targets = {"teacher": ["a", "b"] * 3, "reference": ["a", None] * 3}
+    before, after = (
+        Scores(texts, *text_scores(metrics, texts, targets)) for texts in (["aaaa", "bbbb"] * 3, ["a", "b"] * 3)
+    )
     assert after.lower_is_better == {"length_teacher", "length_reference"}
-    compared = comparison.compare(before, after, {"length_reference": np.array([[1.0, 1.0], [0.0, 0.0]])})
+    compared = comparison.compare(before, after, {"length_reference": np.array([[1.0, 1.0], [0.0, 0.0]] * 3)})
     verdicts = {name: comparison.verdict(metric) for name, metric in compared["metrics"].items()}
     assert verdicts["length_teacher"] == verdicts["exact_match_teacher"] == "better"
     longer = Scores(before.responses, before.values, after.lower_is_better)
@@ -389,6 +391,21 @@ def test_verdicts_know_which_way_is_better_and_when_it_is_unclear():
         comparison.verdict(comparison.compare(scores(values), scores(values + noise), {})["metrics"]["rouge1_teacher"])
         == "unclear"
     )
+
+
+def test_of_five_prompts_no_change_is_called_better_and_of_six_it_is():
+    """Five changes of one sign come about by chance once in sixteen times. Rows without a weight are no prompts of the metric."""
+    for weights, called in (([1] * 5, "unclear"), ([1] * 5 + [0], "unclear"), ([1] * 6, "better")):
+        values = np.linspace(1, 2, len(weights))
+        compared = comparison.compare(scores(values, weights), scores(values * 2, weights), {})
+        assert comparison.verdict(compared["metrics"]["rouge1_teacher"]) == called
+        caption = str(comparison.comparison_table(compared).caption)
+        assert ("Of fewer than 6 prompts no change" in caption) == (called == "unclear")
+
+
+def test_a_change_that_rounds_to_nothing_has_no_sign():
+    metric = comparison.compare(scores([1.0] * 6), scores([0.999] * 6), {})["metrics"]["kl_teacher_text"]
+    assert comparison.comparison_row("kl_teacher_text", metric)["change"] == "+0.00 [+0.00, +0.00]"
 
 
 def test_the_bootstrap_interval_of_a_mean_is_as_wide_as_theory_says():

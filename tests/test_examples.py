@@ -26,7 +26,7 @@ import offline_assets  # noqa: E402
 import summarization_data  # noqa: E402
 import train_summarization  # noqa: E402
 
-from skd_trl.commands import supervised, train  # noqa: E402
+from skd_trl.commands import supervised, train_options  # noqa: E402
 from skd_trl.evaluation.scores import METRICS  # noqa: E402
 
 
@@ -237,8 +237,8 @@ def test_unknown_columns_and_missing_files_are_named(tmp_path):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_is_understood(config):
     arguments = ["--config", str(config), "--use_cpu", "true"]  # bf16 on a machine without a GPU is refused otherwise
-    trainer = train.chosen_trainer(arguments)
-    script_args, training_args, model_args = train.train_command(trainer).parse(arguments)
+    trainer = train_options.chosen_trainer(arguments)
+    script_args, training_args, model_args = train_options.train_command(trainer).parse(arguments)
     assert script_args.trainer == trainer
     assert training_args.teacher_model_name_or_path and model_args.model_name_or_path
     for settings in (script_args.teacher_sft, script_args.student_sft):

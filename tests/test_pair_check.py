@@ -22,7 +22,9 @@ from transformers import (
 
 from skd_trl import SKDConfig
 from skd_trl.__main__ import main
-from skd_trl.training.pair_check import PAIR_CHECKS, Verdict, check_pair, require
+from skd_trl.training.findings import Verdict, require
+from skd_trl.training.pair_check import check_pair
+from skd_trl.training.pair_checks import PAIR_CHECKS
 
 
 def arguments(**settings):

@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -24,13 +24,15 @@ from .._compat import TrlParser
 
 @dataclass(frozen=True)
 class Command:
-    """A command's name, what it does, its dataclasses, an example, and hints for options that it does not have."""
+    """A command's name, what it does, its dataclasses, an example, hints for options that it does not have, and whether its file may
+    hold options of other commands."""
 
     name: str
     description: str
     dataclasses: tuple[type, ...]
     example: str = ""
     hint: Callable[[str], str | None] = lambda name: None
+    shares_files: bool = False
 
     @property
     def prog(self) -> str:
@@ -50,17 +52,16 @@ class Command:
             topic = arguments[help_wanted[0] + 1 :][:1]
             print(self.help_text(topic[0] if topic and not topic[0].startswith("-") else None))
             raise SystemExit(0)
-        self.refuse_unknown(arguments)
+        # Before values are checked: a missing one may be due to an option that is not understood.
+        self._refuse([argument for argument in arguments if argument.startswith("--") and not self._has(argument)])
         parser = self.parser()
         parser.set_defaults(**defaults)
         with self.one_line_errors():
-            *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-        self._refuse(unknown)
+            *parsed, of_file, of_line = parser.parse_args_and_config(
+                arguments, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        self._refuse(of_line if self.shares_files else of_file + of_line)
         return tuple(parsed)
-
-    def refuse_unknown(self, arguments: list[str]) -> None:
-        """Before values are checked: a missing one may be due to an option that is not understood."""
-        self._refuse([argument for argument in arguments if argument.startswith("--") and not self._has(argument)])
 
     def _has(self, argument: str) -> bool:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -75,7 +76,7 @@ class Command:
             hint = self.hint(name) or (f"Did you mean --{close[0]}?" if close else f"`{self.prog} --help` lists them.")
             self.fail(f"--{name} is no option. {hint}")
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str) -> NoReturn:
         """Ends the process with exit code 2 and one line."""
         raise SystemExit(_error(self.prog, message))
 
@@ -118,7 +119,9 @@ class Command:
             if topic in (None, "all", name):
                 lines += [""] if topic is not None else []
                 lines += [f"{name}: {TITLES.get(name, '')}".rstrip(": ")]
-                lines += _names(fields, width) if topic is None else [_explained(field, width) for field in fields]
+                lines += (
+                    _names(name, fields, width) if topic is None else [_explained(field, width) for field in fields]
+                )
         if topic is None:
             lines += [
                 "",
@@ -153,12 +156,12 @@ USUAL = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit",
 )  # fmt: skip
 OF_COMMANDS = {
-    "data": ("dataset_name", "dataset_config", "dataset_split", "num_rows", "num_train_rows", "num_eval_rows",
+    "data": ("dataset", "dataset_name", "dataset_config", "dataset_split", "num_rows", "num_train_rows", "num_eval_rows",
              "prompt_template", "completion_template"),
     "evaluation": (
         "compare", "compare_at_evaluation", "metrics", "draft_rows",
     ),
-    "model": ("student", "teacher", "before", "after", "trust_remote_code"),
+    "model": ("model", "model_name_or_path", "student", "teacher", "before", "after", "trust_remote_code"),
 }  # fmt: skip
 OF_CLASS = {
     "SKDConfig": "skd",
@@ -192,20 +195,12 @@ def _group_of(cls: type, field: dataclasses.Field) -> str:
     )
 
 
-def _names(fields: Iterable[dataclasses.Field], width: int) -> list[str]:
-    fields = list(fields)
-    group = [field.name for field in fields]
-    usual = [name for name in USUAL if name in group]
-    limit = next((SHORTENED[name] for name in SHORTENED if len(usual) and _is(name, group)), None)
-    shown = group if limit is None else usual[:limit]
-    rest = len(group) - len(shown)
+def _names(group: str, fields: Iterable[dataclasses.Field], width: int) -> list[str]:
+    names = [field.name for field in fields]
+    shown = [name for name in USUAL if name in names][: SHORTENED[group]] if group in SHORTENED else names
+    rest = len(names) - len(shown)
     text = " ".join(shown) + (f" ... and {rest} more" if rest else "")
     return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
-
-
-def _is(group: str, names: list[str]) -> bool:
-    sign = {"trainer": "output_dir", "sft": "max_length", "lora": "use_peft", "quantization": "load_in_4bit"}
-    return sign[group] in names
 
 
 def _explained(field: dataclasses.Field, width: int) -> str:

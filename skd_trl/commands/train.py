@@ -4,113 +4,31 @@ Ends with a table (before, after, change) on held-out prompts, and leaves metric
 directory. On several GPUs: `accelerate launch -m skd_trl train --config ...`.
 """
 
-import argparse
-import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 
-from .._compat import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from .._compat import ModelConfig, get_peft_config, get_quantization_config
 from ..evaluation.callback import HeldOutEvaluation
 from ..evaluation.comparison import comparison_table
 from ..evaluation.draft_model import Drafting
-from ..evaluation.text_metrics import text_metrics
 from ..skd_config import SKDConfig
 from ..skd_trainer import SKDTrainer
-from ..speckd_config import SpecKDConfig
-from ..speckd_trainer import SpecKDTrainer
 from ..training.console import LogLine
 from ..training.run_files import LogFile, run_settings, write_settings
 from .loading import check_folder, naming
 from .options import Command
-from .rows import from_templates, hold_out, load_rows, split_names
 from .supervised import supervised_stage
-
-
-TRAINERS = {"skd": (SKDConfig, SKDTrainer), "speckd": (SpecKDConfig, SpecKDTrainer)}
-
-
-@dataclass
-class TrainArguments(ScriptArguments):
-    """What `skd train` takes beside the configuration of its trainer and TRL's `ModelConfig`; each is explained in its help."""
-
-    trainer: str = field(default="skd", metadata={"help": "Which trainer.", "choices": list(TRAINERS)})
-    teacher_sft: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Fine-tune the whole teacher on the references first: fields of SFTConfig, such as "
-            '\'{"max_steps": 80, "learning_rate": 2e-4}\'.'
-        },
-    )
-    student_sft: dict[str, Any] | str | None = field(default=None, metadata={"help": "The same for the student."})
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "For rows with other columns: what the user says, such as 'Summarize this dialogue.\\n\\n{dialogue}'."
-        },
-    )
-    completion_template: str | None = field(
-        default=None,
-        metadata={"help": "The same for the reference answer, such as '{summary}'. Default: prompts alone."},
-    )
-    num_train_rows: int = field(default=0, metadata={"help": "Rows to train on, a random sample; 0 is all."})
-    num_eval_rows: int = field(
-        default=200,
-        metadata={
-            "help": "Held-out prompts for the comparison before and after, a random sample; 0 is all. Without a test split they are "
-            "taken out of the training rows, a tenth of these at most."
-        },
-    )
-    compare: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether to compare the student before and after on held-out prompts. Default: where the run has one teacher, in this "
-            "process."
-        },
-    )
-    compare_at_evaluation: bool = field(
-        default=False,
-        metadata={"help": "Whether the held-out prompts are also scored at each evaluation (see eval_strategy)."},
-    )
-    metrics: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Metrics of the student's texts: rouge, exact_match, or your own as module:function. Default: rouge, where "
-            "rouge-score is installed."
-        },
-    )
-    draft_rows: int = field(
-        default=16,
-        metadata={
-            "help": "On how many held-out prompts the student is measured as the teacher's draft model; 0 is none of them."
-        },
-    )
-
-    def __post_init__(self):
-        if self.trainer not in TRAINERS:
-            raise ValueError(f"trainer={self.trainer!r} is unknown; choose one of {', '.join(TRAINERS)}.")
-        if not self.dataset_name:
-            raise ValueError(
-                "dataset_name is not set; give a data set of the hub, a .jsonl or .parquet file, or a folder of them."
-            )
-        for name in ("num_train_rows", "num_eval_rows", "draft_rows"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} has to be 0 or more.")
-        for name in ("teacher_sft", "student_sft"):
-            value = getattr(self, name)
-            setattr(self, name, json.loads(value) if isinstance(value, str) else value)
-        if self.compare is not False:
-            text_metrics(self.metrics)  # an unknown one is told before models are loaded
+from .train_options import TRAINERS, TrainArguments, chosen_trainer, for_this_machine, train_command
+from .train_rows import load_train_and_test
 
 
 def run(arguments: list[str]) -> int:
@@ -122,38 +40,6 @@ def run(arguments: list[str]) -> int:
         rows = load_train_and_test(script_args, training_args)
     train(script_args, training_args, model_args, *rows, command=command)
     return 0
-
-
-def train_command(trainer: str = "skd") -> Command:
-    """`skd train` for one trainer's configuration."""
-    of_speckd = set(SpecKDConfig.__dataclass_fields__) - set(SKDConfig.__dataclass_fields__)
-    return Command(
-        "train",
-        "Distils a teacher into a student: SKD, or with --trainer speckd SpecKD. Options may stand in a YAML file; the command "
-        "line overrides it.",
-        (TrainArguments, TRAINERS[trainer][0], ModelConfig),
-        "  skd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \\\n"
-        "      --dataset_name rows.jsonl --output_dir out",
-        lambda name: "It belongs to SpecKD's trainer: add --trainer speckd." if name in of_speckd else None,
-    )
-
-
-def for_this_machine() -> dict[str, Any]:
-    """Defaults of a machine without an accelerator, where TRL's `bf16=True` is refused; the command line and the file override them."""
-    return {} if torch.accelerator.is_available() else {"use_cpu": True, "bf16": False}
-
-
-def chosen_trainer(arguments: list[str]) -> str:
-    """`--trainer` of the command line, or else of the file, or else SKD; which fields there are depends on it."""
-    parser = argparse.ArgumentParser(prog="skd train", usage=train_command().usage, add_help=False, allow_abbrev=False)
-    parser.add_argument("--trainer", choices=list(TRAINERS))
-    parser.add_argument("--config", type=Path)
-    known, _ = parser.parse_known_args(arguments)
-    if known.trainer is None and known.config is not None and known.config.is_file():
-        with train_command().one_line_errors():
-            settings = yaml.safe_load(known.config.read_text())
-        known.trainer = settings.get("trainer") if isinstance(settings, dict) else None
-    return known.trainer if known.trainer in TRAINERS else "skd"
 
 
 def check_names(training_args: SKDConfig, model_args: ModelConfig) -> None:
@@ -184,60 +70,6 @@ def checkpoint_to_resume(args: SKDConfig) -> str | None:
         f"resume_from_checkpoint={wanted!r} is no folder; {args.output_dir} has "
         f"{', '.join(path.name for path in whole) or 'no whole checkpoint, so start without it'}."
     )
-
-
-def decide_comparison(
-    script_args: TrainArguments, training_args: SKDConfig, train_rows: Dataset | IterableDataset
-) -> None:
-    """Sets `compare` where nothing was given, and says why if there is no one teacher to compare with."""
-    if script_args.compare is not None:
-        return
-    own_prompts = {"teacher_prompt", "privileged_context"} & set(train_rows.column_names or [])
-    if training_args.teacher_model_kind is not None:
-        reason = "the teacher is the student itself"
-    elif training_args.teacher_model_name_or_path is None:
-        reason = "there is no single teacher in this process"
-    elif own_prompts:
-        reason = f"the teacher reads prompts that differ from the student's ({own_prompts.pop()})"
-    else:
-        reason = None
-    script_args.compare = reason is None
-    if reason and PartialState().is_main_process:
-        print(f"The student is not compared before and after: {reason}. See skd compare.")
-
-
-def load_train_and_test(
-    args: TrainArguments, training_args: SKDConfig
-) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """The rows to train on and those held out, if any are; decides whether the student is compared, where nothing was given."""
-    seed = training_args.seed
-
-    def load(split: str, num_rows: int, streaming: bool = False):
-        rows = load_rows(
-            args.dataset_name, split, config=args.dataset_config, num_rows=num_rows, seed=seed, streaming=streaming
-        )
-        if args.prompt_template is None and args.completion_template is None:
-            return rows
-        return from_templates(rows, args.prompt_template, args.completion_template)
-
-    train_rows = load(args.dataset_train_split, args.num_train_rows, args.dataset_streaming)
-    decide_comparison(args, training_args, train_rows)
-    if not args.compare:
-        return train_rows, None
-    if args.dataset_test_split in split_names(args.dataset_name, args.dataset_config):
-        return train_rows, load(args.dataset_test_split, args.num_eval_rows)
-    if isinstance(train_rows, IterableDataset):
-        raise ValueError(
-            f"{args.dataset_name} has no split {args.dataset_test_split!r}, and no rows can be held out of a stream. Name one with "
-            "--dataset_test_split, or give --compare false."
-        )
-    train_rows, test_rows = hold_out(train_rows, args.num_eval_rows, seed)
-    if PartialState().is_main_process:
-        print(
-            f"{args.dataset_name} has no split {args.dataset_test_split!r}: {len(test_rows)} of its {args.dataset_train_split} rows "
-            f"are held out, {len(train_rows)} are left to train on."
-        )
-    return train_rows, test_rows
 
 
 def train(

@@ -17,6 +17,9 @@ EXPLANATION = (
     "paired bootstrap interval over prompts."
 )
 DRAFTS = "Drafts: the student drafts {} tokens for each forward of the teacher (speculative decoding)."
+# Below six, even changes that all have one sign are more likely than one in twenty by chance (two sides: 2 / 2^5).
+LEAST_PROMPTS = 6
+TOO_FEW = "Of fewer than {} prompts no change is called better or worse."
 COLOURS = {"better": "bold green", "worse": "bold red", "unclear": "dim"}
 
 
@@ -37,6 +40,7 @@ def compare(
             "change": paired_change(before.values[name], after.values[name], rows),
             "teacher": float(ratio(teacher[name])) if name in teacher else None,
             "better": "higher" if shown.higher_is_better and name not in after.lower_is_better else "lower",
+            "num_prompts": int(((before.values[name] * after.values[name])[:, 1] > 0).sum()),
         }
     return {"num_prompts": len(before.responses), "metrics": metrics}
 
@@ -47,27 +51,35 @@ def shown_as(name: str) -> Metric:
 
 
 def verdict(metric: dict) -> str:
-    """`better`, `worse`, or `unclear` where the interval of the change holds 0."""
+    """`better`, `worse`, or `unclear` where the interval of the change holds 0, or is of fewer than `LEAST_PROMPTS` prompts."""
     low, high = metric["change"]["low"], metric["change"]["high"]
-    if low <= 0 <= high:
+    if metric["num_prompts"] < LEAST_PROMPTS or low <= 0 <= high:
         return "unclear"
     return "better" if (low > 0) == (metric["better"] == "higher") else "worse"
+
+
+def explanation(comparison: dict) -> str:
+    """How the columns of a comparison are read."""
+    sentences = [EXPLANATION]
+    if any(metric["num_prompts"] < LEAST_PROMPTS for metric in comparison["metrics"].values()):
+        sentences.append(TOO_FEW.format(LEAST_PROMPTS))
+    if "num_draft_tokens" in comparison:
+        sentences.append(DRAFTS.format(comparison["num_draft_tokens"]))
+    return " ".join(sentences)
 
 
 def comparison_table(comparison: dict, title: str = "The student before and after") -> Table:
     """The comparison for a terminal of 80 columns; metrics.json has the intervals of before and after too."""
     metrics = comparison["metrics"]
-    caption = EXPLANATION
+    caption = explanation(comparison)
     own = {name: metric["teacher"] for name, metric in metrics.items() if metric["teacher"] is not None}
     if rouge := [f"{value:.1f}" for name, value in own.items() if name.startswith("rouge")]:
         caption += f" The teacher's own ROUGE-1/2/L to the references: {' / '.join(rouge)}."
     for name, value in own.items():
         if not name.startswith("rouge"):
             caption += f" The teacher's own {shown_as(name).label}: {value:.{shown_as(name).digits}f}."
-    if "num_draft_tokens" in comparison:
-        caption += f" {DRAFTS.format(comparison['num_draft_tokens'])}"
     table = Table(
-        title=f"{title}, on {comparison['num_prompts']} held-out prompts",
+        title=f"{title}, on {num_prompts_in_words(comparison['num_prompts'])}",
         caption=caption,
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -86,9 +98,14 @@ def comparison_table(comparison: dict, title: str = "The student before and afte
     return table
 
 
+def num_prompts_in_words(number: int) -> str:
+    """Such as `40 held-out prompts`."""
+    return f"{number} held-out prompt{'' if number == 1 else 's'}"
+
+
 def comparison_row(name: str, metric: dict) -> dict[str, str]:
     """One metric as the texts of its table cells, for the terminal and for the page."""
-    digits = f".{shown_as(name).digits}f"
+    digits = f"z.{shown_as(name).digits}f"  # without a zero that has a sign
     value, low, high = (metric["change"][key] for key in ("value", "low", "high"))
     return {
         "label": shown_as(name).label,
@@ -103,7 +120,10 @@ def scores_table(scores: Scores, teacher: dict[str, np.ndarray], title: str) -> 
     """The scores of one student with their intervals, and the teacher's own where it has some."""
     rows = resampled_rows(len(scores.responses))
     table = Table(
-        title=f"{title}, on {len(rows[0])} held-out prompts", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left"
+        title=f"{title}, on {num_prompts_in_words(len(rows[0]))}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption_justify="left",
     )
     table.caption = EXPLANATION.replace("paired ", "")
     for heading, justify in (("", "left"), ("student", "right"), ("teacher", "right")):

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..training.completions import whole_pieces
-from .comparison import DRAFTS, EXPLANATION, comparison_row
+from .comparison import comparison_row, explanation, num_prompts_in_words
 from .plots import panels, series, window
 
 
@@ -34,9 +34,6 @@ def render_page(run: "Run") -> str:
     """The HTML page as one string."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
     comparison, settings = run.evaluation.get("comparison"), run.evaluation.get("settings", {})
-    explanation = EXPLANATION
-    if comparison and "num_draft_tokens" in comparison:
-        explanation += f" {DRAFTS.format(comparison['num_draft_tokens'])}"
     fixed = run.completions[run.completions["is_fixed"].astype(bool)]
     return environment.get_template("samples.html.jinja").render(
         title=f"Distillation run: {run.name}",
@@ -45,7 +42,8 @@ def render_page(run: "Run") -> str:
         settings=flattened({key: value for key, value in settings.items() if key != "command"}),
         comparison=comparison,
         comparison_rows=[comparison_row(*item) for item in comparison["metrics"].items()] if comparison else [],
-        explanation=explanation,
+        explanation=explanation(comparison) if comparison else "",
+        num_prompts=num_prompts_in_words(comparison["num_prompts"]) if comparison else "",
         panels=[{**panel, "svg": Markup(panel["svg"])} for panel in panels(run.history)],
         is_smoothed=window(series(run.history, "loss")[1]) > 1,
         fixed=list(shown_prompts(fixed)),

@@ -3,12 +3,13 @@
 from transformers import Trainer
 
 from .ends_of_sequence import stop_at
+from .findings import is_incomplete, require
 from .forward_patches import take_off_patches
 from .models import (
     base_model,
     disable_dropout,
 )
-from .pair_check import check_pair, check_placed, is_incomplete, require
+from .pair_check import check_pair, check_placed
 from .quantised import keep_gradients
 
 

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..serving.client import TeacherClient
 from .distributed import forwards_are_collective, is_stand_in, prepare_teacher, put_on_device
 from .engine_settings import check_parallel_models
+from .findings import require
 from .forward_patches import take_off_patches
 from .machine import Machine
 from .memory_plan import shards_teacher
 from .models import given_model, load_student, load_tokenizer, with_options
-from .pair_check import check_teacher_differs, require
+from .pair_check import check_teacher_differs
 from .quantised import keep_gradients
 from .self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
 from .served import RemoteHiddenStates, RemoteTeacher, check_server, connect, fetched_head

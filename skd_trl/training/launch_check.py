@@ -1,0 +1,45 @@
+"""Whether what a launcher has set up can train the pair: the engine, what the student trains, and in which precision."""
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ..loss.lm_head import LMHead
+from ..skd_config import SKDConfig
+from .distributed import check_connected, check_engine, check_head
+from .engine_settings import check_settings
+from .findings import Finding, Verdict, finding_of
+from .trained_parameters import check_trained_parameters, describe_lost_updates
+
+
+def check_launch(
+    student: PreTrainedModel, teacher: PreTrainedModel, args: SKDConfig, accelerator: Accelerator
+) -> list[Finding]:
+    """Whether the engine that was launched can train the pair, and what it trains, in which precision. `student` has its adapter by
+    then."""
+    return [
+        finding_of("engine", _check_engine, student, teacher, args, accelerator),
+        finding_of("trained parameters", _check_trained, student),
+        finding_of("precision", _check_precision, student, accelerator),
+    ]
+
+
+def _check_engine(
+    student: PreTrainedModel, teacher: PreTrainedModel, args: SKDConfig, accelerator: Accelerator
+) -> tuple[Verdict, str]:
+    check_connected(accelerator)
+    check_engine(accelerator, args.shard_teacher, args.compile_student)
+    check_settings(args, accelerator, student, teacher)
+    for name, model in (("student", student), ("teacher", teacher)):
+        check_head(LMHead.of(model), name, accelerator)
+    kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
+    engine = "without an engine that shards" if kind in ("NO", "MULTI_CPU", "MULTI_GPU") else f"under {kind}"
+    return Verdict.GOOD, f"{accelerator.num_processes} process(es) {engine}."
+
+
+def _check_trained(student: PreTrainedModel) -> tuple[Verdict, str]:
+    return Verdict.GOOD, f"The loss reaches {check_trained_parameters(student)} parameters of the student."
+
+
+def _check_precision(student: PreTrainedModel, accelerator: Accelerator) -> tuple[Verdict, str]:
+    lost = describe_lost_updates(student, accelerator)
+    return (Verdict.GOOD, "The optimizer moves weights in fp32.") if lost is None else (Verdict.WARNING, lost)
