@@ -92,7 +92,7 @@ def test_no_calls_are_no_calls_however_they_are_written(nothing):
         assert texts({"messages": [{**QUESTION, key: nothing}]}, byte_tokenizer(asks))[0].endswith("False")
 
 
-@pytest.mark.parametrize("calls", ["add(2)", '"add"', [4], {"add": 2}, [{"function": "add"}], [{"function": {}}]])
+@pytest.mark.parametrize("calls", ["add(2)", '"add"', 4, [4], {"add": 2}, [{"function": "add"}], [{"function": {}}]])
 @pytest.mark.parametrize("key", ["tool_calls", "function_call"])
 def test_calls_that_cannot_be_read_are_refused_by_row(key, calls):
     refused = tokenize({"messages": [QUESTION, {**ANSWER, key: calls}]}, byte_tokenizer(CALLS))

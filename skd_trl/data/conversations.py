@@ -97,24 +97,26 @@ def _content(content: Any, where: str) -> str | list[dict] | None:
 
 
 def _calls(given: Any, where: str) -> list[dict]:
-    try:
-        calls = json.loads(given.strip() or "[]") if isinstance(given, str) else given
-    except ValueError:
-        calls = given
+    calls = given
+    if isinstance(given, str):
+        try:
+            calls = json.loads(given.strip() or "[]")
+        except ValueError:
+            pass
     calls = [calls] if isinstance(calls, dict) else calls or []
-    names = [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-    if len(names) != len(calls) or not all(isinstance(function, dict) and "name" in function for function in names):
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
         raise UnusableRow(
             "unreadable",
             f'{where} has a call that is not of the form {{"name": ..., "arguments": ...}}, as a dict or as JSON. Write it so, '
             "as an assistant's turn with `tool_calls`.",
         )
-    return [
-        call
-        if "function" in call
-        else {"type": "function", "function": {**call, "arguments": call.get("arguments", {})}}
-        for call in calls
-    ]
+    wrapped = [{"type": "function", "function": {**call, "arguments": call.get("arguments", {})}} for call in calls]
+    return [call if "function" in call else wrap for call, wrap in zip(calls, wrapped, strict=True)]
+
+
+def _is_call(value: Any) -> bool:
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return isinstance(function, dict) and "name" in function
 
 
 def as_text(content: str | list[dict] | None) -> str:
