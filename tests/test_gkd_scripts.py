@@ -77,6 +77,29 @@ def test_an_lmbda_that_a_callback_sets_decides_the_next_step(tmp_path):
     assert moved[0] == trained(tmp_path)[0] and moved[1] == pytest.approx(given[1], rel=1e-6)
 
 
+def test_a_seq_kd_that_a_callback_sets_lets_the_teacher_write_the_next_step(tmp_path):
+    settings = {"lmbda": 0.0, "accept_top_k": 25}
+    given, written = (trained(tmp_path, seq_kd=seq_kd, **settings) for seq_kd in (False, True))
+    moved = trained(tmp_path, Sets(seq_kd=True), **settings)
+    assert moved == [given[0], pytest.approx(written[1], rel=1e-6)]
+    assert given[1] != pytest.approx(written[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name, first, second", [("temperature", 1.0, 0.0), ("teacher_temperature", 1.0, 0.0), ("accept_top_k", 80, 5)])  # fmt: skip
+def test_an_argument_that_a_callback_sets_is_that_of_the_next_step(tmp_path, name, first, second):
+    class SetsArgument(TrainerCallback):
+        trainer = None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                setattr(args, name, second)
+
+    before, after = (trained(tmp_path, **{name: value}) for value in (first, second))
+    moved = trained(tmp_path, SetsArgument(), **{name: first})
+    assert moved == [before[0], pytest.approx(after[1], rel=1e-6)]
+    assert before[1] != pytest.approx(after[1], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "attributes, settings, message",
     [
