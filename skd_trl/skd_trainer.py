@@ -63,7 +63,7 @@ from .training.finite_check import FiniteCheck, GradientCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.launch_check import check_launch
 from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
-from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
+from .training.loss_forward import CompiledBackbone, LossFunction, loss_in_forward
 from .training.memory_advice import out_of_memory_advised
 from .training.metrics import (
     RatioMetrics,
@@ -296,7 +296,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
             check_merging(self.model, self.accelerator)
         self._sampling_copy = SamplingCopy()
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
-        self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
+        self._compiled_backbone = CompiledBackbone(self.accelerator)
         for one in teachers:
             require(check_launch(self._inner_student(), one, args, self.accelerator))
         if self._is_recorded or (client is not None and args.teacher_signal == "top_k"):
@@ -434,7 +434,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
 
     def _forward_with(self, model, inputs, loss_fn: LossFunction) -> dict[str, torch.Tensor]:
         """`loss_fn` of the student's last hidden states, inside the forward of `model`: the student, wrapped or not."""
-        with self.accelerator.autocast(), loss_in_forward(self._inner_student(), self._compiled_backbone):
+        student = self._inner_student()
+        with self.accelerator.autocast(), loss_in_forward(student, self._compiled_backbone.of(student)):
             return model(**model_inputs(inputs), loss_fn=loss_fn)
 
     def _distillation_loss(
