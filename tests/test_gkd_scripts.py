@@ -261,8 +261,14 @@ def test_a_student_of_model_init_has_a_compiled_backbone_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     "smaller, words",
     [
-        ({"vocab_size": 200}, "a student with 200 ids, and the trainer was constructed with one whose rows need 259 ids"),
-        ({"max_position_embeddings": 64}, "room for prompts of 48 tokens, and .* whose rows need prompts of up to 112"),
+        (
+            {"vocab_size": 200},
+            "a student with 200 ids, and the trainer was constructed with one whose rows need 259 ids",
+        ),
+        (
+            {"max_position_embeddings": 64},
+            "room for prompts of 48 tokens, and .* whose rows need prompts of up to 112",
+        ),
     ],
     ids=["ids", "positions"],
 )

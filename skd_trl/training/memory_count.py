@@ -257,11 +257,15 @@ def _loss(
         return max(allocations.peak - before - own, 0), handed
 
 
-def whole_bytes(model: nn.Module, most: int = 8) -> int:
-    """Bytes of all weights and buffers, whole; at `most` so many for a number."""
+def whole_bytes(model: nn.Module, most: int = 8, without: nn.Module | None = None) -> int:
+    """Bytes of all weights and buffers, whole; at `most` so many for a number. Tensors that the model `without` has too are not counted."""
+    tensors = (*model.parameters(), *model.buffers())
+    others = () if without is None else (*without.parameters(), *without.buffers())
+    counted = {id(tensor) for tensor in others}
     return sum(
         math.prod(getattr(t, "ds_shape", t.shape)) * min(t.element_size(), most)
-        for t in (*model.parameters(), *model.buffers())
+        for t in tensors
+        if id(t) not in counted
     )
 
 

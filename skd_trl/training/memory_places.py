@@ -14,7 +14,19 @@ logger = get_logger(__name__)
 
 def places_now(student: nn.Module, teacher: nn.Module, machine: Machine, window: Window) -> int:
     """How many rows of `window` can be written at once with what is free on the device at this moment; fewer than it asks for are
-    said in the log."""
+    said in the log. All of them, with a warning, where a model's forward cannot be counted on tensors that hold nothing."""
+    try:
+        return _counted_places(student, teacher, machine, window)
+    except Exception as error:  # whatever a model may do with such tensors
+        logger.warning_once(
+            f"The memory of a sampling could not be counted ({type(error).__name__}), so all {window.num_places} responses are written at "
+            "once. If the memory runs out, lower rollout_batch_size."
+        )
+        logger.debug("The count ended with", exc_info=True)
+        return window.num_places
+
+
+def _counted_places(student: nn.Module, teacher: nn.Module, machine: Machine, window: Window) -> int:
     slots, draft = window.longest_prompt + window.max_new_tokens + window.num_draft_tokens, window.num_draft_tokens
     room = machines.free_bytes(machine.device, now=True) * (1 - RESERVE)
     room -= window.num_prompts * window.max_new_tokens * hidden_bytes(teacher)
