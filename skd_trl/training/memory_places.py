@@ -1,5 +1,7 @@
 """How many responses are written at the same time: as many as fit with what is free when a window begins."""
 
+import math
+
 from accelerate.logging import get_logger
 from torch import nn
 
@@ -44,9 +46,11 @@ def _counted_places(student: nn.Module, teacher: nn.Module, machine: Machine, wi
     return places
 
 
-def _rough_bytes(model: nn.Module, slots: int, draft: int) -> int:
-    """Bytes of a place, from the configuration; more than most caches take."""
+def _rough_bytes(model: nn.Module, slots: int, draft: int) -> float:
+    """Bytes of a place, from the configuration; more than most caches take. Of a model without attention there is no rough number."""
     config = model.config.get_text_config()
+    if getattr(config, "num_attention_heads", None) is None:
+        return math.inf
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 4 * (2 * config.num_hidden_layers * heads * size * slots + 2 * draft * config.vocab_size)
