@@ -54,7 +54,7 @@ class EvaluatedRun(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums
-        over the tokens of the set, divided once: no batch size changes them."""
+        over the tokens of the set, divided once: no batch size changes them, unless a gate compares the tokens of a batch."""
         self._ratios["eval"].reset()
         self._num_evaluated = 0  # rows so far, on all processes
         with engine_for_evaluation(self):

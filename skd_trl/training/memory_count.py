@@ -106,14 +106,20 @@ def fake(
 
 def _counted_once(count: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
     """Keeps what `count` says of a model, machine and numbers: a plan for other places or another GPU asks the same again."""
-    known: WeakKeyDictionary[nn.Module, dict[tuple, tuple[int, ...]]] = WeakKeyDictionary()
+    known: WeakKeyDictionary[nn.Module, tuple[dict[tuple, tuple[int, ...]], dict[tuple, str]]] = WeakKeyDictionary()
 
     def counted(model: nn.Module, machine: Machine, *numbers) -> tuple[int, ...]:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         key = (machine.device, machine.mixed_precision, trained, *numbers)
-        found = known.setdefault(model, {})
+        found, failed = known.setdefault(model, ({}, {}))
+        if key in failed:
+            raise RuntimeError(failed[key])
         if key not in found:
-            found[key] = count(model, machine, *numbers)
+            try:
+                found[key] = count(model, machine, *numbers)
+            except Exception as error:  # it would fail again, and at each window
+                failed[key] = f"{type(error).__name__}: {error}"
+                raise
         return found[key]
 
     return counted

@@ -19,10 +19,10 @@ def places_now(student: nn.Module, teacher: nn.Module, machine: Machine, window:
     said in the log. All of them, with a warning, where a model's forward cannot be counted on tensors that hold nothing."""
     try:
         return _counted_places(student, teacher, machine, window)
-    except Exception as error:  # whatever a model may do with such tensors
+    except Exception:  # whatever a model may do with such tensors
         logger.warning_once(
-            f"The memory of a sampling could not be counted ({type(error).__name__}), so all {window.num_places} responses are written at "
-            "once. If the memory runs out, lower rollout_batch_size."
+            "The memory of a sampling could not be counted, so all responses of a step are written at once. If the memory runs out, lower "
+            "rollout_batch_size."
         )
         logger.debug("The count ended with", exc_info=True)
         return window.num_places
