@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from accelerate import PartialState
 from memory import peak_bytes
 from peft import LoraConfig
 from test_recorded import without_teacher
@@ -99,9 +100,10 @@ def test_rows_that_do_not_fit_at_once_take_turns_and_the_texts_are_the_same(tmp_
 
 def test_a_model_whose_forward_cannot_be_counted_is_sampled_for_all_rows_at_once_with_one_warning(monkeypatch, caplog):
     monkeypatch.setattr(machine, "free_bytes", lambda device, now=False: 200_000)
+    PartialState(cpu=True)  # for accelerate's logger
     student, cpu, window = tiny_model(seed=1), Machine(torch.device("cpu"), GIB), Window(8, 8, 16, 16, 8)
     assert places_now(student, tiny_model(seed=2), cpu, window) < 8
-    assert places_now(student, tiny_model("xlstm", seed=2), cpu, window) < 8  # its configuration has no attention
+    assert places_now(student, tiny_model("rwkv", seed=2), cpu, window) < 8  # its configuration has no attention
     assert "could not be counted" not in caplog.text
 
     def no_kernel(*args, **kwargs):
