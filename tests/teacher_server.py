@@ -31,7 +31,19 @@ from skd_trl.serving.wire import (
 class TeacherServer:
     """`fault` is one of "hangs", "nan", "error", "half" (an answer for half of the texts), "free" (generates what it likes), or empty."""
 
-    def __init__(self, model, vocab_size=259, api_key=None, name="tiny", kind="own", port=0, top_k=50, tokenizer=None):
+    def __init__(
+        self,
+        model,
+        vocab_size=259,
+        api_key=None,
+        name="tiny",
+        kind="own",
+        port=0,
+        top_k=50,
+        tokenizer=None,
+        max_length=512,
+    ):
+        self.max_length = max_length
         self.scorer, self.top_k = LocalScorer(model, top_k, vocab_size), top_k
         self.tokenizer = tokenizer or byte_tokenizer()
         self.api_key, self.name, self.kind, self.fault = api_key, name, kind, ""
@@ -83,7 +95,12 @@ class TeacherServer:
         if self.kind != "none" and request.path == "/tokenize":
             return 200, json.dumps({"tokens": self.tokenizer.encode(json.loads(body)["prompt"])}).encode()
         if self.kind == "own" and request.path == INFO_ROUTE:
-            said = {"version": VERSION, "model": self.name, "vocab_size": self.scorer.vocab_size, "max_length": 512}
+            said = {
+                "version": VERSION,
+                "model": self.name,
+                "vocab_size": self.scorer.vocab_size,
+                "max_length": self.max_length,
+            }
             said |= {"top_k": self.top_k, "why_no_hidden_states": self.why_no_hidden_states}
             return 200, json.dumps(said).encode()
         if self.kind == "own" and request.path == SCORE_ROUTE:

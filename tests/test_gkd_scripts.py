@@ -263,6 +263,45 @@ def test_a_search_whose_trial_has_an_impossible_number_or_another_kind_of_studen
     assert math.isfinite(search(trainer, monkeypatch, [{}])[0][0])
 
 
+def test_a_student_of_model_init_has_a_compiled_backbone_of_its_own(tmp_path):
+    torch._dynamo.reset()
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "rollout": "dataset", "save_strategy": "no"}
+    moved, logged = [], []
+    for compiles in (False, True):
+        backend = {"torch_compile": True, "torch_compile_backend": "eager"} if compiles else {}
+        trainer = make_trainer(tmp_path, **settings, **backend)
+        trainer.model_init = lambda: tiny_model(seed=5)
+        trainer.train()
+        now = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        before = dict(tiny_model(seed=5).named_parameters())
+        moved.append([name for name, p in now.named_parameters() if not torch.equal(p, before[name])])
+        logged.append(losses(trainer))
+    assert len(moved[0]) > 10 and moved[1] == moved[0]
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "smaller, words",
+    [
+        (
+            {"vocab_size": 200},
+            "a student with 200 ids, and the trainer was constructed with one whose rows need 259 ids",
+        ),
+        (
+            {"max_position_embeddings": 64},
+            "room for prompts of 48 tokens, and .* whose rows need prompts of up to 112",
+        ),
+    ],
+    ids=["ids", "positions"],
+)
+def test_a_student_of_model_init_that_the_rows_do_not_fit_is_refused(tmp_path, smaller, words):
+    trainer = make_trainer(tmp_path)
+    trainer.model_init = lambda: tiny_model(seed=1, **smaller)
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+
+
 # 4-bit students on a CPU
 
 

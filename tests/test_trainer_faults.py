@@ -304,12 +304,15 @@ def test_on_two_processes_each_row_of_an_evaluation_counts_once(tmp_path, num_ro
     trainer = make_trainer(tmp_path)
     expected = token_means(trainer, ROWS[:num_rows])
     sampled = token_means(trainer, students_texts(trainer, PROMPTS[:num_rows]))
+    drawing = make_trainer(tmp_path, trainer_class=SpecKDTrainer, gate="spec_k")
+    gated = drawing.evaluate(Dataset.from_list(ROWS[:num_rows]))["eval_loss"]
     for rank in (0, 1):
         metrics = json.loads((tmp_path / f"{rank}.json").read_text())
         assert metrics["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert metrics["eval_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
         assert metrics["prompts_loss"] == pytest.approx(sampled["loss"], rel=1e-4)
         assert metrics["prompts_sampled_share"] == 1
+        assert metrics["gated_loss"] == pytest.approx(gated, rel=1e-4)
 
 
 # Callbacks and tables
@@ -502,6 +505,15 @@ def test_paths_are_taken_as_models(tmp_path):
     trainer = make_trainer(tmp_path, model=tmp_path / "student", teacher=tmp_path / "teacher", processing_class=None)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_several_gpus_in_one_process_are_refused_before_a_model_is_loaded(tmp_path):
+    args = SKDConfig(str(tmp_path), use_cpu=True, bf16=False)
+    args._n_gpu = 2
+    with pytest.raises(
+        ValueError, match="One process sees 2 GPUs.*nn.DataParallel.*accelerate launch.*CUDA_VISIBLE_DEVICES"
+    ):
+        SKDTrainer("no/such/student", "no/such/teacher", args, train_dataset=Dataset.from_list(ROWS))
 
 
 @pytest.mark.distributed

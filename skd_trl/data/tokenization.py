@@ -103,6 +103,8 @@ def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
 def _with_teacher_index(row: dict[str, Any], result: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     if result["problem"] or row.get("teacher_id") in names:
         return result | {"teacher_index": -1 if result["problem"] else names.index(row["teacher_id"])}
+    if "prompt_ids" in row and row.get("teacher_index") in range(len(names)):  # a prepared row
+        return result | {"teacher_index": row["teacher_index"]}
     found = f"its `teacher_id` is {row['teacher_id']!r}" if "teacher_id" in row else "it has no `teacher_id`"
     problem = UnusableRow("unknown_teacher", f"{found}; the teachers are {', '.join(names)}.")
     return _unusable(problem) | {"teacher_index": -1}
