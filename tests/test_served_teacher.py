@@ -7,6 +7,7 @@ from test_sampler import EOS, PROMPTS, V, left_padded, responses
 from tiny import tiny_model
 
 from skd_trl.loss.lm_head import LMHead
+from skd_trl.sampling import interleaved
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft, Judgement
 from skd_trl.sampling.interleaved import Execution, interleaved_sample
 from skd_trl.sampling.nucleus import Nucleus
@@ -106,6 +107,31 @@ def test_each_text_is_sent_with_its_proposals_and_none_for_rows_that_ended(model
         for text in request:
             kept = text[:-4]
             assert any(full[: len(kept)] == kept and len(kept) < len(full) for full in texts)
+
+
+@pytest.mark.parametrize("kind", ["top k", "hidden states"])
+def test_a_row_that_keeps_nothing_of_a_block_keeps_its_text(monkeypatch, model, kind):
+    """Where the student's nucleus does not fit its candidates, the row is judged again from where it was."""
+    student = LocalParticipant(tiny_model("llama", seed=1), SamplingParams(top_p=0.9))
+    scorer, rollouts = LocalScorer(model, V, V), []
+    if kind == "top k":
+        served = ServedTeacher(scorer)
+    else:
+        served = ServedHiddenStates(scorer, LMHead.of(model).logits, vocab_size=V)
+    for candidates, teacher in (((), LocalParticipant(model)), ((), served), ((8,), served)):
+        monkeypatch.setattr(interleaved, "CANDIDATES_ON_CPU", candidates)
+        rollouts.append(
+            interleaved_sample(
+                student, teacher, *left_padded(MIXED), accept=ACCEPTANCE_RULES["top_k"](k=100), max_new_tokens=12,
+                eos_token_ids=[EOS, 7], noise=torch.rand(len(MIXED), 12, 3, generator=torch.Generator().manual_seed(3)),
+                execution=Execution(3, max_rows=4),
+            )
+        )  # fmt: skip
+    here, all_fit, some_miss = rollouts
+    assert responses(some_miss) == responses(all_fit) == responses(here)
+    assert torch.equal(some_miss.teacher_rank, here.teacher_rank)
+    assert some_miss.num_rounds > all_fit.num_rounds == here.num_rounds
+    assert min(len(text) for request in scorer.requests for text in request) > min(map(len, MIXED))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, FREE, SHARP, NUCLEUS, SamplingParams(1.5), SamplingParams(0.7, 0.9, 5)])

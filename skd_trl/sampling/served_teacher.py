@@ -92,6 +92,7 @@ class ServedTeacher(Participant):
 
     def move_row(self, source: int, target: int) -> None:
         self.texts[target], self.keys[target] = self.texts[source], self.keys[source]
+        self.texts[source], self.keys[source] = [], -1
 
     @property
     def can_be_captured(self) -> bool:
@@ -128,5 +129,5 @@ class ServedTeacher(Participant):
         self.judgement.decide(block)
         for place, (tokens, num_kept) in enumerate(zip(block.tolist(), count.tolist(), strict=True)):
             self.texts[place] = (
-                self.texts[place] + tokens[:num_kept] if num_kept > 0 else []
-            )  # a row that ended keeps none
+                self.texts[place] + tokens[:num_kept]
+            )  # none where the row missed its nucleus, or ended before
