@@ -73,7 +73,8 @@ class TeacherClient(HiddenStatesScorer):
         urls = [urls] if isinstance(urls, str) else list(urls)
         self.top_k, self.patience = top_k, patience
         self.http = Http(patience.request_seconds, api_key, NUM_CONNECTIONS)
-        self.threads = ThreadPoolExecutor(max_workers=NUM_CONNECTIONS)
+        # One for the questions of a route, and one for replicas, which wait for those: in one pool they could wait for one another.
+        self.threads, self.askers = (ThreadPoolExecutor(max_workers=NUM_CONNECTIONS) for _ in range(2))
         self.replicas = [Replica(url.rstrip("/"), self._find_route(url.rstrip("/"))) for url in urls]
         self.info = _same_info(self.replicas)
         self.model, self.vocab_size, self.max_length = self.info.model, self.info.vocab_size, self.info.max_length  # type: ignore[assignment]
@@ -158,7 +159,7 @@ class TeacherClient(HiddenStatesScorer):
                 rows[index] = tuple(values[position] for values in answer)
             return ""
 
-        jobs = [self.threads.submit(ask, awake[which], share) for which, share in shares.items()]
+        jobs = [self.askers.submit(ask, awake[which], share) for which, share in shares.items()]
         return "; ".join(failure for job in jobs if (failure := job.result()))
 
     def _check_is_same(self, replica: Replica) -> None:
