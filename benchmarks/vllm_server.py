@@ -25,8 +25,8 @@ class VLLMServer:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         own = ["-m", "skd_trl", "serve", "--model", str(model)]
-        stock = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--max-logprobs", "64"]
-        stock += ["--enable-scale-out", "--enable-prompt-tokens-details", "--block-size", "32"]
+        stock = ["-m", "vllm.entrypoints.cli.main", "serve", str(model), "--max-logprobs", "65"]
+        stock += ["--enable-scale-out", "--block-size", "32"]
         self.command = [str(PYTHON), *(own if kind == "own" else stock), "--port", str(self.port), *options]
 
     def __enter__(self) -> "VLLMServer":

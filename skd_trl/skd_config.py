@@ -166,7 +166,8 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     loss_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "Positions whose logits are in memory at once. Default: as many as take about 64 MiB (CPU: 16 to 30)."
+            "help": "Positions whose logits are in memory at once. Default: on a GPU as many as work in a sixteenth of its memory, up to 4096; "
+            "on CPU as many as take 16 to 30 MiB."
         },
     )
     rollout_batch_size: int | None = field(
@@ -332,6 +333,19 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
                 "lmbda_unit='prompt' gives some prompts of a step a sampled response and the others the data set's; with "
                 f"rollout={self.rollout!r} and seq_kd={self.seq_kd} there are not both. Leave it at 'step'."
             )
+
+    def without_effect(self) -> list[str]:
+        """What to say of settings that were changed and do nothing in this run: those of kept responses, and of sampling."""
+        of_responses = ("log_completions_steps", "log_fixed_prompts", "num_completions_to_print")
+        of_sampling = ("compile_student", "capture_sampling", "sampling_copy", "merge_adapter", "log_completions")
+        reasons = {name: "responses are kept and shown with log_completions=True" for name in of_responses}
+        unused = [] if self.log_completions else list(of_responses)
+        if not self.samples:
+            unused += of_sampling
+            why = f"no step trains on sampled responses with rollout={self.rollout!r} and lmbda={self.lmbda}"
+            reasons |= dict.fromkeys(of_sampling, why)
+        changed = [name for name in unused if not is_default(self, name) and getattr(self, name) is not False]
+        return [f"{name}={getattr(self, name)!r} has no effect on this training: {reasons[name]}." for name in changed]
 
     def check_numbers(self) -> None:
         """Makes all that numbers go into; see [`ScheduledNumbers`]."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from accelerate.logging import get_logger
@@ -62,8 +63,8 @@ from .training.findings import is_incomplete, require
 from .training.finite_check import FiniteCheck, GradientCheck
 from .training.forward_patches import adapters_on_heads_pass, forward_kept
 from .training.launch_check import check_launch
-from .training.limits import limits_of_teacher_prompts, response_limit, room_for_prompts, room_for_texts, smallest
-from .training.loss_forward import LossFunction, compiled_backbone, loss_in_forward
+from .training.limits import limits_of_rows
+from .training.loss_forward import CompiledBackbone, LossFunction, loss_in_forward
 from .training.memory_advice import out_of_memory_advised
 from .training.metrics import (
     RatioMetrics,
@@ -82,7 +83,7 @@ from .training.router_logits import router_settings_kept, without_router_logits
 from .training.run_files import LogFile
 from .training.sampled_evaluation import check_sampled_evaluation
 from .training.sampled_steps import SampledSteps
-from .training.sampling_copy import SamplingCopy, check_merging
+from .training.sampling_copy import SamplingCopy, check_casting, check_merging
 from .training.saved_run import SavedRun
 from .training.saved_weights import describe_shards
 from .training.searched_run import SearchedRun
@@ -229,21 +230,22 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
             self.vocab_size = min(self.vocab_size, client.vocab_size or self.vocab_size)
         self.eos_token_ids = sorted({i for one in teachers for i in end_of_sequence_ids(student, one, tokenizer)})
         self._rules = RowRules(
-            smallest(room_for_prompts(args, student, one) for one in teachers),
-            response_limit(args),
+            **limits_of_rows(args, student, teachers, None if client is None else client.max_length),
             needs_response="dataset" in args.rollouts,
             eos_token_ids=tuple(self.eos_token_ids),
             chat_template_kwargs=args.chat_template_kwargs or {},
-            max_text_length=smallest(room_for_texts(args, student, one) for one in teachers),
             num_ids=self.vocab_size,
             every_answer=args.every_answer,
             reads_response="dataset" in args.rollouts,
             teacher_prompt_template=args.teacher_prompt_template,
-            **limits_of_teacher_prompts(args, teachers),
             teacher_names=self._teacher_names,
             needs_scores=self._is_recorded,
         )
-        self._check_sampled_evaluation = partial(check_sampled_evaluation, max_new_tokens=args.max_new_tokens)
+        self._check_sampled_evaluation = partial(
+            check_sampled_evaluation,
+            max_new_tokens=args.max_new_tokens,
+            teacher_room=self._rules.max_teacher_text_length,
+        )
         self._main_process_first = partial(args.main_process_first, desc="tokenizing")
         self._prepare = partial(
             prepare_dataset,
@@ -256,6 +258,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
             train_dataset = self._prepare(train_dataset, rules=self._rules, name="train")
         if args.shuffle_dataset:
             train_dataset = train_dataset.shuffle(seed=args.seed)
+        self._prepared_sets = WeakSet([train_dataset])
         eval_dataset = self._prepare_eval(eval_dataset, base_model(student))
 
         if data_collator is not None and isinstance(train_dataset, Dataset):
@@ -294,9 +297,13 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         self._draft_length = args.draft_length()  # "auto" keeps what it has measured
         if args.merge_adapter:
             check_merging(self.model, self.accelerator)
+        if args.sampling_copy:
+            check_casting(self.model, self.accelerator)
+        for note in args.without_effect():
+            logger.warning(note)
         self._sampling_copy = SamplingCopy()
         self._rounds = Rounds(args.capture_sampling, args.compile_student)  # graphs and caches live across steps
-        self._compiled_backbone = compiled_backbone(self._inner_student(), self.accelerator)
+        self._compiled_backbone = CompiledBackbone(self.accelerator)
         for one in teachers:
             require(check_launch(self._inner_student(), one, args, self.accelerator))
         if self._is_recorded or (client is not None and args.teacher_signal == "top_k"):
@@ -361,12 +368,9 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         rollout = self._rollout_of_step(self.state.global_step)
         if rollout in ("dataset", "mixed") and not self._rules.needs_response:
             self._check_references(batches)
-        with self._server_awaited():
-            if batches and rollout != "dataset":
-                batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
-            for batch in batches if self._is_served else []:
-                tokens = ResponseTokens.of(batch)
-                self._teacher.keep(batch, tokens, self._teacher.signal(batch, tokens))
+        if batches and rollout != "dataset":
+            batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
+        self._ask_server(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _enter_step(self, step: int, num_steps: int) -> None:
@@ -434,7 +438,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
 
     def _forward_with(self, model, inputs, loss_fn: LossFunction) -> dict[str, torch.Tensor]:
         """`loss_fn` of the student's last hidden states, inside the forward of `model`: the student, wrapped or not."""
-        with self.accelerator.autocast(), loss_in_forward(self._inner_student(), self._compiled_backbone):
+        student = self._inner_student()
+        with self.accelerator.autocast(), loss_in_forward(student, self._compiled_backbone.of(student)):
             return model(**model_inputs(inputs), loss_fn=loss_fn)
 
     def _distillation_loss(

@@ -127,13 +127,26 @@ class SpecKDTrainer(SKDTrainer):
 
     def _add_uniforms(self, batches: list[dict], *key: int | str) -> None:
         """The noise that the gates ask for, token by token in the order of the rows, however they are cut into batches."""
-        for name, gate in ((Key.GATE_UNIFORMS, self._gate), (Key.COMPARED_UNIFORMS, self._compared_gate)):
-            if gate is None or gate.num_uniforms == 0:
-                continue
+        for name, num_uniforms in self._num_uniforms.items():
             generator = keyed_generator(name, self.args.seed, *key)
             for batch in batches:
                 num_tokens = int((batch[Key.LABELS] != IGNORE_INDEX).sum())
-                batch[name] = torch.rand((num_tokens, gate.num_uniforms), generator=generator)
+                batch[name] = torch.rand((num_tokens, num_uniforms), generator=generator)
+
+    def _add_uniforms_of_evaluation(self, batch: dict) -> None:
+        """The same for a batch of an evaluation: a row's noise depends on its place alone, as that of a response sampled for it does."""
+        lengths = (batch[Key.LABELS] != IGNORE_INDEX).sum(dim=1).tolist()
+        places = batch[Key.PLACE].tolist() if Key.PLACE in batch else range(len(lengths))
+        for name, num_uniforms in self._num_uniforms.items():
+            generators = [keyed_generator(name, self.args.seed, "evaluation", place) for place in places]
+            pairs = zip(lengths, generators, strict=True)
+            batch[name] = torch.cat([torch.rand((length, num_uniforms), generator=own) for length, own in pairs])
+
+    @property
+    def _num_uniforms(self) -> dict[str, int]:
+        """U of each gate that draws, by the entry of a batch that has its noise."""
+        gates = {Key.GATE_UNIFORMS: self._gate, Key.COMPARED_UNIFORMS: self._compared_gate}
+        return {name: gate.num_uniforms for name, gate in gates.items() if gate is not None and gate.num_uniforms > 0}
 
     def _weigh_window(self, batches: list[dict], num_tokens: torch.Tensor) -> torch.Tensor:
         """Weights of all micro-batches, from a forward without gradient each, and the divisor they make. A gate that
@@ -201,7 +214,7 @@ class SpecKDTrainer(SKDTrainer):
 
     def _distillation_loss(self, student_hidden, teacher, inputs, tokens: ResponseTokens) -> DistillationLoss:
         if Key.GATE_WEIGHT not in inputs and not self.model.training:
-            self._add_uniforms([inputs], "eval")  # of the last step's gate
+            self._add_uniforms_of_evaluation(inputs)  # of the last step's gate
         outcome = super()._distillation_loss(student_hidden, teacher, inputs, tokens)
         if self._compared_gate is not None:
             facts = self._facts(inputs, tokens, Key.COMPARED_UNIFORMS)

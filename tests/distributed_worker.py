@@ -174,16 +174,16 @@ class RecordingSpecKD(Recorder, SpecKDTrainer):
 
 
 class WholeNumbers(torch.nn.Module):
-    """A linear layer whose weights are stored in 8 bits, as quantisers do it."""
+    """A linear layer whose weights are stored in 8 bits, with their scale on the parameter, as bitsandbytes keeps its state."""
 
     def __init__(self, linear: torch.nn.Linear):
         super().__init__()
         scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
         self.weight = torch.nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        self.register_buffer("scale", scale)
+        self.weight.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.weight * self.scale)
+        return torch.nn.functional.linear(x, self.weight * self.weight.scale)
 
 
 def quantize(model: torch.nn.Module) -> None:

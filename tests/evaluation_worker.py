@@ -9,6 +9,8 @@ import torch.distributed as dist
 from datasets import Dataset
 from test_skd_trainer import ROWS, make_trainer
 
+from skd_trl import SpecKDTrainer
+
 
 if __name__ == "__main__":
     directory, num_rows = Path(sys.argv[1]), int(sys.argv[2])
@@ -16,6 +18,10 @@ if __name__ == "__main__":
     metrics = trainer.evaluate(Dataset.from_list(ROWS[:num_rows]))
     prompts = [{"messages": row["messages"][:1]} for row in ROWS[:num_rows]]
     metrics |= trainer.evaluate(Dataset.from_list(prompts), metric_key_prefix="prompts")
+    drawing = make_trainer(
+        directory, trainer_class=SpecKDTrainer, gate="spec_k", per_device_eval_batch_size=2, use_cpu=len(sys.argv) == 3
+    )
+    metrics["gated_loss"] = drawing.evaluate(Dataset.from_list(ROWS[:num_rows]))["eval_loss"]
     (directory / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(metrics))
     if dist.is_initialized():  # else a process that ends while the other one still waits aborts it
         dist.barrier()

@@ -1,5 +1,5 @@
-"""Teacher's servers for tests, real ones over HTTP, in this process: ours, and vLLM's routes with a prefix cache that spoils what it
-keeps, as vLLM's does. `fault` makes one misbehave."""
+"""Teacher's servers for tests, real ones over HTTP, in this process: ours, and vLLM's routes, whose prompt log-probabilities are spoilt
+where they come from the prefix cache, as vLLM's are. `fault` makes one misbehave."""
 
 import json
 import threading
@@ -29,13 +29,26 @@ from skd_trl.serving.wire import (
 
 
 class TeacherServer:
-    """`fault` is one of "hangs", "nan", "error", "half" (an answer for half of the texts), or empty."""
+    """`fault` is one of "hangs", "nan", "error", "half" (an answer for half of the texts), "free" (generates what it likes), or empty."""
 
-    def __init__(self, model, vocab_size=259, api_key=None, name="tiny", kind="own", port=0, top_k=50, tokenizer=None):
+    def __init__(
+        self,
+        model,
+        vocab_size=259,
+        api_key=None,
+        name="tiny",
+        kind="own",
+        port=0,
+        top_k=50,
+        tokenizer=None,
+        max_length=512,
+    ):
+        self.max_length = max_length
         self.scorer, self.top_k = LocalScorer(model, top_k, vocab_size), top_k
         self.tokenizer = tokenizer or byte_tokenizer()
         self.api_key, self.name, self.kind, self.fault = api_key, name, kind, ""
-        self.says_cached, self.block_size = True, 4
+        self.block_size, self.max_logprobs = 4, 300
+        self.questions: list[dict] = []  # what vLLM's route to generate was told
         self.cached: set[tuple[int, ...]] = set()  # beginnings in the prefix cache
         self.why_no_hidden_states = ""
         self.paths: list[str] = []
@@ -82,7 +95,12 @@ class TeacherServer:
         if self.kind != "none" and request.path == "/tokenize":
             return 200, json.dumps({"tokens": self.tokenizer.encode(json.loads(body)["prompt"])}).encode()
         if self.kind == "own" and request.path == INFO_ROUTE:
-            said = {"version": VERSION, "model": self.name, "vocab_size": self.scorer.vocab_size, "max_length": 512}
+            said = {
+                "version": VERSION,
+                "model": self.name,
+                "vocab_size": self.scorer.vocab_size,
+                "max_length": self.max_length,
+            }
             said |= {"top_k": self.top_k, "why_no_hidden_states": self.why_no_hidden_states}
             return 200, json.dumps(said).encode()
         if self.kind == "own" and request.path == SCORE_ROUTE:
@@ -123,10 +141,13 @@ class TeacherServer:
         if "token_ids" not in said:
             return 422, b"token_ids is missing"
         text, params = said["token_ids"], said["sampling_params"]
+        self.questions.append(params)
         if "prompt_logprobs" not in params:
-            return 200, json.dumps(
-                {"choices": [{"logprobs": {"content": [self.next(text, params["logprobs"])]}}]}
-            ).encode()
+            if params["logprobs"] > self.max_logprobs:
+                words = f"Requested sample logprobs of {params['logprobs']}, which is greater than max allowed: {self.max_logprobs}"
+                return 400, json.dumps({"error": {"message": words}}).encode()
+            content = self.next(text, params["logprobs"], params.get("allowed_token_ids", []))
+            return 200, json.dumps({"choices": [{"logprobs": {"content": [content]}}]}).encode()
         num_cached, blocks = 0, [tuple(text[:end]) for end in range(self.block_size, len(text), self.block_size)]
         if params.get("skip_reading_prefix_cache", True) is False:
             num_cached = max([len(block) for block in blocks if block in self.cached], default=0)
@@ -134,8 +155,7 @@ class TeacherServer:
         entries = self.entries(text, params["prompt_logprobs"])
         for position in range(1, num_cached + 1):  # what is predicted by positions from the cache is anything
             entries[position] = {token: {**value, "logprob": -7.5} for token, value in entries[position].items()}
-        usage = {"prompt_tokens_details": {"cached_tokens": num_cached}} if self.says_cached else {}
-        return 200, json.dumps({"prompt_logprobs": entries, "usage": usage, "choices": []}).encode()
+        return 200, json.dumps({"prompt_logprobs": entries, "choices": []}).encode()
 
     def completions(self, said) -> tuple[int, bytes]:
         if "prompt" not in said:
@@ -168,11 +188,20 @@ class TeacherServer:
             entries.append({**entry, token: own})
         return entries
 
-    def next(self, text, top_k):
-        scores = self.scores([text], 0, top_k)
+    def next(self, text, top_k, allowed=()):
+        """One generated token and its alternatives: first the token, then the most probable ones, `top_k` together."""
+        scores = self.scores([[*text, *allowed]], len(allowed), top_k)
         pairs = zip(scores.ids[0, 0].tolist(), scores.log_probs[0, 0].tolist(), strict=True)
         best = sorted(({"token_id": token, "logprob": value} for token, value in pairs), key=lambda x: -x["logprob"])
-        return {**best[0], "top_logprobs": best}
+        best = [{**entry, "rank": index + 1} for index, entry in enumerate(best)]
+        own = best[0]
+        if allowed and self.fault != "free":
+            rank, log_prob = int(scores.token_ranks[0, 0]) + 1, float(scores.token_log_probs[0, 0])
+            own = {"token_id": allowed[0], "logprob": log_prob, "rank": rank}
+        if self.fault == "nan":
+            own = {**own, "logprob": -9999.0, "rank": None}
+        others = [entry for entry in best if entry["token_id"] != own["token_id"]]
+        return {**own, "top_logprobs": [own, *others][:top_k]}
 
 
 @contextmanager

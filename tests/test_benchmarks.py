@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CASES = {
     "sampler": ("--batch_sizes 1 2 --fixed_batch 2 --num_tokens 6 --one_by_one_lengths 2", 9),
     "cost_model": ("--num_tokens 6 --lengths 1 2 --batch_size 2 --num_prompts 3", 2),
-    "peers": ("--batch_size 2 --max_new_tokens 4 --prompt_tokens 100 130", 4 + 6 + 6),
+    "peers": ("--batch_size 2 --max_new_tokens 4 --prompt_tokens 100 130", 4 + 6 + 6 + 6),
     "step": ("--batch_size 2 --max_new_tokens 4", 5),
     "draft_length": ("--num_tokens 6 --batch_size 2 --acceptance 0.8 real --lengths 1 2", 2),
     "scaling": (

@@ -7,17 +7,22 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from assets import arguments_for, save_assets
 from datasets import Dataset
 from rich.console import Console
-from tiny import EOS, byte_tokenizer
+from teacher_server import serving
+from test_pair_check import save_with_swapped_bytes
+from tiny import EOS, byte_tokenizer, tiny_model
+from trl import ModelConfig
 
 import skd_trl
 from skd_trl import SKDConfig
 from skd_trl.__main__ import COMMANDS, main
-from skd_trl.commands import options, rows, train, train_options, train_rows, watch
+from skd_trl.commands import check, options, rows, train, train_options, train_rows, watch
 from skd_trl.training.run_files import read_logs
 
 
@@ -160,11 +165,65 @@ def test_the_check_of_a_pair_lists_each_topic_once(assets, capsys):
     assert code == 0 and len(topics) > 8 and len(topics) == len(set(topics))
 
 
+def test_the_check_looks_at_each_of_several_teachers(assets, tmp_path, capsys):
+    save_with_swapped_bytes(tmp_path / "other")
+    teachers = {"good": str(assets / "teacher"), "other": str(tmp_path / "other")}
+    command = [
+        "check",
+        "--model",
+        assets / "student",
+        "--teacher_models",
+        json.dumps(teachers),
+        "--max_new_tokens",
+        "8",
+    ]
+    code, output = run(command, capsys)
+    _, good, other = re.split(r"With the teacher '\w+'", output)
+    assert code == 1 and "refused" not in good and "different tokenizers" in " ".join(other.split())
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_check_asks_a_teachers_server(is_there, assets, capsys, monkeypatch):
+    monkeypatch.setattr(check, "PATIENCE", 1.0)
+    with serving(tiny_model(seed=1), tokenizer=byte_tokenizer(), top_k=64) as server:
+        url = server.url if is_there else "http://127.0.0.1:9"
+        command = ["check", "--model", assets / "student", "--teacher_model_server_url", url, "--max_new_tokens", "8"]
+        code, output = run(command, capsys)
+    said = " ".join(output.replace("│", " ").split())
+    assert (code, "good tiny answers" in said, "No teacher's server answers" in said) == (
+        not is_there,
+        is_there,
+        not is_there,
+    )
+
+
+def test_a_teacher_keeps_the_type_of_its_file_on_an_accelerator_and_is_fp32_on_a_cpu(tmp_path, monkeypatch):
+    """A teacher of 7 billion parameters in TRL's fp32 would take 28 GB."""
+    for has_accelerator, given, expected in (
+        (True, "float32", "auto"),
+        (False, "float32", "float32"),
+        (True, "bfloat16", "bfloat16"),
+    ):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda found=has_accelerator: found)
+        args = SKDConfig(str(tmp_path), use_cpu=True, bf16=False, teacher_model_name_or_path="teacher")
+        train.set_model_init_kwargs(args, ModelConfig(model_name_or_path="student", dtype=given))
+        assert args.teacher_model_init_kwargs["dtype"] == expected and args.model_init_kwargs["dtype"] == given
+
+
+@pytest.mark.parametrize("teacher", [{"teacher_model_kind": "base"}, {"teacher_model_server_url": ["http://h:1"]}])
+def test_a_student_is_fine_tuned_first_whoever_its_teacher_is(teacher, tmp_path):
+    """The configuration is made once more after the stage, with all its checks."""
+    args = SKDConfig(str(tmp_path), use_cpu=True, bf16=False, **teacher)
+    train.set_model_init_kwargs(args, ModelConfig(model_name_or_path="student"))
+    assert replace(args).teacher_model_init_kwargs is None
+
+
 def test_a_run_is_resumed_from_its_last_whole_checkpoint_or_the_one_that_is_named(tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-11").mkdir()  # killed while it was written
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-best")  # of the user's
     for wanted, found in (
         ("true", "checkpoint-10"),
         (str(tmp_path / "checkpoint-2"), "checkpoint-2"),

@@ -295,6 +295,16 @@ def test_an_evaluation_of_the_trainer_has_the_held_out_metrics_too_once_for_seve
     assert set(held.seconds) == {"evaluation_held-out"}
 
 
+def test_held_out_prompts_that_training_would_leave_out_are_left_out(tmp_path, caplog):
+    """A model with learned positions would end the run with an IndexError."""
+    trainer = make_trainer(tmp_path, model=tiny_model("gpt2", seed=1), teacher=tiny_model("gpt2", seed=2))
+    longest = trainer._rules.max_prompt_length
+    rows = Dataset.from_list([{"prompt": "short"}, {"prompt": "q" * (longest + 1)}, {"prompt": "q" * longest}])
+    held = callback.HeldOutEvaluation(trainer, rows, metrics=[])
+    assert [len(ids) for ids in held.data.prompt_ids] == [5, longest]
+    held.score("before")
+
+
 @pytest.mark.parametrize(
     "teacher, said",
     [({"a": tiny_model(seed=1), "b": tiny_model(seed=2)}, "several teachers"), (None, "recorded scores")],

@@ -77,6 +77,29 @@ def test_an_lmbda_that_a_callback_sets_decides_the_next_step(tmp_path):
     assert moved[0] == trained(tmp_path)[0] and moved[1] == pytest.approx(given[1], rel=1e-6)
 
 
+def test_a_seq_kd_that_a_callback_sets_lets_the_teacher_write_the_next_step(tmp_path):
+    settings = {"lmbda": 0.0, "accept_top_k": 25}
+    given, written = (trained(tmp_path, seq_kd=seq_kd, **settings) for seq_kd in (False, True))
+    moved = trained(tmp_path, Sets(seq_kd=True), **settings)
+    assert moved == [given[0], pytest.approx(written[1], rel=1e-6)]
+    assert given[1] != pytest.approx(written[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name, first, second", [("temperature", 1.0, 0.0), ("teacher_temperature", 1.0, 0.0), ("accept_top_k", 80, 5)])  # fmt: skip
+def test_an_argument_that_a_callback_sets_is_that_of_the_next_step(tmp_path, name, first, second):
+    class SetsArgument(TrainerCallback):
+        trainer = None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                setattr(args, name, second)
+
+    before, after = (trained(tmp_path, **{name: value}) for value in (first, second))
+    moved = trained(tmp_path, SetsArgument(), **{name: first})
+    assert moved == [before[0], pytest.approx(after[1], rel=1e-6)]
+    assert before[1] != pytest.approx(after[1], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "attributes, settings, message",
     [
@@ -238,6 +261,45 @@ def test_a_search_whose_trial_has_an_impossible_number_or_another_kind_of_studen
         search(trainer, monkeypatch, [{}])
     trainer.model_init = lambda: get_peft_model(tiny_model(seed=1), adapter)
     assert math.isfinite(search(trainer, monkeypatch, [{}])[0][0])
+
+
+def test_a_student_of_model_init_has_a_compiled_backbone_of_its_own(tmp_path):
+    torch._dynamo.reset()
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "rollout": "dataset", "save_strategy": "no"}
+    moved, logged = [], []
+    for compiles in (False, True):
+        backend = {"torch_compile": True, "torch_compile_backend": "eager"} if compiles else {}
+        trainer = make_trainer(tmp_path, **settings, **backend)
+        trainer.model_init = lambda: tiny_model(seed=5)
+        trainer.train()
+        now = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        before = dict(tiny_model(seed=5).named_parameters())
+        moved.append([name for name, p in now.named_parameters() if not torch.equal(p, before[name])])
+        logged.append(losses(trainer))
+    assert len(moved[0]) > 10 and moved[1] == moved[0]
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "smaller, words",
+    [
+        (
+            {"vocab_size": 200},
+            "a student with 200 ids, and the trainer was constructed with one whose rows need 259 ids",
+        ),
+        (
+            {"max_position_embeddings": 64},
+            "room for prompts of 48 tokens, and .* whose rows need prompts of up to 112",
+        ),
+    ],
+    ids=["ids", "positions"],
+)
+def test_a_student_of_model_init_that_the_rows_do_not_fit_is_refused(tmp_path, smaller, words):
+    trainer = make_trainer(tmp_path)
+    trainer.model_init = lambda: tiny_model(seed=1, **smaller)
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
 
 
 # 4-bit students on a CPU

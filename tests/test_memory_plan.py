@@ -7,13 +7,19 @@ import gc
 
 import pytest
 import torch
+from accelerate import PartialState
 from memory import peak_bytes
+from peft import LoraConfig
+from test_recorded import without_teacher
 from test_skd_trainer import make_trainer
 from tiny import tiny_model
 
-from skd_trl.training import machine
+from skd_trl import SKDTrainer
+from skd_trl.training import machine, memory_places
 from skd_trl.training.machine import Machine
 from skd_trl.training.memory_advice import describe_plan, out_of_memory_advised
+from skd_trl.training.memory_count import Window
+from skd_trl.training.memory_places import places_now
 from skd_trl.training.memory_plan import GIB, fitted_plan, shards_teacher
 
 
@@ -90,6 +96,38 @@ def test_rows_that_do_not_fit_at_once_take_turns_and_the_texts_are_the_same(tmp_
     assert 1 < tight.num_places < 16 and sum(tight.sampling.values()) < 0.8 * sum(roomy.sampling.values())
     assert "are written at once" in caplog.text
     assert torch.equal(in_turns, all_at_once)
+
+
+def test_a_model_whose_forward_cannot_be_counted_is_sampled_for_all_rows_at_once_with_one_warning(monkeypatch, caplog):
+    monkeypatch.setattr(machine, "free_bytes", lambda device, now=False: 200_000)
+    PartialState(cpu=True)  # for accelerate's logger
+    student, cpu, window = tiny_model(seed=1), Machine(torch.device("cpu"), GIB), Window(8, 8, 16, 16, 8)
+    assert places_now(student, tiny_model(seed=2), cpu, window) < 8
+    assert places_now(student, tiny_model("rwkv", seed=2), cpu, window) < 8  # its configuration has no attention
+    assert "could not be counted" not in caplog.text
+
+    def no_kernel(*args, **kwargs):
+        raise RuntimeError("no fake kernel of _grouped_mm for fp32")
+
+    monkeypatch.setattr(memory_places, "sampling_bytes", no_kernel)
+    assert [places_now(student, tiny_model(seed=2), cpu, window) for _ in range(3)] == [8] * 3
+    said = [text for text in caplog.messages if "could not be counted" in text]
+    assert len(said) == 1 and "all responses of a step are written at once" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["base", "live", "ema"])
+def test_what_the_students_own_teacher_shares_with_it_is_counted_once(tmp_path, kind):
+    rows = [{"prompt": "q" * 9, "completion": "a" * 9, "privileged_context": "x"}]
+    settings = {"teacher_model_kind": kind, "peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
+    trainer = make_trainer(tmp_path, rows, trainer_class=without_teacher(SKDTrainer), **settings)
+    known = {p.untyped_storage().data_ptr() for p in (*trainer.model.parameters(), *trainer.model.buffers())}
+    teacher = trainer._inner_teacher
+    own = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*teacher.parameters(), *teacher.buffers())
+    }
+    assert planned(trainer).held["teacher"] == sum(size for key, size in own.items() if key not in known)
+    assert planned(trainer).held["teacher"] < 0.05 * planned(trainer).held["student"]
 
 
 def test_a_plan_that_does_not_fit_names_what_saves_most(tmp_path, monkeypatch):

@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skd_trl.sampling.acceptance import Mixture
+from skd_trl.sampling.draft import Draft, DraftInSteps, Judgement
 from skd_trl.sampling.nucleus import Nucleus
-from skd_trl.sampling.sampling_params import SamplingParams, draw, draw_from_probs, shaped_probs
+from skd_trl.sampling.sampling_params import SamplingParams, draw, draw_among, draw_from_probs, shaped_probs
 
 
 def cumulative_in_float64(logits, sampling):
@@ -120,3 +122,49 @@ def test_more_candidates_are_kept_for_a_while():
     assert nucleus.num_candidates(1000) is None
     nucleus.level = 2
     assert nucleus.num_candidates(151936) is None
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_a_draw_among_some_ids_is_the_draw_from_all_when_only_these_have_probabilities(size):
+    generator = torch.Generator().manual_seed(size)
+    ids = torch.stack([torch.randperm(1300, generator=generator)[:size].sort().values for _ in range(50)])
+    probs = torch.rand(50, size, generator=generator) * (torch.rand(50, size, generator=generator) < 0.6)
+    probs[:, -1] += 0.1
+    whole, otherwise = torch.zeros(50, 1300).scatter(1, ids, probs), torch.full((50, 1), 7)
+    for noise in (0.0, 0.3, 0.7, 1 - 2**-24):
+        uniforms = torch.full((50,), noise)
+        assert torch.equal(draw_among(probs, ids, uniforms, otherwise), draw_from_probs(whole, uniforms))
+        for nothing in (torch.zeros_like(probs), torch.full_like(probs, float("nan"))):
+            assert draw_among(nothing, ids, uniforms, otherwise).tolist() == [7] * 50
+
+
+@pytest.mark.parametrize("own, other", [(0.5, 0.8), (1.0, 1.0), (1.0, 0.7), (0.6, 1.0)])
+def test_distributions_that_are_cut_together_are_those_that_are_cut_apart(own, other):
+    """What the draws have found out of the student is what its logits say, with nuclei for both, none or one of them."""
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher_logits = (torch.randn(6, 3, 1300, generator=generator) * 4 for _ in range(2))
+    uniforms, coins, index = (
+        torch.rand(6, 4, generator=generator),
+        torch.rand(6, 3, generator=generator),
+        torch.full((6, 1), 1),
+    )
+    nucleus, sampling = Nucleus((64,)), (SamplingParams(0.5, own), SamplingParams(1.2, other))
+    nucleus.begin_round(keeps_drawn=True)
+    tokens = [nucleus.draw(logits[:, g], sampling[0], uniforms[:, g]) for g in range(3)]
+    facts = {
+        "tokens": torch.stack(tokens, dim=1), "judgement": Judgement(teacher_logits, {}), "student_sampling": sampling[0],
+        "teacher_sampling": sampling[1], "coins": coins, "nucleus": nucleus,
+    }  # fmt: skip
+    steps = list(zip(tokens, logits.unbind(1), strict=True))
+    together = DraftInSteps(steps, True, drawn=nucleus.take_drawn(), is_drafted=True, **facts)
+    apart = Draft(student_logits=logits, **{**facts, "nucleus": Nucleus()})
+    assert len(together.drawn) == 3 and torch.equal(together.student_logits, logits)
+    rule = Mixture(0.4)
+    accepted = rule(together)
+    assert torch.equal(accepted, rule(apart)) and accepted.any() and not accepted.all()
+    torch.testing.assert_close(together.both_shaped_probs, apart.both_shaped_probs, rtol=1e-6, atol=0)
+    for of in ("student", "teacher"):
+        torch.testing.assert_close(together.shaped_probs(of), apart.shaped_probs(of), rtol=1e-6, atol=0)
+    assert nucleus.fitted(6).all() if own < 1 or other < 1 else nucleus.fitted(6) is None
+    drawn = [rule.replacement(draft.column(index), uniforms[:, 3]) for draft in (together, apart)]
+    assert torch.equal(*drawn)

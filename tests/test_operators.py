@@ -90,37 +90,27 @@ def test_no_sort_and_no_scan_of_the_vocabulary(rounds, rule, sampling):
         assert done.inside
 
 
-# Most operators of a whole round (noise, drafting, judging, replacing, writing) for each drafted token, at G = 5, with nuclei and without.
-# `never` drafts nothing: its round is one token.
-MOST = {
-    "top_k": (25, 25),
-    "min_prob": (25.6, 25.2),
-    "top_p": (26.2, 25.8),
-    "mixture": (31.8, 27.8),
-    "speculative": (31.8, 27.8),
-    "always": (20.6, 20.2),
-    "never": (43, 41),
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", MOST)
+@pytest.mark.parametrize("rule", ACCEPTANCE_RULES)
 def test_a_drafted_token_takes_at_most_25_operators_outside_the_models(rounds, rule, dtype):
-    assert MOST.keys() == ACCEPTANCE_RULES.keys()
-    arguments = {"k": 25} if rule == "top_k" else {}
-    for sampling, most in zip((SHARP, SamplingParams(0.7)), MOST[rule], strict=True):
+    """Of a whole round (noise, drafting, judging, replacing, writing) for each drafted token, with nuclei and without."""
+    arguments, most = ({"k": 25} if rule == "top_k" else {}), 25 * G
+    if rule == "never":  # drafts nothing: its round is one token, and one draw
+        most = 39
+    for sampling in (SHARP, SamplingParams(0.7)):
         if dtype == torch.bfloat16 and rule != "top_k" and sampling is not SHARP:
             continue
         done = rounds(ACCEPTANCE_RULES[rule](**arguments), sampling, dtype=dtype)
         assert all(one.inside for one in done) and len(done[0].steps) == (0 if rule == "never" else G)
         for one in done:
             if rule == "never" or len(one.steps) == G:
-                assert len(one.outside) <= most * max(len(one.steps), 1), Counter(name for name, _ in one.outside)
+                assert len(one.outside) <= most, Counter(name for name, _ in one.outside)
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(0.0), SamplingParams(), SamplingParams(0.7, top_k=50)])
-def test_so_it_does_with_other_draws(rounds, sampling):
-    for one in rounds(ACCEPTANCE_RULES["top_k"](k=25), sampling):
+@pytest.mark.parametrize("rule", ["top_k", "top_p"])
+def test_so_it_does_with_other_draws(rounds, rule, sampling):
+    for one in rounds(ACCEPTANCE_RULES[rule](), sampling):
         assert len(one.outside) <= 25 * len(one.steps) or len(one.steps) < G
 
 

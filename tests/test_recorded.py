@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from skd_trl import SKDTrainer, SpecKDTrainer
 from skd_trl.__main__ import main
+from skd_trl.commands.rows import load_rows
 from skd_trl.data.recorded_scores import SCORES
 from skd_trl.loss.teacher_signal import top_log_probs
 from skd_trl.training import score as scoring
@@ -174,10 +175,18 @@ def test_a_killed_run_goes_on_where_it_was_with_any_number_of_processes(tmp_path
         score(*arguments)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.parquet")}
     assert len(before) == 2
+    with pytest.raises(
+        ValueError, match=r"not scored to its end: 2 of its files are missing\. Give the same `skd score` again"
+    ):
+        load_rows(str(tmp_path / "killed"), "train")
     monkeypatch.setattr(scoring, "_scored", original)
     assert [score(*arguments, process=(rank, 3)) for rank in range(3)] == [2, 0, 2]  # block 3; none; block 2
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
-    assert read(tmp_path / "killed").to_list() == whole.to_list()
+    assert (
+        read(tmp_path / "killed").to_list()
+        == load_rows(str(tmp_path / "killed"), "train").to_list()
+        == whole.to_list()
+    )
     assert score(*arguments) == 0
 
 

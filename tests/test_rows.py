@@ -57,7 +57,46 @@ def test_a_call_in_json_text_is_the_assistants_and_an_observation_the_tools():
     assert texts(row, byte_tokenizer(CALLS))[1] == f"<call>{json.dumps(call)}</call>{EOS}"
     row["conversations"][1]["value"] = "add 2"
     refused = tokenize(row, byte_tokenizer(CALLS))
-    assert refused["problem"] == "unreadable" and "turn 1 of its `conversations` is a call" in refused["detail"]
+    assert refused["problem"] == "unreadable" and "turn 1 of its `conversations` has a call" in refused["detail"]
+
+
+ADD = {"name": "add", "arguments": {"a": 2}}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [{"type": "function", "function": ADD}]},
+        {"tool_calls": [ADD]},
+        {"tool_calls": json.dumps([{"type": "function", "function": ADD}])},
+        {"tool_calls": json.dumps(ADD)},
+        {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}]},
+        {"function_call": ADD},
+        {"function_call": {"name": "add", "arguments": '{"a":2}'}},
+        {"function_call": json.dumps(ADD), "tool_calls": None},
+    ],
+)
+def test_calls_are_the_answer_however_they_are_written(calls):
+    answer = {"role": "assistant", "content": None, **calls}
+    prompt, response = texts({"messages": [QUESTION, answer]}, byte_tokenizer(CALLS))
+    assert (prompt, response) == (CHAT_PROMPT, f"<call>{json.dumps(ADD)}</call>{EOS}")
+    history = [QUESTION, answer, {"role": "function", "content": "4"}, ANSWER]
+    assert f"{response}\n{BOS}tool\n4{EOS}" in texts({"messages": history}, byte_tokenizer(CALLS))[0]
+
+
+@pytest.mark.parametrize("nothing", ["", "[]", "null", [], None])
+def test_no_calls_are_no_calls_however_they_are_written(nothing):
+    asks = CHATML + "{{ 'tool_calls' in messages[-1] }}"
+    for key in ("tool_calls", "function_call"):
+        assert texts({"messages": [QUESTION, {**ANSWER, key: nothing}]}, byte_tokenizer(CALLS)) == PLAIN
+        assert texts({"messages": [{**QUESTION, key: nothing}]}, byte_tokenizer(asks))[0].endswith("False")
+
+
+@pytest.mark.parametrize("calls", ["add(2)", '"add"', 4, [4], {"add": 2}, [{"function": "add"}], [{"function": {}}]])
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_calls_that_cannot_be_read_are_refused_by_row(key, calls):
+    refused = tokenize({"messages": [QUESTION, {**ANSWER, key: calls}]}, byte_tokenizer(CALLS))
+    assert refused["problem"] == "unreadable" and "turn 1 of its `messages` has a call" in refused["detail"]
 
 
 @pytest.mark.parametrize("role", ["Alice", "", "assistent"])
@@ -130,6 +169,30 @@ def test_no_tools_print_no_preamble_however_they_are_written(nothing):
 def test_tools_reach_the_template_as_dicts(tools):
     prompt = texts({"messages": [QUESTION], "tools": tools}, byte_tokenizer(WITH_TOOLS))[0]
     assert prompt.startswith('{"name": "add"}tools:')
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"tools": [{"type": "function", "function": {"name": "add", "parameters": json.dumps(SCHEMA)}}]},
+        {"functions": [{"name": "add", "parameters": SCHEMA}]},
+        {"functions": json.dumps([{"name": "add", "parameters": SCHEMA}]), "tools": None},
+        {"functions": [{"name": "add", "parameters": json.dumps(SCHEMA)}]},
+    ],
+)
+def test_tools_of_older_forms_reach_the_template_as_todays(columns):
+    expected = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+    prompt = texts({"messages": [QUESTION], **columns}, byte_tokenizer(WITH_TOOLS))[0]
+    assert prompt == f"{json.dumps(expected)}tools:{CHAT_PROMPT}"
+
+
+@pytest.mark.parametrize("column", ["image", "images", "video", "videos", "audio", "audios"])
+def test_columns_of_what_cannot_be_read_are_refused_by_name(column):
+    row = {"messages": [QUESTION, ANSWER], column: ["a"]}
+    assert f"a column '{column}'. Only text" in tokenize(row)["detail"]
 
 
 @pytest.mark.parametrize("tools", ['{"name": "add"}', '"add"', "[4]", {"name": "add"}, "[not json"])
@@ -344,13 +407,14 @@ def test_where_nothing_is_sampled_prompt_and_reference_share_max_length(tmp_path
 
 
 @pytest.mark.parametrize("rollout", ["dataset", "student"])
-@pytest.mark.parametrize("column", ["length", "size"])
-def test_rows_can_be_grouped_by_length(tmp_path, rollout, column):
-    if "train_sampling_strategy" not in {field.name for field in dataclasses.fields(SKDConfig)}:
-        pytest.skip("this transformers has group_by_length instead")
+@pytest.mark.parametrize("strategy, column", [("group_by_length", "length"), ("group_by_length", "size"), ("batch_rebalance", "length")])  # fmt: skip
+def test_rows_can_be_sampled_by_their_lengths(tmp_path, rollout, strategy, column):
+    fields = {field.name: field for field in dataclasses.fields(SKDConfig)}
+    if strategy not in fields.get("train_sampling_strategy", fields["output_dir"]).metadata.get("choices", ()):
+        pytest.skip(f"this transformers has no train_sampling_strategy={strategy!r}")
     rows = [{"prompt": "2" * (1 + 7 * i % 5), "completion": "4" * (1 + i)} for i in range(8)]
     trainer = make_trainer(
-        tmp_path, rows, eval_dataset=Dataset.from_list(rows), rollout=rollout, train_sampling_strategy="group_by_length",
+        tmp_path, rows, eval_dataset=Dataset.from_list(rows), rollout=rollout, train_sampling_strategy=strategy,
         length_column_name=column, per_device_train_batch_size=2,
     )  # fmt: skip
     for dataset in (trainer.train_dataset, trainer.eval_dataset):

@@ -61,6 +61,19 @@ def test_a_forward_that_was_set_on_a_module_is_refused():
         SamplingCopy().of(student, BF16)
 
 
+@pytest.mark.parametrize(
+    "dtype, settings, words",
+    [
+        (torch.float32, {}, "mixed precision is 'no'"),
+        (torch.bfloat16, {"bf16": True}, "the student has no fp32 weights to cast"),
+    ],
+    ids=["fp32", "bf16 weights"],
+)
+def test_a_copy_that_would_hold_the_same_is_refused_by_name(tmp_path, dtype, settings, words):
+    with pytest.raises(ValueError, match=f"sampling_copy=True would have no effect: {words}"):
+        make_trainer(tmp_path, model=tiny_model(seed=1).to(dtype), sampling_copy=True, **settings)
+
+
 def test_a_trainer_samples_with_the_copy_and_trains_the_student(tmp_path):
     settings = {"max_steps": 3, "bf16": True, "num_draft_tokens": 3}
     plain, trainer = make_trainer(tmp_path, **settings), make_trainer(tmp_path, sampling_copy=True, **settings)

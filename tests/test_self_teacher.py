@@ -192,6 +192,29 @@ def test_an_average_of_16_bits_moves_by_less_than_their_rounding():
     assert torch.equal(teacher.weight, student.weight)
 
 
+def test_a_resumed_average_beside_an_engine_of_16_bits_keeps_all_its_digits(tmp_path):
+    def started(checkpoint=None):
+        """A run whose engine has cast the student by the time it begins, as DeepSpeed's does; a checkpoint is loaded before that."""
+        torch.manual_seed(0)
+        student, teacher = nn.Linear(4, 4), nn.Linear(4, 4)
+        average = StudentAverage(teacher, student, 0.05, 1)
+        student.to(torch.bfloat16)
+        if checkpoint is not None:
+            average.load(checkpoint)
+        average.on_train_begin(None, None, None)
+        return student, teacher, average
+
+    student, teacher, average = started()
+    for step in range(1, 4):
+        average.on_step_end(None, type("State", (), {"global_step": step}), None)
+    average.save(tmp_path)
+    _, resumed_teacher, resumed = started(tmp_path)
+    kept = {name: value for name, value in average.precise.items() if not torch.equal(value, value.bfloat16().float())}
+    assert kept.keys() == {"weight", "bias"}
+    assert all(torch.equal(resumed.precise[name], value) for name, value in kept.items())
+    assert torch.equal(resumed_teacher.weight, teacher.weight) and teacher.weight.dtype == torch.bfloat16
+
+
 # Memory
 
 

@@ -1,9 +1,12 @@
 """Training with a teacher behind a server, against the same teacher in this process."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
+from datasets import Dataset
+from local_scorer import LocalScorer
 from teacher_server import TeacherServer, serving
 from test_mixed_batches import spy_on_trained_batches
 from test_recorded import OWN_PROMPTS, ROWS, without_teacher
@@ -11,8 +14,20 @@ from test_skd_trainer import losses, make_trainer, update_of
 from tiny import byte_tokenizer, tiny_model
 from transformers import TrainerCallback
 
-from skd_trl import AcceptanceRule, SKDConfig, SKDTrainer, SpecKDTrainer
+from skd_trl import (
+    ACCEPTANCE_RULES,
+    AcceptanceRule,
+    SamplingParams,
+    SKDConfig,
+    SKDTrainer,
+    SpecKDTrainer,
+    interleaved_sample,
+)
+from skd_trl.loss.lm_head import LMHead
+from skd_trl.sampling.interleaved import Execution
+from skd_trl.sampling.participants import LocalParticipant
 from skd_trl.serving.client import TeacherServerError
+from skd_trl.training.served import RemoteHiddenStates, RemoteTeacher, failing_at_the_end
 
 
 V = 259
@@ -136,8 +151,6 @@ def test_an_evaluation_asks_the_server_too(tmp_path, signal):
 
 
 def make_dataset():
-    from datasets import Dataset
-
     return Dataset.from_list(ROWS[:3])
 
 
@@ -168,6 +181,88 @@ def test_a_run_that_gives_up_its_server_has_left_a_checkpoint_that_resumes(tmp_p
         resumed = served(tmp_path / "cut", server, **settings)
         resumed.train(resume_from_checkpoint=True)
     assert losses(resumed)[-2:] == losses(whole)[-2:]
+
+
+@pytest.mark.parametrize("rows", [ROWS[:3], [{"prompt": "q" * 5}]], ids=["references", "prompts alone"])
+def test_a_server_that_is_given_up_in_an_evaluation_leaves_a_checkpoint_that_resumes(tmp_path, rows):
+    settings = {
+        "max_steps": 3, "teacher_server_patience": 0.5, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Dataset.from_list(rows),
+    }  # fmt: skip
+    with serving(tiny_model(seed=2), top_k=64) as server:
+        whole = served(tmp_path / "whole", server, **settings)
+        whole.train()
+        cut = served(tmp_path / "cut", server, **settings)
+        cut.add_callback(At(2, lambda: setattr(server, "fault", "error")))
+        with pytest.raises(TeacherServerError, match="resume from the last checkpoint"):
+            cut.train()
+        assert [folder.name for folder in (tmp_path / "cut" / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+        with pytest.raises(TeacherServerError):  # no training is under way: there is nothing to save
+            served(tmp_path / "alone", server, **settings).evaluate()
+        assert not list((tmp_path / "alone").glob("out/checkpoint-*"))
+        server.fault = ""
+        resumed = served(tmp_path / "cut", server, **settings)
+        resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed)[-1] == losses(whole)[-1]
+
+
+class Counted:
+    """How often the processes of a sampling agree, as one of them counts it."""
+
+    def __init__(self):
+        self.rounds = []
+
+    def __call__(self, *numbers):
+        self.rounds.append(numbers)
+        return numbers
+
+
+@pytest.mark.parametrize("signal", ["top_k", "hidden_states"])
+def test_a_process_whose_server_is_gone_samples_on_until_the_others_need_no_forward_of_it(signal):
+    model = tiny_model(seed=2)
+    scorer, head = LocalScorer(model, 20, V), LMHead.of(model)
+    teacher = RemoteTeacher(scorer) if signal == "top_k" else RemoteHiddenStates(scorer, head)
+    ids = torch.tensor([[5, 9, 200], [7, 8, 9]])
+    window = {"prompts": ids, "prompt_attention_mask": torch.ones_like(ids)}
+    asked, agree = [], Counted()
+
+    def fails_later(ask, *arguments):
+        asked.append(arguments)
+        if len(asked) > 2:
+            raise TeacherServerError("gone")
+        return ask(*arguments)
+
+    for name in ("score", "hidden_states"):
+        setattr(scorer, name, partial(fails_later, getattr(scorer, name)))
+    participant = teacher.participant(window, SamplingParams(), V, None)
+    with pytest.raises(TeacherServerError, match="gone"), failing_at_the_end(participant, teacher):
+        interleaved_sample(
+            LocalParticipant(tiny_model(seed=1)), participant, *window.values(), accept=ACCEPTANCE_RULES["top_k"](k=20),
+            max_new_tokens=24, eos_token_ids=[], noise=torch.rand(2, 24, 3), execution=Execution(2, agree=agree),
+        )  # fmt: skip
+    assert len(asked) == 3  # and never again
+    assert agree.rounds[-1] == (0, 0, 0) and len(agree.rounds) > 4  # nobody has a row left
+
+
+def test_rows_that_the_server_has_no_room_for_are_left_out_before_training(tmp_path, caplog):
+    rows = [{"prompt": "q" * (10 + 8 * i)} for i in range(8)]
+    with serving(tiny_model(seed=2), top_k=50, max_length=64) as server:
+        trainer = served(tmp_path, server, rows, max_steps=4, per_device_train_batch_size=2)
+        assert max(map(len, trainer.train_dataset["prompt_ids"])) == 50  # 64 - 12 - 1 = 51
+        assert any("2 of 8 rows" in text for text in caplog.messages)
+        trainer.train()
+        assert trainer.state.global_step == 4
+        given = [{"prompt": "q" * 30, "completion": "a" * 50}]
+        assert len(served(tmp_path, server, given, rollout="dataset").train_dataset[0]["response_ids"]) == 33
+        own = [{"prompt": "q", "teacher_prompt": "q" * n} for n in (51, 52)]
+        assert len(served(tmp_path, server, own).train_dataset) == 1
+        with pytest.raises(
+            ValueError, match="the teacher has no room for a response: the longest has 55 tokens, of 63"
+        ):
+            served(tmp_path, server, given, rollout="dataset", eval_dataset=Dataset.from_list([{"prompt": "q" * 55}]))
+        with pytest.raises(
+            ValueError, match="max_new_tokens=63 leaves no room for a prompt: the teacher's server takes 64"
+        ):
+            served(tmp_path, server, rows, max_new_tokens=63)
 
 
 @pytest.mark.parametrize(("event", "signal"), [("restarts", EXACT), ("replica gone", {})], ids=["restarts", "gone"])

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,26 +84,47 @@ def test_a_server_without_hidden_states_says_why(model, kind):
                 ask()
 
 
-def test_positions_from_vllms_prefix_cache_are_never_used(model):
-    grown = [text + [1, 2, 3] for text in TEXTS]
+def test_a_round_asks_vllm_for_its_positions_alone_and_lets_it_use_its_cache(model):
+    long = [text * 8 for text in TEXTS]
     with serving(model, kind="generate") as server:
         client = TeacherClient(server.url, 20, patience=QUICK)
-        client.score(TEXTS, 2, [0, 1, 2])
-        before = server.num_texts
-        assert_equal(client.score(grown, 3, [0, 1, 2]), LocalScorer(model, 20, V).score(grown, 3, []))
-        # Of 6, 9 and 4 tokens the cache holds 4, 8 and 0: no position that is asked for now.
-        assert server.num_texts - before == 3
-        assert_equal(client.score(grown, 5, [0, 1, 2]), LocalScorer(model, 20, V).score(grown, 5, []))
-        assert server.num_texts - before == 3 + 6  # now all of them reach into it: asked again without
+        assert_equal(client.score(long, 5, [0, 1, 2]), LocalScorer(model, 20, V).score(long, 5, []))
+        assert len(server.questions) == 3 * 5
+        assert all("prompt_logprobs" not in asked for asked in server.questions)
+        assert sum(server.num_bytes[-15:]) < 15 * 21 * 80  # 21 entries a position, whatever the length of the text
 
 
-def test_a_server_that_does_not_say_what_was_cached_is_asked_without_the_cache(model, caplog):
+def test_many_positions_of_a_text_are_one_question_without_vllms_cache(model):
+    long = [text * 8 for text in TEXTS]
     with serving(model, kind="generate") as server:
-        server.says_cached = False
         client = TeacherClient(server.url, 20, patience=QUICK)
-        for _ in range(2):
-            assert_equal(client.score(TEXTS, 2, [0, 1, 2]), LocalScorer(model, 20, V).score(TEXTS, 2, []))
-    assert caplog.text.count("--enable-prompt-tokens-details") == 1
+        for _ in range(2):  # the second time, the server's cache has the texts
+            assert_equal(client.score(long, 20, [0, 1, 2]), LocalScorer(model, 20, V).score(long, 20, []))
+        assert len(server.questions) == 2 * 3
+
+
+def test_a_server_that_gives_fewer_log_probabilities_is_refused_with_the_option_that_helps(model):
+    with serving(model, kind="generate") as server:
+        server.max_logprobs = 20
+        client = TeacherClient(server.url, 20, patience=QUICK)
+        with pytest.raises(ValueError, match=r"Start it with --max-logprobs 21, or set a lower teacher_top_k"):
+            client.score(TEXTS, 2, [0, 1, 2])
+
+
+def test_a_server_that_generates_other_tokens_than_it_is_told_is_refused(model):
+    with serving(model, kind="generate") as server:
+        server.fault = "free"
+        with pytest.raises(ValueError, match="was told to generate token 8 and generated .*allowed_token_ids"):
+            TeacherClient(server.url, 20, patience=QUICK).score(TEXTS[:1], 3, [0])
+
+
+@pytest.mark.timeout(60)
+def test_questions_that_are_asked_together_do_not_wait_for_one_another(model, monkeypatch):
+    monkeypatch.setattr("skd_trl.serving.client.NUM_CONNECTIONS", 2)
+    with serving(model, kind="generate") as server, ThreadPoolExecutor(8) as threads:
+        client = TeacherClient(server.url, 20, patience=QUICK)
+        for scores in threads.map(lambda text: client.score([text], 3, [0]), TEXTS * 8):
+            assert scores.ids.shape == (1, 3, 20)
 
 
 def test_the_routes_of_a_server_are_tried_from_the_best_to_the_slowest(model, caplog):
@@ -156,6 +178,14 @@ def test_a_server_that_misbehaves_is_asked_again_and_given_up_at_the_limit(model
             ask(TEXTS, 2, [0, 1, 2])
         server.fault = ""
         ask(TEXTS, 2, [0, 1, 2])
+
+
+def test_a_nan_that_vllm_hides_behind_a_missing_rank_is_none_that_is_used(model):
+    with serving(model, kind="generate") as server:
+        client = TeacherClient(server.url, 20, patience=QUICK)
+        server.fault = "nan"
+        with pytest.raises(TeacherServerError, match="holds NaN"):
+            client.score(TEXTS, 2, [0, 1, 2])
 
 
 @pytest.mark.parametrize("fault", ["hangs", "nan", "error", "half"])

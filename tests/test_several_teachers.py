@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import reference
 import torch
+from datasets import Dataset
 from test_mixed_batches import spy_on_trained_batches
 from test_sampler import EOS, FREE, left_padded, sample
 from test_skd_trainer import losses, make_trainer, update_of
@@ -225,6 +226,24 @@ def test_metrics_are_given_for_each_teacher(tmp_path):
     for metric, whole in (("divergence", log["loss"]), ("teacher_entropy", log["teacher_entropy"])):
         own = [log[f"{metric}_{name}"] for name in ("first", "second")]
         assert sum(share * value for share, value in zip(shares, own, strict=True)) == pytest.approx(whole, rel=1e-3)
+
+
+def test_several_evaluation_sets_given_later_and_prepared_ones_are_each_prepared_once(tmp_path, monkeypatch):
+    rows = Dataset.from_list(ROWS)
+    trainer = make(tmp_path, rollout="dataset", eval_dataset=rows)
+    expected = trainer.evaluate()["eval_loss"]
+    prepared, original = [], trainer._prepare
+    trainer._prepare = lambda dataset, **rest: prepared.append(dataset) or original(dataset, **rest)
+    sets = trainer.evaluate({"a": rows, "b": rows.select(range(3))})
+    assert [len(dataset) for dataset in prepared] == [8, 3]
+    assert sets["eval_a_loss"] == pytest.approx(expected, rel=1e-5)
+    assert sets["eval_b_loss"] != pytest.approx(expected, rel=1e-3)
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+    assert len(prepared) == 2
+    few = trainer.evaluate(trainer.eval_dataset.select(range(3)))  # another data set, of prepared rows
+    assert few["eval_loss"] == pytest.approx(sets["eval_b_loss"], rel=1e-5)
 
 
 def test_teachers_may_be_named_with_paths_in_the_configuration(tmp_path):

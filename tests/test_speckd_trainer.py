@@ -183,6 +183,19 @@ def test_noise_and_weights_keep_their_digits_where_the_engine_casts_a_batch(tmp_
     assert prepared["teacher_hidden_states"].dtype == torch.bfloat16
 
 
+def test_a_gate_that_draws_gives_an_evaluation_one_result_whatever_its_batch_size_and_order(tmp_path):
+    settings = {"gate": "spec_k", "gate_compare": "accept_ratio", "eval_dataset": Dataset.from_list(ROWS)}
+    found = [make(tmp_path, per_device_eval_batch_size=size, **settings).evaluate() for size in (1, 3, 8)]
+    by_length = make(tmp_path, train_sampling_strategy="group_by_length", **settings)
+    found += [by_length.evaluate(), by_length.evaluate()]
+    for name in ("eval_loss", "eval_gate_weight", "eval_gate_overlap"):
+        values = [metrics[name] for metrics in found]
+        assert values == pytest.approx([values[0]] * 5, rel=1e-5)
+    assert 0 < found[0]["eval_token_acceptance_rate"] < 1
+    other = make(tmp_path, seed=5, **settings).evaluate()  # it is noise
+    assert other["eval_loss"] != pytest.approx(found[0]["eval_loss"], rel=1e-5)
+
+
 def test_lora_trains_under_a_gate(tmp_path):
     trainer = make(
         tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj"]), gate_normalizer="mean_one", max_steps=2

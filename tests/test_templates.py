@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -104,6 +105,75 @@ def test_calls_beside_a_null_content_are_the_label_where_the_template_prints_the
     assert tokenize(row, byte_tokenizer(trl_template("qwen2_5")))["notes"] == []
 
 
+IN_TEXT = {**CALL, "function": {**CALL["function"], "arguments": '{"a":"two","b":2}'}}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("qwen2_5", "dict"),
+        ("qwen3", "either"),
+        ("qwen3_5_think", "dict"),
+        ("llama3_1", "dict"),
+        ("gptoss", "dict"),
+        ("gemma4_v5", "dict"),
+        ("deepseekv3", "text"),
+        ("llama3", "either"),
+    ],
+)
+def test_real_templates_are_given_arguments_of_calls_as_they_want_them(name, arguments):
+    tokenizer = byte_tokenizer(trl_template(name))
+    tokenizer.bos_token = BOS
+    assert habits_of(tokenizer, tokenizer.chat_template).arguments == arguments
+    if name == "llama3":  # knows no calls
+        return
+    as_dict, as_text = (
+        tokenize({"messages": [QUESTION, answer(None, tool_calls=[call])]}, tokenizer) for call in (CALL, IN_TEXT)
+    )
+    responses = [tokenizer.decode(result["response_ids"]) for result in (as_dict, as_text)]
+    assert not {"lost_calls", "lost_answer"} & {*as_dict["notes"], *as_text["notes"]}
+    for response in responses:
+        assert "two" in response and '\\"' not in response and "'a'" not in response
+    if arguments == "dict":
+        assert responses[0] == responses[1]
+    else:  # the text as it is given
+        assert [json.loads(re.search(r'{"a".*?}', response)[0]) for response in responses] == [
+            {"a": "two", "b": 2}
+        ] * 2
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("{{ c['function']['arguments'] | tojson }}", '{"a": "two", "b": 2}'),
+        ("{{ c['function']['arguments'] + '' }}", '{"a": "two", "b": 2}'),
+        ("{{ c['function']['arguments'] }}", '{"a": "two", "b": 2}'),
+        ("{% for k, v in c['function']['arguments'].items() %}{{ k }}={{ v }};{% endfor %}", "a=two;b=2;"),
+    ],
+)
+def test_a_call_is_printed_alike_from_a_dict_and_from_text_and_never_as_python(printed, expected):
+    calls = "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}" + printed + "{% endfor %}"
+    tokenizer = byte_tokenizer(CHATML.replace("{{ m['content'] }}", calls))
+    for call in (CALL, IN_TEXT):
+        row = {"messages": [QUESTION, answer(None, tool_calls=[call])]}
+        assert (
+            texts(row, tokenizer)[1].replace('":"', '": "').replace('","', '", "').replace('":2', '": 2')
+            == expected + EOS
+        )
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "deepseek_r1_distill"])
+def test_calls_beside_a_null_content_are_printed_or_lost_by_name_where_the_template_fails_on_null(name):
+    row = {"messages": [QUESTION, answer(None, tool_calls=[CALL])]}
+    result = tokenize(row, byte_tokenizer(trl_template(name)), needs_response=True)
+    if (
+        name == "deepseek_r1_distill" and result["problem"]
+    ):  # prints calls beside a null that reaches it: not in all transformers
+        assert result["problem"] == "lost_answer" and "calls of tools" in result["detail"]
+    else:
+        assert '{"a": "two", "b": 2}' in byte_tokenizer().decode(result["response_ids"])
+
+
 @pytest.mark.parametrize("template", [CHATML, TRIMS])
 def test_a_null_content_before_the_answer_is_not_printed_as_the_word(template):
     history = [QUESTION, answer(None, tool_calls=[CALL]), {"role": "user", "content": None}]
@@ -179,9 +249,15 @@ def conversations(draw):
         turns += [{"role": "user", "content": content("user")}, {"role": "assistant", "content": content("assistant")}]
         if draw(st.integers(0, 3)) == 0:
             name = f"call{next(numbers)}"
-            turns[-1]["tool_calls"] = [
-                {"type": "function", "function": {"name": name, "arguments": {"x": name + "x"}}}
-            ]
+            arguments = {"x": name + "x"}
+            function = {"name": name, "arguments": draw(st.sampled_from([arguments, json.dumps(arguments)]))}
+            calls = [{"type": "function", "function": function}]
+            form = draw(st.sampled_from(["list", "text", "older"]))
+            turns[-1]["function_call" if form == "older" else "tool_calls"] = {
+                "list": calls,
+                "text": json.dumps(calls),
+                "older": function,
+            }[form]
             if draw(st.booleans()):
                 turns += [
                     {"role": "tool", "content": content("tool")},
@@ -235,7 +311,9 @@ def check_row(history, answer, result, tokenizer):
     notes = set(result["notes"])
     text = as_text(answer["content"]).rpartition("</think>")
     pieces = {"lost_text": text[2], "lost_reasoning": text[0].replace("<think>", "")}
-    pieces["lost_calls"] = "".join(call["function"]["name"] for call in answer.get("tool_calls") or [])
+    calls = answer.get("tool_calls") or [{"function": answer[key]} for key in ("function_call",) if key in answer]
+    calls = json.loads(calls) if isinstance(calls, str) else calls
+    pieces["lost_calls"] = "".join(call["function"]["name"] for call in calls)
     for note, piece in pieces.items():
         assert note in notes or squeezed(piece) in response, (note, piece, response)
         assert not piece.strip() or squeezed(piece) not in prompt
@@ -244,11 +322,12 @@ def check_row(history, answer, result, tokenizer):
         as_json = squeezed(json.dumps(as_text(turn["content"]).strip())[1:-1])  # how some print what a tool said
         assert said in prompt or as_json in prompt or "lost_turn" in notes
         assert said not in response or not said
-    assert "{'type'" not in prompt + response and "None" not in prompt + response
+    assert "{'type'" not in prompt + response and "None" not in prompt + response and "{'x'" not in prompt + response
+    assert '\\"x\\"' not in prompt + response  # arguments that were JSON already
     shaped = [
         {**turn, "content": "" if turn["content"] is None else as_text(turn["content"])} for turn in [*history, answer]
     ]
-    is_plain = all("tool_calls" not in turn and turn["content"] for turn in shaped)
+    is_plain = all(not {"tool_calls", "function_call"} & turn.keys() and turn["content"] for turn in shaped)
     if (
         is_plain
         and not notes & {"not_prefix", *LOST}

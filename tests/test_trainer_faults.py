@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from test_skd_trainer import ROWS, make_trainer
 from tiny import BOS, EOS, byte_tokenizer, save_models, tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, TrainerCallback
-from trl import LogCompletionsCallback
+from trl import BEMACallback, LogCompletionsCallback, SFTConfig, WeaveCallback
 
 from skd_trl import (
     ACCEPTANCE_RULES,
@@ -24,6 +25,7 @@ from skd_trl import (
     SpecKDTrainer,
     interleaved_sample,
 )
+from skd_trl._compat import GKDConfig
 from skd_trl.training.completions import print_completions
 from skd_trl.training.finite_check import _is_bad_anywhere
 from skd_trl.training.sampled_evaluation import row_noise
@@ -302,12 +304,15 @@ def test_on_two_processes_each_row_of_an_evaluation_counts_once(tmp_path, num_ro
     trainer = make_trainer(tmp_path)
     expected = token_means(trainer, ROWS[:num_rows])
     sampled = token_means(trainer, students_texts(trainer, PROMPTS[:num_rows]))
+    drawing = make_trainer(tmp_path, trainer_class=SpecKDTrainer, gate="spec_k")
+    gated = drawing.evaluate(Dataset.from_list(ROWS[:num_rows]))["eval_loss"]
     for rank in (0, 1):
         metrics = json.loads((tmp_path / f"{rank}.json").read_text())
         assert metrics["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert metrics["eval_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
         assert metrics["prompts_loss"] == pytest.approx(sampled["loss"], rel=1e-4)
         assert metrics["prompts_sampled_share"] == 1
+        assert metrics["gated_loss"] == pytest.approx(gated, rel=1e-4)
 
 
 # Callbacks and tables
@@ -340,12 +345,83 @@ def test_trls_callback_for_completions_writes_to_the_prompts_of_the_evaluation_s
     assert [prompt for _, prompt, _ in callback.table] == [row["prompt"] for row in rows[:3]]
 
 
-def test_a_callback_that_cannot_have_prompts_is_refused_when_it_is_added(tmp_path):
+@pytest.mark.parametrize("callback_class", [LogCompletionsCallback, WeaveCallback])
+@pytest.mark.parametrize("kind", ["dict", "IterableDataset"])
+def test_a_callback_that_cannot_have_prompts_is_refused_when_it_is_added(tmp_path, callback_class, kind):
     sets = {name: Dataset.from_list(rows) for name, rows in SETS.items()}
-    trainer = make_trainer(tmp_path, eval_dataset=sets)
-    callback = LogCompletionsCallback(trainer, freq=1)
-    with pytest.raises(ValueError, match="evaluation set that is a dict; it needs one Dataset"):
+    trainer = make_trainer(tmp_path, eval_dataset=sets if kind == "dict" else sets["a"].to_iterable_dataset())
+    callback = callback_class(trainer)
+    with pytest.raises(ValueError, match=f"evaluation set that is a {kind}; it needs one Dataset"):
         trainer.add_callback(callback)
+
+
+class Predictions:
+    """In the place of Weave's EvaluationLogger, which needs a server: keeps what it is given, and the scores of it."""
+
+    def __init__(self, kept, **about):
+        self.kept = kept
+        kept.append(about["eval_attributes"]["training_step"])
+
+    def log_prediction(self, inputs, output):
+        self.kept.append((inputs["prompt"], output))
+        return self
+
+    def log_score(self, scorer, score):
+        self.kept.append((scorer, score))
+
+    def log_summary(self, summary):
+        self.kept.append(summary["avg_length"])
+
+    def finish(self):
+        pass
+
+
+def test_trls_callback_for_weave_scores_what_is_written_to_the_prompts_of_the_evaluation_set(tmp_path):
+    rows = [{"prompt": f"count {i} " + "x" * i, "completion": " ab"} for i in range(3)]
+    trainer = make_trainer(
+        tmp_path, rows, eval_dataset=Dataset.from_list(rows), learning_rate=0.0, eval_strategy="steps", eval_steps=1
+    )
+    generation = GenerationConfig(
+        max_new_tokens=5, do_sample=False, pad_token_id=trainer.processing_class.pad_token_id
+    )
+    lengths = {"length": lambda prompt, completion: len(completion)}
+    callback = WeaveCallback(trainer, scorers=lengths, generation_config=generation, model_name="student")
+    kept = []
+    callback._weave_initialized, callback._EvaluationLogger = True, partial(Predictions, kept)
+    trainer.add_callback(callback)
+    trainer.train()
+    completions = []
+    for row in trainer.eval_dataset:
+        prompt = torch.tensor([row["prompt_ids"]])
+        written = trainer.model.eval().generate(prompt, generation_config=generation)[0, prompt.shape[1] :]
+        completions.append(trainer.processing_class.decode(written, skip_special_tokens=True))
+    expected = [1]
+    for row, completion in zip(rows, completions, strict=True):
+        expected += [(row["prompt"], completion), ("length", len(completion))]
+    assert kept == [*expected, sum(map(len, completions)) / 3]
+
+
+@pytest.mark.parametrize("rollout", ["interleaved", "dataset"])
+def test_the_average_that_trls_callback_keeps_is_that_of_the_students_steps(tmp_path, rollout):
+    """BEMA: theta_0 and the average begin after `update_after` steps; then ema + alpha (theta - theta_0)."""
+    weights = []
+
+    class Keeps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights.append({name: p.detach().clone() for name, p in kwargs["model"].named_parameters()})
+
+    average = BEMACallback(update_freq=1, update_after=1, ema_power=0.5, bias_power=0.2, lag=10)
+    trainer = make_trainer(tmp_path, rollout=rollout, max_steps=3, learning_rate=1e-2, callbacks=[Keeps(), average])
+    trainer.train()
+    saved = dict(tiny_model(seed=9).from_pretrained(tmp_path / "out" / "bema").named_parameters())
+    for name, first in weights[0].items():
+        ema = first.clone()
+        for step, now in enumerate(weights[1:], start=2):
+            beta = (10 + step) ** -0.5
+            ema = (1 - beta) * ema + beta * now[name]
+        expected = ema + (10 + 3) ** -0.2 * (weights[2][name] - first)
+        torch.testing.assert_close(saved[name].data, expected, atol=1e-6, rtol=1e-5)
+        assert not torch.equal(expected, first)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
@@ -390,6 +466,17 @@ def test_the_arguments_of_a_trainer_with_a_gate_are_not_taken_by_one_without(tmp
         SKDTrainer(tiny_model(), tiny_model(seed=2), config_class(str(tmp_path), use_cpu=True, bf16=False))
 
 
+@pytest.mark.parametrize(
+    "config_class, trainer_class", [(SFTConfig, SKDTrainer), (GKDConfig, SKDTrainer), (SKDConfig, SpecKDTrainer)]
+)
+def test_arguments_that_lack_a_trainers_fields_are_refused_by_the_class_that_has_them(
+    tmp_path, config_class, trainer_class
+):
+    needed = trainer_class._config_class.__name__
+    with pytest.raises(TypeError, match=f"args is a {config_class.__name__}; this trainer needs a {needed} "):
+        trainer_class(tiny_model(), tiny_model(seed=2), config_class(str(tmp_path), use_cpu=True, bf16=False))
+
+
 @pytest.mark.parametrize("config_class, trainer_class", [(OwnSKDConfig, SKDTrainer), (OwnSpecKDConfig, SpecKDTrainer)])
 def test_arguments_of_a_class_by_the_user_are_taken(tmp_path, config_class, trainer_class):
     args = config_class(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1)
@@ -418,6 +505,15 @@ def test_paths_are_taken_as_models(tmp_path):
     trainer = make_trainer(tmp_path, model=tmp_path / "student", teacher=tmp_path / "teacher", processing_class=None)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_several_gpus_in_one_process_are_refused_before_a_model_is_loaded(tmp_path):
+    args = SKDConfig(str(tmp_path), use_cpu=True, bf16=False)
+    args._n_gpu = 2
+    with pytest.raises(
+        ValueError, match="One process sees 2 GPUs.*nn.DataParallel.*accelerate launch.*CUDA_VISIBLE_DEVICES"
+    ):
+        SKDTrainer("no/such/student", "no/such/teacher", args, train_dataset=Dataset.from_list(ROWS))
 
 
 @pytest.mark.distributed

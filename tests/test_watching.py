@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
-from test_skd_trainer import make_trainer
+from test_skd_trainer import ROWS, make_trainer
 from tiny import byte_tokenizer, tiny_model
 from transformers import TrainerState
 
@@ -187,6 +189,37 @@ def test_the_same_prompts_are_sampled_again_with_the_same_noise(tmp_path):
     assert first["is_fixed"].tolist() == [True, True] + [False] * (len(first) - 2)
     assert first[~first["is_fixed"]]["response"].tolist() != second[~second["is_fixed"]]["response"].tolist()
     assert read_logs(tmp_path / "out" / "logs.jsonl")  # for the report of a run that is not over
+
+
+def test_of_a_small_set_as_many_fixed_prompts_are_sampled_as_it_has(tmp_path):
+    few = Dataset.from_list(ROWS[:2])
+    trainer = make_trainer(tmp_path, log_completions=True, log_fixed_prompts=4, eval_dataset=few)
+    trainer.train()
+    kept = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    assert kept["is_fixed"].tolist() == [True] * 2 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"log_fixed_prompts": 2}, "log_fixed_prompts=2 has no effect on this training: .* log_completions=True"),
+        ({"log_completions_steps": 3}, "log_completions_steps=3 has no effect"),
+        ({"num_completions_to_print": 9}, "num_completions_to_print=9 has no effect"),
+        ({"rollout": "dataset", "compile_student": True}, "compile_student=True has no effect .* rollout='dataset'"),
+        (
+            {"rollout": "student", "lmbda": 0.0, "capture_sampling": True},
+            "capture_sampling=True has no effect .* lmbda=0.0",
+        ),
+        ({"rollout": "dataset", "log_completions": True}, "log_completions=True has no effect"),
+    ],
+)
+def test_a_setting_that_does_nothing_is_named_once(tmp_path, caplog, settings, words):
+    make_trainer(tmp_path, **settings)
+    said = [text for text in caplog.messages if "has no effect on this training" in text]
+    assert len(said) == 1 and re.search(words, said[0])
+    caplog.clear()
+    make_trainer(tmp_path, **{name: value for name, value in settings.items() if name in ("rollout", "lmbda")})
+    assert "has no effect" not in caplog.text
 
 
 def test_a_number_of_fixed_prompts_below_zero_is_refused():

@@ -3,7 +3,9 @@
 VLLM_PYTHON=.venv-vllm/bin/python python -m pytest tests/vllm_checks.py
 """
 
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,21 @@ def server(request):
     """One at a time: tests of one kind come one after the other."""
     with VLLMServer(request.param, ASSETS / "teacher") as running:
         yield running
+        if request.param == "own":
+            assert ends_with_its_engine(running)
+
+
+def ends_with_its_engine(server: VLLMServer) -> bool:
+    """Whether SIGTERM to the server's process alone ends those of the engine too."""
+    server.process.terminate()
+    for _ in range(60):
+        try:
+            server.process.poll()
+            os.killpg(server.process.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(1)
+    return False
 
 
 own = pytest.mark.parametrize("server", ["own"], indirect=True)

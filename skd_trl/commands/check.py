@@ -4,25 +4,26 @@ Makes every check that the trainers make before training. Exit code 1 if somethi
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.vocabulary import shared_vocab_size
 from ..skd_config import SKDConfig
-from ..training.findings import Finding, Verdict, is_incomplete
+from ..training.findings import Finding, Verdict, finding_of, is_incomplete
 from ..training.launch_check import check_launch
 from ..training.limits import room_for_prompts
 from ..training.machine import Machine
 from ..training.memory_advice import describe_plan
 from ..training.memory_plan import fitted_plan
 from ..training.pair_check import check_pair, check_placed
-from ..training.teacher_loading import load_pair
+from ..training.teacher_loading import LoadedTeacher, connected, load_models
 from .loading import check_folder
-from .options import Command
+from .options import Command, for_this_machine
 
 
 @dataclass
@@ -40,6 +41,7 @@ class StudentName:
             raise ValueError("--model is missing: the student's name or path.")
 
 
+PATIENCE = 20.0  # seconds for a server; a training waits longer, for one that is being restarted
 CHECK = Command(
     "check",
     "Loads a student and a teacher, makes every check that SKDTrainer makes before training, and prints what it found. Exit code 1 "
@@ -52,41 +54,69 @@ CHECK = Command(
 
 def run(arguments: list[str]) -> int:
     """The command itself."""
-    # SFTConfig's bf16 refuses many machines.
-    student_name, args = CHECK.parse(arguments, bf16=False, use_cpu=not torch.cuda.is_available())
-    student, teacher, tokenizer = loaded(student_name.model, args)
+    student_name, args = CHECK.parse(arguments, **for_this_machine())
+    student, loaded, tokenizer = load(student_name.model, args)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
+    is_refused = False
+    for name, teacher in zip(loaded.names or ("",), loaded.models, strict=True):
+        findings = findings_about(student, teacher, tokenizer, args, accelerator)
+        if loaded.is_served:
+            findings.append(finding_of("server", check_answers, student, loaded, tokenizer, args))
+        is_refused = is_refused or any(finding.verdict == Verdict.REFUSED for finding in findings)
+        if accelerator.is_main_process:
+            print_findings(findings, name)
+            if not loaded.is_served:
+                print_plan(student, teacher, args, accelerator)
+    return int(is_refused)
+
+
+def load(model: str, args: SKDConfig) -> tuple[PreTrainedModel, LoadedTeacher, PreTrainedTokenizerBase]:
+    """Student, teacher and tokenizer; the command ends if they cannot be had."""
+    teachers: Any = args.teacher_models or {"teacher": args.teacher_model_name_or_path}
+    try:
+        check_folder("student", model)
+        for name, path in teachers.items():
+            check_folder(name, path)
+        return load_models(model, None, None, args)
+    except Exception as error:  # whatever the loading of a model raises
+        names = " and ".join(repr(name) for name in (model, *teachers.values()) if name is not None)
+        CHECK.fail(f"{names} cannot be loaded. {' '.join(str(error).split())}")
+
+
+def findings_about(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SKDConfig,
+    accelerator: Accelerator,
+) -> list[Finding]:
+    """What the trainers' checks find about a pair, each topic once."""
     findings = check_pair(student, teacher, tokenizer, args)
     if is_incomplete(findings):
         later = {found.topic: found for found in check_placed(student, teacher, tokenizer, args, accelerator)}
         findings = [later.get(found.topic, found) for found in findings]
-    findings += [found for found in check_launch(student, teacher, args, accelerator) if found not in findings]
-    if accelerator.is_main_process:
-        print_findings(findings)
-        print_plan(student, teacher, args, accelerator)
-    return int(any(finding.verdict == Verdict.REFUSED for finding in findings))
+    return findings + [found for found in check_launch(student, teacher, args, accelerator) if found not in findings]
 
 
-def loaded(model: str, args: SKDConfig) -> tuple:
-    """Student, teacher and tokenizer; the command ends if they cannot be had."""
-    try:
-        check_folder("student", model)
-        check_folder("teacher", args.teacher_model_name_or_path)
-        return load_pair(model, None, None, args)
-    except Exception as error:  # whatever the loading of a model raises
-        pair = " and ".join(repr(name) for name in (model, args.teacher_model_name_or_path) if name is not None)
-        CHECK.fail(f"{pair} cannot be loaded. {' '.join(str(error).split())}")
+def check_answers(
+    student: PreTrainedModel, loaded: LoadedTeacher, tokenizer: PreTrainedTokenizerBase, args: SKDConfig
+) -> tuple[Verdict, str]:
+    """Whether the teacher's server is there, with the student's tokenizer and scores that agree with themselves."""
+    args.teacher_server_patience = min(args.teacher_server_patience, PATIENCE)
+    client = connected(loaded, args, tokenizer, shared_vocab_size(student, student))
+    assert client is not None
+    return Verdict.GOOD, f"{client.model} answers, with texts of up to {client.max_length} tokens."
 
 
-def print_findings(findings: list[Finding]) -> None:
-    """A table of topic, verdict and detail."""
+def print_findings(findings: list[Finding], teacher: str = "") -> None:
+    """A table of topic, verdict and detail; `teacher` is its name, if there are several."""
     styles = dict.fromkeys(Verdict, "dim") | {
         Verdict.GOOD: "green",
         Verdict.WARNING: "yellow",
         Verdict.REFUSED: "bold red",
     }
-    table = Table(show_lines=True)
+    table = Table(show_lines=True, title=f"With the teacher {teacher!r}" if teacher else None)
     for column in ("topic", "verdict", "detail"):
         table.add_column(column)
     for finding in findings:

@@ -23,6 +23,8 @@ from ..evaluation.scores import evaluate as score
 from ..evaluation.text_metrics import scored, text_metrics
 from ..evaluation.texts import decode, generate
 from ..loss.divergences import DIVERGENCES
+from ..sampling.admission import positions_of
+from ..training.limits import smallest
 from .loading import naming
 from .options import Command
 from .rows import load_rows
@@ -185,7 +187,9 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
             tokenizer, decoding, text_metrics(options.metrics), drafting, DIVERGENCES[options.divergence]()
         )
         if data is None:
-            data = held_out(rows, tokenizer, decoding.eos_token_ids, options.chat_template_kwargs)
+            limits = [positions_of(model.config.get_text_config()) for model in (student, teacher)]
+            room = smallest(None if limit is None else limit - options.max_new_tokens for limit in limits)
+            data = held_out(rows, tokenizer, decoding.eos_token_ids, options.chat_template_kwargs, room)
             teacher_ids = generate(teacher, data.prompt_ids, decoding=decoding, description="teacher: greedy text")
         found.append(score(student, teacher, data, teacher_ids, evaluation=evaluation, name=name))
         del student

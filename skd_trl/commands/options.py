@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 import yaml
 
 from .._compat import TrlParser
@@ -128,6 +129,11 @@ class Command:
                 f"`{self.prog} --help GROUP` explains a group, `--help OPTION` an option, `--help all` everything.",
             ]
         return "\n".join(lines)
+
+
+def for_this_machine() -> dict[str, Any]:
+    """Defaults of a machine without an accelerator, where TRL's `bf16=True` is refused; the command line and the file override them."""
+    return {} if torch.accelerator.is_available() else {"use_cpu": True, "bf16": False}
 
 
 # Groups of options, in the order of the help, and what they are about.

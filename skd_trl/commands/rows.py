@@ -6,7 +6,7 @@ from string import Formatter
 from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ..training.score import scored_files
+from ..training.score import num_missing_files, scored_files
 
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -41,6 +41,10 @@ def load_rows(
         raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits) or 'none'}.")
     path = Path(name)
     if path.is_dir() and (scored := scored_files(path)):
+        if missing := num_missing_files(path):
+            raise ValueError(
+                f"{name} is not scored to its end: {missing} of its files are missing. Give the same `skd score` again; it goes on where it was."
+            )
         rows = load_dataset("parquet", data_files=list(map(str, scored)), split="train", streaming=streaming)
     elif path.is_dir() and _is_saved(path):
         saved = load_from_disk(name)

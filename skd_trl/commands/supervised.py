@@ -23,11 +23,14 @@ def supervised_stage(
     same settings finished before, on the same `data` (name, configuration, split), is not run again.
     """
     target = Path(training_args.output_dir) / f"{role}_sft"
+    loading = getattr(training_args, STAGES[role])
+    if loading.get("dtype") == "auto":  # of a teacher's file, in which small updates may be lost
+        loading = {**loading, "dtype": training_args.model_init_kwargs["dtype"]}
     names = ("seed", "bf16", "fp16", "use_cpu", "gradient_checkpointing", "max_length", "report_to", "disable_tqdm")
     fields = {
         **{name: getattr(training_args, name) for name in names},
         "output_dir": str(target),
-        "model_init_kwargs": getattr(training_args, STAGES[role]),
+        "model_init_kwargs": loading,
         "save_strategy": "no",
         **settings,
     }

@@ -4,6 +4,7 @@ Ends with a table (before, after, change) on held-out prompts, and leaves metric
 directory. On several GPUs: `accelerate launch -m skd_trl train --config ...`.
 """
 
+import re
 import shlex
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
@@ -25,9 +27,9 @@ from ..skd_trainer import SKDTrainer
 from ..training.console import LogLine
 from ..training.run_files import LogFile, run_settings, write_settings
 from .loading import check_folder, naming
-from .options import Command
+from .options import Command, for_this_machine
 from .supervised import supervised_stage
-from .train_options import TRAINERS, TrainArguments, chosen_trainer, for_this_machine, train_command
+from .train_options import TRAINERS, TrainArguments, chosen_trainer, train_command
 from .train_rows import load_train_and_test
 
 
@@ -60,8 +62,12 @@ def checkpoint_to_resume(args: SKDConfig) -> str | None:
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    there_are = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in there_are if (path / "trainer_state.json").exists()]
+    by_step = {
+        int(found[1]): path
+        for path in Path(args.output_dir).glob("checkpoint-*")
+        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    whole = [by_step[step] for step in sorted(by_step) if (by_step[step] / "trainer_state.json").exists()]
     if str(wanted).lower() == "true" and whole:
         return str(whole[-1])
     if Path(wanted).is_dir():
@@ -180,11 +186,18 @@ def make_trainer(
 
 
 def set_model_init_kwargs(training_args: SKDConfig, model_args: ModelConfig) -> None:
-    """What ModelConfig says about loading holds for the student, and for the teacher unless its own settings differ."""
+    """What ModelConfig says about loading holds for the student, and for a teacher that is loaded, unless its own settings differ.
+
+    TRL's default, fp32, is for weights that are trained. A teacher keeps the type of its file, but on a CPU, where 16 bits are slow.
+    """
     common = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     student = {**common, "revision": model_args.model_revision}
     quantization_config = get_quantization_config(model_args)
     if quantization_config is not None:
         student["quantization_config"] = quantization_config
     training_args.model_init_kwargs = {**student, **(training_args.model_init_kwargs or {})}
+    if training_args.teacher_model_name_or_path is None and training_args.teacher_models is None:
+        return
+    if model_args.dtype == ModelConfig.__dataclass_fields__["dtype"].default and torch.accelerator.is_available():
+        common["dtype"] = "auto"
     training_args.teacher_model_init_kwargs = {**common, **(training_args.teacher_model_init_kwargs or {})}

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from .._compat import ModelConfig, ScriptArguments
@@ -106,11 +105,6 @@ def train_command(trainer: str = "skd") -> Command:
         "      --dataset_name rows.jsonl --output_dir out",
         lambda name: "It belongs to SpecKD's trainer: add --trainer speckd." if name in of_speckd else None,
     )
-
-
-def for_this_machine() -> dict[str, Any]:
-    """Defaults of a machine without an accelerator, where TRL's `bf16=True` is refused; the command line and the file override them."""
-    return {} if torch.accelerator.is_available() else {"use_cpu": True, "bf16": False}
 
 
 def chosen_trainer(arguments: list[str]) -> str:

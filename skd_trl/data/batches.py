@@ -47,6 +47,8 @@ class Key(StrEnum):
     TEACHER_TOP_IDS = "teacher_top_ids"
     TEACHER_TOP_LOG_PROBS = "teacher_top_log_probs"
     TEACHER_LABEL_LOG_PROBS = "teacher_label_log_probs"
+    # An evaluation: the place of each row in it, (B,)
+    PLACE = "place"
     # SpecKD: noise of its gates, (N, U), weights of a window that is weighed as a whole, (N,), what the compared gate accepts (N,)
     GATE_UNIFORMS = "gate_uniforms"
     COMPARED_UNIFORMS = "compared_uniforms"

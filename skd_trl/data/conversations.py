@@ -1,10 +1,10 @@
 """The columns of a row -> turns as chat templates know them: `role`, `content`, `tool_calls`.
 
 Public data sets write the same conversation in many ways: `from` and `value` for `role` and `content`, "human" and "gpt" for
-"user" and "assistant" (ShareGPT), calls as turns of JSON text (LLaMA-Factory, ms-swift), contents in parts, tools as text, the
-system prompt in a column. Known forms are translated. What is not known is never guessed at: it is an `UnusableRow` that says
-what to change. A role that is not known may be one that the template knows, so it is kept, but not as the last one, where it
-decides whether the row holds an answer.
+"user" and "assistant" (ShareGPT), calls as turns of JSON text (LLaMA-Factory, ms-swift) or under `function_call` (OpenAI's older
+form), contents in parts, calls and tools as text, the system prompt in a column. Known forms are translated. What is not known is
+never guessed at: it is an `UnusableRow` that says what to change. A role that is not known may be one that the template knows, so
+it is kept, but not as the last one, where it decides whether the row holds an answer.
 """
 
 import json
@@ -21,6 +21,8 @@ class UnusableRow(Exception):
 
 # Turns whose content is a call, or a list of calls, as JSON text.
 CALL_ROLES = ("function_call", "tool_call")
+# Where turns keep their calls: a list, one call, or either as JSON text.
+CALL_KEYS = ("tool_calls", "function_call")
 NAMES_OF_ROLES = {
     "system": ("system",),
     "developer": ("developer",),
@@ -71,9 +73,11 @@ def _turn(turn: Any, where: str) -> dict:
     name = turn["role"].strip().lower()
     content = _content(turn.get("content"), where)
     if name in CALL_ROLES:
-        return {"role": "assistant", "content": None, "tool_calls": _calls(content, where)}
+        return {"role": "assistant", "content": None, "tool_calls": _calls(as_text(content) or "{}", where)}
+    calls = [call for key in CALL_KEYS for call in _calls(turn.pop(key, None), where)]
     # Some templates ask whether a key is there.
-    return {**turn, "role": ROLES.get(name, turn["role"])} | ({"content": content} if "content" in turn else {})
+    turn |= {name: value for name, value in (("content", content), ("tool_calls", calls)) if name in turn or calls}
+    return {**turn, "role": ROLES.get(name, turn["role"])}
 
 
 def _content(content: Any, where: str) -> str | list[dict] | None:
@@ -92,19 +96,27 @@ def _content(content: Any, where: str) -> str | list[dict] | None:
     return [{"type": "text", "text": part["text"]} for part in parts] or ""
 
 
-def _calls(content: str | list[dict] | None, where: str) -> list[dict]:
-    try:
-        calls = json.loads(as_text(content))
-    except ValueError:
-        calls = None
-    calls = [calls] if isinstance(calls, dict) else calls
-    if not isinstance(calls, list) or not calls or not all(isinstance(c, dict) and "name" in c for c in calls):
+def _calls(given: Any, where: str) -> list[dict]:
+    calls = given
+    if isinstance(given, str):
+        try:
+            calls = json.loads(given.strip() or "[]")
+        except ValueError:
+            pass
+    calls = [calls] if isinstance(calls, dict) else calls or []
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
         raise UnusableRow(
             "unreadable",
-            f'{where} is a call, and its content is not JSON of the form {{"name": ..., "arguments": ...}}. Write it so, or as '
-            "an assistant's turn with `tool_calls`.",
+            f'{where} has a call that is not of the form {{"name": ..., "arguments": ...}}, as a dict or as JSON. Write it so, '
+            "as an assistant's turn with `tool_calls`.",
         )
-    return [{"type": "function", "function": {**call, "arguments": call.get("arguments", {})}} for call in calls]
+    wrapped = [{"type": "function", "function": {**call, "arguments": call.get("arguments", {})}} for call in calls]
+    return [call if "function" in call else wrap for call, wrap in zip(calls, wrapped, strict=True)]
+
+
+def _is_call(value: Any) -> bool:
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return isinstance(function, dict) and "name" in function
 
 
 def as_text(content: str | list[dict] | None) -> str:
@@ -144,13 +156,26 @@ def refuse_system_column(row: dict[str, Any]) -> None:
 def tools_of(row: dict[str, Any]) -> list[dict] | None:
     """The tools of a row, from a list or its JSON text. `None` for none: some templates print a preamble for an empty list."""
     tools = _from_json(row.get("tools"), "tools")
+    functions = _from_json(row.get("functions"), "functions")  # OpenAI's older form
+    if functions and not tools:
+        functions = functions if isinstance(functions, list) else [functions]
+        tools = [{"type": "function", "function": _from_json(function, "functions")} for function in functions]
     if not tools:
         return None
     if isinstance(tools, list):
         tools = [_from_json(tool, "tools") for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UnusableRow("unreadable", f"its `tools` are not a list of dicts but {tools!r:.80}. Make them one.")
-    return without_none(tools)
+    return [_with_parameters(tool) for tool in without_none(tools)]
+
+
+def _with_parameters(tool: dict) -> dict:
+    """The tool with the schema of its parameters as a dict, where that is JSON text."""
+    if isinstance(tool.get("function"), dict):
+        return {**tool, "function": _with_parameters(tool["function"])}
+    if not isinstance(tool.get("parameters"), str):
+        return tool
+    return {**tool, "parameters": _from_json(tool["parameters"], "tools") or {}}
 
 
 def template_kwargs_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -46,4 +46,4 @@ class RowRules:
     needs_scores: bool = False
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
-    version: int = 5
+    version: int = 6

@@ -1,10 +1,12 @@
 """What a chat template does with a conversation: how it wants its contents, and what of them it leaves out.
 
-Templates differ in what they can print: texts or parts, a null content or the word "None", calls, reasoning of earlier turns. A
+Templates differ in what they can print: texts or parts, a null content or the word "None", calls with arguments as a dict or as
+JSON text, reasoning of earlier turns. A
 template is asked by rendering a mark, once, and its conversations are handed over as it wants them. What a row holds is then
 looked for in what was rendered, since a template drops what it does not know without a word.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -28,10 +30,13 @@ HALVES = ("SKDCONTENT", "MARK")
 @dataclass(frozen=True)
 class TemplateHabits:
     """`parts`: "needed" where a template prints no text, else "joined": the text is what it would print of the parts, and some
-    templates print parts of a tool's turn as Python. `prints_null`: whether it prints the word "None" for a content that is null."""
+    templates print parts of a tool's turn as Python. `null_as_text`: whether it prints the word "None" for a content that
+    is null, or fails on one beside calls. `arguments`: "either" where it prints a dict and its JSON text alike, or neither; "dict" where it prints JSON text once more as
+    JSON, fails on it, or has another form for a dict; "text" where it fails on a dict or prints it as Python."""
 
     parts: str
-    prints_null: bool
+    null_as_text: bool
+    arguments: str
 
 
 def make_renderer(
@@ -59,13 +64,15 @@ def make_renderer(
 
 @lru_cache(maxsize=16)
 def habits_of(tokenizer: PreTrainedTokenizerBase, template: str) -> TemplateHabits:
-    def render(*contents: str | list[dict] | None) -> str:
-        roles = ("user", "assistant") if len(contents) == 2 else ("system", "user", "assistant")
-        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    def render_turns(turns: list[dict]) -> str:
         try:
             return str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))
         except RENDER_ERRORS:
             return ""
+
+    def render(*contents: str | list[dict] | None) -> str:
+        roles = ("user", "assistant") if len(contents) == 2 else ("system", "user", "assistant")
+        return render_turns([{"role": role, "content": c} for role, c in zip(roles, contents, strict=True)])
 
     mark, in_parts = "".join(HALVES), [{"type": "text", "text": half} for half in HALVES]
     parts = "joined"
@@ -77,20 +84,64 @@ def habits_of(tokenizer: PreTrainedTokenizerBase, template: str) -> TemplateHabi
             parts = "needed"
             break
     prints_null = "None" in render(mark, None) and "None" not in render(mark, "")
-    return TemplateHabits(parts, prints_null)
+    fails_on_null, arguments = _habits_with_calls(render_turns)
+    return TemplateHabits(parts, prints_null or fails_on_null, arguments)
+
+
+def _habits_with_calls(render_turns: Callable[[list[dict]], str]) -> tuple[bool, str]:
+    """Whether it fails on calls beside a null content, and how it wants their arguments."""
+    as_dict = {HALVES[0]: HALVES[1]}
+    rendered = {}
+    for content, form in itertools.product(("", None), ("dict", "text")):
+        function = {"name": "skd", "arguments": as_dict if form == "dict" else json.dumps(as_dict)}
+        calls = [{"id": "skdcall00", "type": "function", "function": function}]
+        answer = {"role": "assistant", "content": content, "tool_calls": calls}
+        rendered[content, form] = render_turns([{"role": "user", "content": HALVES[1]}, answer])
+    fails_on_null = any(rendered["", form] and not rendered[None, form] for form in ("dict", "text"))
+    # Some print calls beside a content that is null alone.
+    dict_text, text_text = (
+        next((text for text in (rendered["", form], rendered[None, form]) if HALVES[0] in text), "")
+        for form in ("dict", "text")
+    )
+    takes_dict = HALVES[0] in dict_text and f"'{HALVES[0]}'" not in dict_text
+    takes_text = HALVES[0] in text_text and f'\\"{HALVES[0]}' not in text_text
+    if dict_text == text_text or not (takes_dict or takes_text):
+        return fails_on_null, "either"
+    return fails_on_null, "dict" if takes_dict else "text"
 
 
 def _shaped(turn: dict, habits: TemplateHabits) -> dict:
+    if turn.get("tool_calls") and habits.arguments != "either":
+        turn = {**turn, "tool_calls": [_with_arguments(call, habits.arguments) for call in turn["tool_calls"]]}
     if "content" not in turn:
         return turn
     content = turn["content"]
-    if content is None and (habits.prints_null or not turn.get("tool_calls")):
+    if content is None and (habits.null_as_text or not turn.get("tool_calls")):
         content = ""
     if isinstance(content, list) and habits.parts == "joined":
         content = as_text(content)
     if isinstance(content, str) and habits.parts == "needed":
         content = [{"type": "text", "text": content}]
     return {**turn, "content": content}
+
+
+def _with_arguments(call: dict, form: str) -> dict:
+    """The call with its arguments as a dict, or as JSON text. Text that is no JSON of a dict stays."""
+    arguments = call["function"].get("arguments")
+    if form == "text" and isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if form == "dict" and isinstance(arguments, str):
+        arguments = _parsed(arguments or "{}")
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _parsed(text: str) -> Any:
+    """What JSON text of a dict holds; other text as it is."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def held_by(turn: dict) -> dict[str, list[str]]:
@@ -107,12 +158,7 @@ def _texts_of_call(call: Any) -> Iterator[str]:
     function = call.get("function", call) if isinstance(call, dict) else {}
     yield str(function.get("name") or "")
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            pass
-    yield from _leaves(arguments)
+    yield from _leaves(_parsed(arguments) if isinstance(arguments, str) else arguments)
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -30,6 +30,8 @@ from .templates import make_renderer
 
 # Notes that are about the prompt, and so matter in every run.
 NOTES_OF_PROMPTS = ("lost_turn", "lost_tools")
+# Public data sets' columns of what no text model can read, beside turns that speak of it.
+MEDIA_COLUMNS = {"image", "images", "video", "videos", "audio", "audios"}
 # Of one example: adds to the notes it is given, and returns the ids of the prompt, of the response, and of the teacher's prompt if
 # it has its own.
 Encoder = Callable[[list[str]], tuple[list[int], list[int], list[int]]]
@@ -101,6 +103,8 @@ def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
 def _with_teacher_index(row: dict[str, Any], result: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     if result["problem"] or row.get("teacher_id") in names:
         return result | {"teacher_index": -1 if result["problem"] else names.index(row["teacher_id"])}
+    if "prompt_ids" in row and row.get("teacher_index") in range(len(names)):  # a prepared row
+        return result | {"teacher_index": row["teacher_index"]}
     found = f"its `teacher_id` is {row['teacher_id']!r}" if "teacher_id" in row else "it has no `teacher_id`"
     problem = UnusableRow("unknown_teacher", f"{found}; the teachers are {', '.join(names)}.")
     return _unusable(problem) | {"teacher_index": -1}
@@ -146,8 +150,8 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
         _refuse_one_for_several(row, examples)
         encoders = [partial(_cut_tokenized, *example, tokenizer, rules) for example in examples]
         return [_with_teacher(encode, row, None, tokenizer, rules) for encode in encoders]
-    if images := {"image", "images"} & row.keys():
-        raise UnusableRow("form", f"it has a column {images.pop()!r}. Only text is supported: remove the column.")
+    if media := sorted(MEDIA_COLUMNS & row.keys()):
+        raise UnusableRow("form", f"it has a column {media[0]!r}. Only text is supported: remove the column.")
     for column in ("messages", "conversations"):
         if column in row:
             turns = with_system_column(row, turns_of(row[column], column))

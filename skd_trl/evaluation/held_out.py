@@ -68,14 +68,16 @@ def held_out(
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: list[int],
     chat_template_kwargs: dict | None = None,
+    max_prompt_length: int | None = None,
 ) -> HeldOut:
-    """The prompts of `rows`, which have one of the forms that [`SKDTrainer`] takes.
+    """The prompts of `rows`, which have one of the forms that [`SKDTrainer`] takes. Those of more than `max_prompt_length` tokens are left
+    out, and counted in a note.
 
     Raises:
         `ValueError`: for rows that cannot be used; the message names them.
     """
     rules = RowRules(
-        max_prompt_length=None,
+        max_prompt_length=max_prompt_length,
         max_response_length=None,
         needs_response=False,
         eos_token_ids=tuple(eos_token_ids),

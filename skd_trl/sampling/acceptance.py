@@ -9,176 +9,13 @@ Shapes: N rows, G drafted tokens, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
-from .nucleus import Nucleus
-from .sampling_params import SamplingParams, draw_from_probs
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a teacher says of a draft: here its logits, so everything. [`TopJudgement`] knows only its top k.
-
-    Attributes:
-        logits (`torch.Tensor` of shape `(N, G, V)`):
-            Raw. V is 0 where nothing was judged.
-        signal (`dict` of `torch.Tensor` of shape `(N, G, ...)`):
-            What the loss may use of the teacher at each of these tokens, kept with the responses under these names.
-    """
-
-    has_all_outcomes: ClassVar[bool] = True  # is over the whole vocabulary
-    logits: torch.Tensor
-    signal: dict[str, torch.Tensor]
-
-    def rank(self, tokens: torch.Tensor) -> torch.Tensor:
-        """How many ids the teacher ranks higher than `tokens` (N, G): (N, G), -1 where nothing was judged."""
-        if self.logits.shape[-1] == 0:
-            return torch.full_like(tokens, -1)
-        return (self.logits > self.logits.gather(-1, tokens[..., None])).sum(-1)
-
-    def probability(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The probability (N, G) of `tokens` (N, G) at temperature 1 over the whole vocabulary."""
-        return self.logits.float().softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-
-    def mass_above(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The probability (N, G) of all ids that the teacher ranks higher than `tokens` (N, G)."""
-        probs = self.logits.float().softmax(-1)
-        return (probs * (probs > probs.gather(-1, tokens[..., None]))).sum(-1)
-
-    def shaped_probs(self, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
-        """The distribution that is drawn from, over the outcomes that `at_outcomes` and `tokens_of` know: (N, G, V)."""
-        return nucleus.probs(self.logits, sampling)
-
-    def shaped_probability(self, tokens: torch.Tensor, sampling: SamplingParams, nucleus: Nucleus) -> torch.Tensor:
-        """The probability (N, G) of `tokens` (N, G) in that distribution."""
-        return self.shaped_probs(sampling, nucleus).gather(-1, tokens[..., None]).squeeze(-1)
-
-    def draw(self, sampling: SamplingParams, nucleus: Nucleus, uniforms: torch.Tensor) -> torch.Tensor:
-        """Draws from it with `uniforms` (N,), of a judgement of one column: the tokens (N,)."""
-        return nucleus.draw(self.logits.squeeze(1), sampling, uniforms)
-
-    def at_outcomes(self, values: torch.Tensor) -> torch.Tensor:
-        """Of `values` (N, G, V) those at the outcomes: here all."""
-        return values
-
-    def tokens_of(self, outcomes: torch.Tensor) -> torch.Tensor:
-        """The ids (N, G) of outcomes (N, G): here they are ids."""
-        return outcomes
-
-    def decide(self, block: torch.Tensor) -> None:
-        """Is told of the tokens (N, G) that were written, where the loss's signal depends on them: here it does not."""
-
-    def column(self, index: torch.Tensor) -> "Judgement":
-        """The judgement of one column per row, `index` (N, 1), without the loss's signal."""
-        return Judgement(take_column(self.logits, index), {})
-
-
-def take_column(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Columns `index` (N, 1) of `values` (N, G, ...): (N, 1, ...)."""
-    index = index.reshape(*index.shape, *(1,) * (values.ndim - 2))
-    return values.gather(1, index.expand(-1, 1, *values.shape[2:]))
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What a rule may look at. Row `i, j` of the logits is the distribution that token `i, j` was judged by.
-
-    Attributes:
-        tokens (`torch.LongTensor` of shape `(N, G)`): the student's proposals; -100 where it drafted nothing.
-        student_logits (`torch.Tensor` of shape `(N, G, V)`): raw; V is 0 but for rules with `needs_student`.
-        judgement ([`Judgement`]): the teacher's.
-        student_sampling, teacher_sampling ([`SamplingParams`]): how either model's draws are shaped.
-        coins (`torch.Tensor` of shape `(N, G)`): uniform numbers in [0, 1) for rules that accept by chance.
-        nucleus ([`~skd_trl.sampling.nucleus.Nucleus`], *optional*): how this round finds nuclei; by default by sorting.
-        is_drafted (`bool`, *optional*, defaults to `True`): whether there are proposals.
-    """
-
-    tokens: torch.Tensor
-    student_logits: torch.Tensor
-    judgement: Judgement
-    student_sampling: SamplingParams
-    teacher_sampling: SamplingParams
-    coins: torch.Tensor
-    nucleus: Nucleus = field(default_factory=Nucleus)
-    is_drafted: bool = True
-
-    @property
-    def teacher_logits(self) -> torch.Tensor:
-        """(N, G, V), raw."""
-        return self.judgement.logits
-
-    @cached_property
-    def teacher_rank(self) -> torch.Tensor:
-        """How many ids the teacher ranks higher than the proposal, (N, G): 0 is its favourite. Ties count for the proposal.
-        Of raw logits: temperature and nucleus would turn a rank below the top few into a tie at zero. -1 where nothing was
-        drafted or judged."""
-        return self.judgement.rank(self.tokens) if self.is_drafted else torch.full_like(self.tokens, -1)
-
-    def column(self, index: torch.Tensor) -> "Draft":
-        """The draft of one column per row, `index` (N, 1): what a replacement is drawn from."""
-        return _Column(self, index)
-
-    def probability(self, of: str, shaped: bool = True) -> torch.Tensor:
-        """Probability of the proposals under `"student"` or `"teacher"`, (N, G), as drawn from or (`shaped=False`)
-        at temperature 1 over the whole vocabulary."""
-        judgement = Judgement(self.student_logits, {}) if of == "student" else self.judgement
-        if not shaped:
-            return judgement.probability(self.tokens)
-        if self.judgement.has_all_outcomes:
-            return self.shaped_probs(of).gather(-1, self.tokens[..., None]).squeeze(-1)
-        sampling = self.student_sampling if of == "student" else self.teacher_sampling
-        return judgement.shaped_probability(self.tokens, sampling, self.nucleus)
-
-    def shaped_probs(self, of: str) -> torch.Tensor:
-        """The distributions that `"student"` or `"teacher"` draws from, over the judgement's outcomes: (N, G, V), or (N, G, k) where the
-        teacher sends its top k. A rule that takes them from here never waits for the device, and no vocabulary is sorted where
-        the nuclei are small."""
-        if of not in self._shaped_probs:
-            if of == "student":
-                probs = self.judgement.at_outcomes(self.nucleus.probs(self.student_logits, self.student_sampling))
-            else:
-                probs = self.judgement.shaped_probs(self.teacher_sampling, self.nucleus)
-            self._shaped_probs[of] = probs
-        return self._shaped_probs[of]
-
-    @cached_property
-    def _shaped_probs(self) -> dict[str, torch.Tensor]:
-        return {}
-
-
-class _Column(Draft):
-    """A column of a draft, of which only what is asked for is taken out."""
-
-    draft: Draft
-    index: torch.Tensor
-
-    def __init__(self, draft: Draft, index: torch.Tensor):
-        names = ("student_sampling", "teacher_sampling", "nucleus", "is_drafted")
-        vars(self).update({name: getattr(draft, name) for name in names}, draft=draft, index=index)
-
-    @cached_property
-    def tokens(self) -> torch.Tensor:  # type: ignore[override]
-        return self.draft.tokens.gather(1, self.index)
-
-    @cached_property
-    def student_logits(self) -> torch.Tensor:  # type: ignore[override]
-        return take_column(self.draft.student_logits, self.index)
-
-    @cached_property
-    def judgement(self) -> Judgement:  # type: ignore[override]
-        return self.draft.judgement.column(self.index)
-
-    @cached_property
-    def coins(self) -> torch.Tensor:  # type: ignore[override]
-        return self.draft.coins.gather(1, self.index)
-
-    @cached_property
-    def _shaped_probs(self) -> dict[str, torch.Tensor]:
-        # Where the rule has judged by them, they are there.
-        return {of: take_column(probs, self.index) for of, probs in self.draft._shaped_probs.items()}
+from .draft import Draft
+from .draft import Judgement as Judgement
+from .sampling_params import draw_among, draw_from_probs
 
 
 @dataclass(frozen=True)
@@ -271,14 +108,25 @@ class Mixture(AcceptanceRule):
             raise ValueError(f"gamma={self.gamma}: the mixture rule needs a share, 0 (student) to 1 (teacher).")
 
     def __call__(self, draft: Draft) -> torch.Tensor:
-        student, teacher = draft.probability("student"), draft.probability("teacher")
-        return draft.coins * student < (1 - self.gamma) * student + self.gamma * teacher
+        student, teacher = draft.both_probabilities()
+        return draft.coins * student < torch.lerp(student, teacher, self.gamma)
 
     def replacement_probs(self, draft: Draft) -> torch.Tensor:
-        teacher = draft.shaped_probs("teacher")
-        residual = (teacher - draft.shaped_probs("student")).clamp(min=0)
+        student, teacher = draft.both_shaped_probs.unbind(1)
+        residual = (teacher - student).clamp(min=0)
         # Equal distributions leave no residual, and are rejected by rounding only.
         return torch.where(residual.sum(-1, keepdim=True) > 0, residual, teacher)
+
+    def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
+        is_own = type(self).replacement_probs is Mixture.replacement_probs
+        candidates = draft.teacher_candidates() if is_own and draft.judgement.has_all_outcomes else None
+        if candidates is None:
+            return super().replacement(draft, uniforms)
+        # The residual is among the candidates for the teacher's nucleus. Where it leaves nothing, the teacher's favourite will do.
+        ids = candidates.sort(dim=-1).values
+        both = draft.both_shaped_probs.gather(-1, ids[:, None].expand(-1, 2, -1, -1))
+        residual = (both[:, 1] - both[:, 0]).clamp_(min=0)
+        return draw_among(residual.squeeze(1), ids.squeeze(1), uniforms, otherwise=candidates[:, 0, :1])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .acceptance import AcceptanceRule, Draft
+from .acceptance import AcceptanceRule
+from .draft import DraftInSteps
 from .draft_length import DraftLength, Round, Stopwatch
 from .nucleus import CANDIDATES, CANDIDATES_ON_CPU, Nucleus
 from .participants import LocalParticipant, Participant, Setting
@@ -135,7 +136,7 @@ def interleaved_sample(
     ):
         rows = Rows(noise.to(device), num_places, draft_length.longest, eos_token_ids, rounds)
         while True:
-            admitted = rows.admit(prompts.host_lengths)
+            admitted = rows.admit(prompts)
             prefills = student.admit(*admitted), teacher.admit(*admitted)
             for move in rows.pack():
                 student.move_row(*move)
@@ -219,25 +220,28 @@ def interleave_round(
 ) -> Signal:
     """Steps 2 to 6 for all rows in use: a function over fixed buffers, without a shape that depends on data and without a wait
     for the host. What it decided is in the buffers of `rows`; what it returns is what the teacher leaves for the loss."""
-    nucleus.begin_round()
-    noise = rows.noise_of_block(num_draft)  # (N, G, 3)
+    nucleus.begin_round(keeps_drawn=accept.needs_student)
+    last, columns, noise = rows.begin_block(num_draft)  # (N, 1), (N, G), (N, G, 3)
     stopwatch.mark()
+    student.begin_block(last, columns)
     steps = [student.step(noise[:, g, STUDENT_DRAW]) for g in range(num_draft)]
-    proposals = torch.stack([tokens for tokens, _ in steps], dim=1)
+    tokens = torch.stack([last.squeeze(1), *(tokens for tokens, _ in steps)], dim=1)
+    inputs, proposals = tokens[:, :-1], tokens[:, 1:]
     stopwatch.mark()
+    drawn = nucleus.take_drawn()
+    teacher.begin_block(inputs, columns)
     judgement = teacher.judge(proposals)
-    if accept.needs_student:
-        student_logits = torch.stack([logits for _, logits in steps], dim=1)
-    else:
-        student_logits = steps[0][1][:, None, :0].expand(-1, num_draft, -1)
-    sampling, coins = (student.sampling, teacher.sampling), noise[..., ACCEPT_COIN]
-    draft = Draft(proposals, student_logits, judgement, *sampling, coins, nucleus, accept.drafts)
+    draft = DraftInSteps(
+        steps, accept.needs_student, tokens=proposals, judgement=judgement, student_sampling=student.sampling,
+        teacher_sampling=teacher.sampling, coins=noise[..., ACCEPT_COIN], nucleus=nucleus, is_drafted=accept.drafts,
+        drawn=drawn if len(drawn) == num_draft else (),
+    )  # fmt: skip
     accepted = accept(draft).bool()
     column = rows.first_rejected(accepted)
     replacement = accept.replacement(draft.column(column), noise[..., TEACHER_DRAW].gather(1, column).squeeze(1))
     block = torch.where(accepted, proposals, replacement[:, None])  # what follows the first rejected token is dropped
     stopwatch.mark()
-    count = rows.write(block, accepted, column, draft, nucleus.fitted(len(block)))
+    count = rows.write(block, accepted, draft, nucleus.fitted(len(block)))
     student.keep(block, count)
     teacher.keep(block, count)
     stopwatch.mark()

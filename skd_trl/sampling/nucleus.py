@@ -8,13 +8,14 @@ is kept for a while.
 Shapes: N rows, `...` leading ones of N rows, V vocabulary, C candidates.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from .sampling_params import (
     SamplingParams,
     at_least,
     draw_from_probs,
-    first_above,
     least_of,
     shaped_probs,
     softmax_at,
@@ -29,6 +30,24 @@ CANDIDATES_ON_CPU, CANDIDATES = (64, 1024), (1024,)
 LEAST_SHARE = 16
 
 
+@dataclass(frozen=True)
+class Uncut:
+    """A distribution and where it is to be cut.
+
+    Attributes:
+        probs (`torch.Tensor` of shape `(..., V)`): at its temperature, summing to 1.
+        least (`torch.Tensor` of shape `(..., 1)`, *optional*): what is below it does not count. By default all counts.
+        ids (`torch.LongTensor` of shape `(..., C)`, *optional*): the candidates among which is all that counts, where it fits.
+    """
+
+    probs: torch.Tensor
+    least: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
+
+    def cut(self) -> torch.Tensor:
+        return self.probs if self.least is None else at_least(self.probs, self.least)
+
+
 class Nucleus:
     """Finds the nuclei of one sampling.
 
@@ -38,6 +57,7 @@ class Nucleus:
     Attributes:
         level (`int`): which of them is tried.
         fitting (`list` of `torch.BoolTensor` of shape `(N, ...)`): of each draw of this round, the rows whose nucleus fitted.
+        drawn (`list` of [`Uncut`], *optional*): what each draw of this round was from, if that is kept.
     """
 
     PATIENCE = 16  # rounds for which a larger number of candidates is kept
@@ -45,6 +65,8 @@ class Nucleus:
     def __init__(self, ladder: tuple[int, ...] = ()):
         self.ladder, self.level, self.num_rounds_left = ladder, 0, 0
         self.fitting: list[torch.Tensor] = []
+        self.drawn: list[Uncut] | None = None
+        self._sorted: torch.Tensor | None = None
 
     def num_candidates(self, vocab_size: int, top_k: int = 0) -> int | None:
         """C, above `top_k`, or `None` for all."""
@@ -57,8 +79,11 @@ class Nucleus:
             return logits.argmax(-1)
         num_candidates = self.num_candidates(logits.shape[-1], sampling.top_k)
         if (sampling.top_p == 1.0 and sampling.top_k == 0) or num_candidates is None:
-            return draw_from_probs(self.probs(logits, sampling), uniforms)
-        ordered, ids = softmax_at(logits, sampling.temperature).topk(num_candidates, dim=-1)
+            uncut = self.uncut(logits, sampling)
+            self._keep(uncut)
+            return draw_from_probs(uncut.cut(), uniforms)
+        probs = softmax_at(logits, sampling.temperature)
+        ordered, ids = probs.topk(num_candidates, dim=-1)
         if sampling.top_k:
             ordered = _without(ordered, ordered < ordered[..., sampling.top_k - 1 : sampling.top_k])
         least = ordered[..., sampling.top_k - 1 : sampling.top_k]
@@ -67,26 +92,53 @@ class Nucleus:
             least = least_of(ordered, sampling.top_p)
         is_outside = ordered < least
         self.fitting.append(is_outside[..., -1:])
+        if not sampling.top_k:
+            self._keep(Uncut(probs, least))
         # In the vocabulary's order, in which the plain draw counts.
-        ids, order = ids.sort(dim=-1)
+        ids, order = self._sort(ids)
         cumulative = _without(ordered, is_outside).gather(-1, order).cumsum(-1, dtype=torch.float64)
-        return ids.gather(-1, first_above(cumulative, target(cumulative[..., -1:], uniforms))).squeeze(-1)
+        index = torch.searchsorted(cumulative, target(cumulative[..., -1:], uniforms), right=True)
+        return ids.gather(-1, index).squeeze(-1)
 
     def probs(self, logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
         """As [`~skd_trl.sampling.sampling_params.shaped_probs`], where the nucleus fits."""
+        return self.uncut(logits, sampling).cut()
+
+    def uncut(self, logits: torch.Tensor, sampling: SamplingParams) -> Uncut:
+        """The distribution that is drawn from, and where its nucleus ends, if that fits."""
         num_candidates = self.num_candidates(logits.shape[-1])
         if sampling.temperature == 0.0 or sampling.top_p == 1.0:
-            return shaped_probs(logits, sampling)
+            return Uncut(shaped_probs(logits, sampling))
         probs = tempered_probs(logits, sampling)
         if num_candidates is None:
-            return at_least(probs, least_of(probs.sort(dim=-1, descending=True).values, sampling.top_p))
-        ordered = probs.topk(num_candidates, dim=-1).values
+            return Uncut(probs, least_of(probs.sort(dim=-1, descending=True).values, sampling.top_p))
+        ordered, ids = probs.topk(num_candidates, dim=-1)
         least = least_of(ordered, sampling.top_p)
         self.fitting.append(ordered[..., -1:] < least)
-        return at_least(probs, least)
+        return Uncut(probs, least, ids)
 
-    def begin_round(self) -> None:
-        self.fitting = []
+    def _sort(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ids` (..., C) in ascending order and one more, 0, (..., C + 1), which takes an index that no probability decided (they are no
+        numbers: the loss says so); and their order (..., C). All draws of a round use the same memory."""
+        shape = (2, *ids.shape[:-1], ids.shape[-1] + 1)
+        if self._sorted is None or self._sorted.shape != shape:
+            self._sorted = ids.new_zeros(shape)
+        values, order = self._sorted
+        torch.sort(ids, dim=-1, out=(values[..., :-1], order[..., :-1]))
+        return values, order[..., :-1]
+
+    def _keep(self, uncut: Uncut) -> None:
+        if self.drawn is not None:
+            self.drawn.append(uncut)
+
+    def take_drawn(self) -> tuple[Uncut, ...]:
+        """What the draws of this round until now were from, if that was kept. No more is."""
+        drawn, self.drawn = self.drawn or (), None
+        return tuple(drawn)
+
+    def begin_round(self, keeps_drawn: bool = False) -> None:
+        """Nothing is known of this round's draws yet. `keeps_drawn`: what they are from is kept until the next one."""
+        self.fitting, self.drawn, self._sorted = [], [] if keeps_drawn else None, None
 
     def fitted(self, num_rows: int) -> torch.Tensor | None:
         """The rows (N,) of this round of which every draw fitted, or `None` if all must: the last candidate is outside the nucleus, or

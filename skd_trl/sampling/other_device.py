@@ -1,6 +1,6 @@
 """A teacher on another device than the student: another GPU of the process, or the host beside a GPU.
 
-Model, prompts, cache and positions of the teacher stay on its device. Per round the proposals and what was kept of them go there,
+Model, prompts, cache and positions of the teacher stay on its device. Per round its inputs, their places, the proposals and what was kept of them go there,
 (N, G) whole numbers, and the judgement comes back: logits (N, G, V) and hidden states (N, G, H).
 
 Shapes: N places in use, G draft, V vocabulary, H hidden.
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .acceptance import Judgement
+from .draft import Judgement
 from .participants import Participant, Setting
 from .prompts import Prompts
 
@@ -58,6 +58,10 @@ class OnOtherDevice(Participant):
 
     def round_key(self) -> tuple:
         return self.teacher.round_key()
+
+    def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
+        device = self.prompts.ids.device
+        self.teacher.begin_block(inputs.to(device), columns.to(device))
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
         judgement = self.teacher.judge(proposals.to(self.prompts.ids.device))

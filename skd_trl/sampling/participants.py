@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from .acceptance import Judgement
 from .admission import positions_of, prove
+from .draft import Judgement
 from .nucleus import Nucleus
 from .prefill import cost_of_forward, groups_of_equal_length, left_padded, prefill_groups
 from .prompts import Prompts
@@ -87,6 +87,11 @@ class Participant:
         """What its part of the round that was begun depends on, besides N, G and what is in its tensors."""
         return ()
 
+    def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
+        """Before it first steps or judges in a round: is told, on the device, what is known of its inputs, (N, 1) or (N, G), and which
+        tokens of the response the block will be, `columns` (N, G), counted from 0. The first input is the last token kept, of the
+        student's prompt where none is; before `judge` the proposals but the last follow."""
+
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws one token more for every row, from `uniforms` (N,): the tokens (N,), -100 for none, and the raw logits (N, V)
         they were drawn from. The first step of a round is fed with the last token kept, each other one with the token drawn
@@ -94,8 +99,7 @@ class Participant:
         return torch.full_like(uniforms, -100, dtype=torch.long), uniforms.new_empty(self.num_rows, 0)
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
-        """The distributions by which the `proposals` (N, G) are judged, in one forward: fed with the last token kept and all
-        proposals but the last."""
+        """The distributions by which the `proposals` (N, G) are judged, in one forward on the inputs that it was told of."""
         return Judgement(torch.empty((*proposals.shape, 0), device=self.device), {})
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
@@ -158,9 +162,9 @@ class LocalParticipant(Participant):
         room = positions_of(self.model.config.get_text_config())
         self.last_position = min(self.decoder.num_slots if room is None else room, self.decoder.num_slots) - 1
         self.may_run_over = self.last_position < num_slots - 1
-        self.last, self.length = (  # the last token kept, and its position
+        self.last_of_prompt, self.start = (  # the last token of each place's prompt, and its position
             self.rounds.buffer(f"{name} of {setting.name}", (setting.num_places,), torch.long, self.device).zero_()
-            for name in ("last", "length")
+            for name in ("last_of_prompt", "start")
         )
         # Is there before a round needs it, and for as long as a graph that reads it: its key has it.
         self.temperature = on_device(self.sampling.temperature, self.device)
@@ -181,8 +185,8 @@ class LocalParticipant(Participant):
         self.is_new = self.is_new and not prompts
         if prompts:
             index, which = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (places, prompts))
-            self.last[index] = self.prompts.ids[which, -1]
-            self.length[index] = self.prompts.lengths[which] - 1
+            self.last_of_prompt[index] = self.prompts.ids[which, -1]
+            self.start[index] = self.prompts.lengths[which] - 1
             if self.decoder.states is not None:
                 self.decoder.states.begin_rows(places)
         lengths = [self.prompts.host_lengths[prompt] - 1 - self.num_shared for prompt in prompts]
@@ -242,7 +246,7 @@ class LocalParticipant(Participant):
 
     def move_row(self, source: int, target: int) -> None:
         self.decoder.move_row(source, target)
-        for values in (self.last, self.length):
+        for values in (self.last_of_prompt, self.start):
             values[target] = values[source]
 
     @property
@@ -253,7 +257,6 @@ class LocalParticipant(Participant):
         super().begin_round(rows, num_rows, num_draft)
         longest = max(self.prompts.host_lengths[prompt] + num_written for prompt, num_written in rows)
         self.num_slots_in_use = self.rounds.num_slots(longest + num_draft - 1, self.decoder.num_slots)
-        self.next_input, self.num_ahead, self.num_draft = self.last[:num_rows], 0, num_draft
         states, may_miss = self.decoder.states, self.nucleus.num_candidates(self.vocab_size) is not None
         if states is not None and states.begin_round(num_draft, may_keep_none=may_miss):
             self.rounds.forget_graphs()  # they go on with the buffers as they were
@@ -262,34 +265,38 @@ class LocalParticipant(Participant):
         which = self.num_slots_in_use, self.last_position, self.may_run_over, self.vocab_size, self.sampling
         return *which, Same(self.temperature)
 
+    def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
+        if (
+            self.own_prompts is not None
+        ):  # where nothing is written yet, it goes on from another token than the student
+            last_of_prompt = self.last_of_prompt[: self.num_rows, None]
+            inputs = torch.where(columns[:, : inputs.shape[1]] == 0, last_of_prompt, inputs)
+        self.inputs, self.columns, self.num_ahead = inputs, columns, 0
+
     def step(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.num_ahead == 0:  # once for all steps of the round, one step after the other: (G N, 1)
-            self.positions = self._positions(self.length[: self.num_rows], self.decoder.slots[: self.num_draft, None])
-            self.positions = self.positions.view(-1, 1)
+            self.positions = self._positions(self.columns.T, self.start[: self.num_rows]).view(-1, 1)
             self.masks = self.decoder.masks(self.positions, self.num_slots_in_use)
         rows = slice(self.num_ahead * self.num_rows, (self.num_ahead + 1) * self.num_rows)
         logits = self.decoder(
-            self.next_input[:, None],
+            self.inputs,
             self.positions[rows],
             num_slots_in_use=self.num_slots_in_use,
             reading=Reading(step=self.num_ahead),
             masks=of_rows(self.masks, rows),
         )[1]
         logits = logits[:, 0, : self.vocab_size]
-        self.next_input, self.num_ahead = self.nucleus.draw(logits, self.sampling, uniforms), self.num_ahead + 1
-        return self.next_input, logits
+        tokens = self.nucleus.draw(logits, self.sampling, uniforms)
+        self.inputs, self.num_ahead = tokens[:, None], self.num_ahead + 1
+        return tokens, logits
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
-        inputs = torch.cat([self.last[: self.num_rows, None], proposals[:, :-1]], dim=1)
-        positions = self._positions(self.length[: self.num_rows, None], self.decoder.slots[: inputs.shape[1]])
+        positions = self._positions(self.columns, self.start[: self.num_rows, None])
         reading = Reading(step=0)
-        hidden, logits = self.decoder(inputs, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)
+        hidden, logits = self.decoder(self.inputs, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)
         return Judgement(logits[..., : self.vocab_size], {"teacher_hidden_states": hidden})
 
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
-        last = self.last[: self.num_rows, None]
-        torch.gather(torch.cat([last, block], dim=1), 1, count[:, None], out=last)
-        self.length[: self.num_rows].add_(count)
         if self.decoder.states is not None:
             self.decoder.states.keep(count)
 
@@ -300,7 +307,7 @@ class LocalParticipant(Participant):
         with nullcontext() if states is None else states.idle(tokens.shape):
             self.model(input_ids=tokens, use_cache=False)
 
-    def _positions(self, length: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """Positions of the inputs of a block, of which the first is the last token kept."""
-        positions = length + step
+    def _positions(self, columns: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Positions of the inputs of a block, of which the first is the last token kept: one before that which it predicts."""
+        positions = columns + start
         return positions.clamp_(max=self.last_position) if self.may_run_over else positions

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
 from .alibi import alibi_over_slots
+from .few_rows import products_of_few_rows
 from .mixers import cache_argument, has_stateful_layers, is_stateful, new_cache
 from .packed_attention import packed_query_groups
 from .recurrent_state import Reading, RecurrentStates
@@ -112,7 +113,7 @@ class RaggedDecoder:
                 logits = _compiled()(self.model, self.cache_argument, tokens, masks, positions)
                 return self.head_input.value, logits
         keep = {"logits_to_keep": tokens.new_empty(0)} if without_logits else {}
-        with HeadInput(self.model) as head_input:
+        with HeadInput(self.model) as head_input, products_of_few_rows(tokens.device):
             logits = _forward(self.model, {**self.cache_argument, **keep}, tokens, masks, positions)
         return head_input.value, logits
 

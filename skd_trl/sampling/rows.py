@@ -1,10 +1,10 @@
 """The responses while they are written, and which prompt has which place.
 
 All that a round reads or writes is a buffer that outlives it, so a round can be captured. A place without a prompt belongs
-to a spare row of the buffers, so nothing in a round asks who lives. The host reads five numbers a row after each round. What the
+to a spare row of the buffers, so nothing in a round asks who lives. The host reads a row's block after each round. What the
 teacher leaves for the loss is stored after the round: these are the largest buffers, and go to the loss without a copy.
 
-Shapes: B prompts, R places, N places in use, P prompt columns, T response (at most `max_new_tokens`), G draft.
+Shapes: B prompts, R places, N places in use, P prompt columns, T response (at most `max_new_tokens`), G draft, E ends of sequence.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .acceptance import Draft
+from .draft import Draft
 from .prompts import Prompts
 from .rollout import Rollout
 from .rounds import Rounds
@@ -41,25 +41,31 @@ class Rows:
         (num_prompts, self.max_new_tokens, _), device = uniforms.shape, uniforms.device
         self.num_prompts, self.num_columns, self.rounds = num_prompts, self.max_new_tokens + longest_draft, rounds
         # By prompt, and one spare row
-        shape = (num_prompts + 1, self.num_columns)
-        # The token, the proposal, and twice the teacher's rank of it, plus 1 where it was accepted.
-        self.written = rounds.buffer("written", (*shape, 3), torch.long, device)
-        self.spare = len(self.written) - 1
-        self.noise = rounds.buffer("noise", (len(self.written), self.num_columns, 3), uniforms.dtype, device)
+        shape = (num_prompts + 1, 1 + self.num_columns)
+        # The token, the proposal, and twice the teacher's rank of it, plus 1 where it was accepted; before the response its prompt's
+        # last token.
+        self.text = rounds.buffer("text", (*shape, 3), torch.long, device)
+        self.written, self.spare = self.text[:, 1:], len(self.text) - 1
+        self.text[self.spare] = 0  # ids that both models have
+        self.noise = rounds.buffer("noise", (len(self.text), self.num_columns, 3), uniforms.dtype, device)
         # A number below 1 in fp64 may be 1 in fp32.
         self.noise[:num_prompts, : self.max_new_tokens] = uniforms.clamp(max=1 - 2**-24)
         self.signal: dict[str, torch.Tensor] = {}
         # By place
         self.owner = rounds.buffer("owner", (num_places,), torch.long, device).fill_(self.spare)
-        # The last token of a block that may be kept, counted from 0: nothing in a place without a prompt.
-        self.last_column = rounds.buffer("last_column", (num_places,), torch.long, device).fill_(-1)
-        self.outcome = rounds.buffer("outcome", (5, num_places), torch.long, device)
-        self.columns = rounds.buffer("columns", (self.num_columns,), torch.long, device)
-        torch.arange(len(self.columns), out=self.columns)
         ends = sorted(set(eos_token_ids))
-        self.pad_token_id = ends[0] if ends else 0
+        self.host_ends, self.pad_token_id = set(ends), ends[0] if ends else 0
         self.ends = rounds.buffer("ends", (max(len(ends), 1),), torch.long, device).fill_(-1)  # no token is -1
         self.ends[: len(ends)] = torch.tensor(ends, dtype=torch.long, device=device)
+        # Which token of a block is the last that may be kept, counted from 0: the first rejected one, that which makes the longest
+        # response (none, -1, in a place without a prompt), and for each token and end of sequence this token if it is that end.
+        num_limits = 2 + longest_draft * len(self.ends)
+        self.limits = rounds.buffer("limits", (num_places, num_limits), torch.long, device).fill_(-1)
+        self.last_column = self.limits[:, 1]
+        # How many tokens are kept of the block, and what is written of each.
+        self.outcome = rounds.buffer("outcome", (num_places, 1 + 3 * longest_draft), torch.long, device)
+        self.columns = rounds.buffer("columns", (self.num_columns,), torch.long, device)
+        torch.arange(len(self.columns), out=self.columns)
         # What the host knows
         self.waiting = deque(range(num_prompts))
         self.places: list[int | None] = [None] * num_places
@@ -70,16 +76,19 @@ class Rows:
 
     # Outside a round: who has which place
 
-    def admit(self, lengths: list[int]) -> tuple[list[int], list[int]]:
-        """Gives free places to waiting prompts: the places and their prompts. Neighbours in length (`lengths` (B,) of the prompts)
-        become neighbours in place, as they are prefilled together."""
-        free = [place for place, prompt in enumerate(self.places) if prompt is None]
+    def admit(self, prompts: Prompts) -> tuple[list[int], list[int]]:
+        """Gives free places to waiting `prompts`: the places and their prompts. Neighbours in length become neighbours in place, as they
+        are prefilled together."""
+        lengths, free = prompts.host_lengths, [place for place, prompt in enumerate(self.places) if prompt is None]
         new = sorted(
             (self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))), key=lengths.__getitem__
         )
         for place, prompt in zip(free, new, strict=False):
             self.places[place] = prompt
-        self.has_changed = self.has_changed or bool(new)
+        if new:
+            which = torch.tensor(new, dtype=torch.long, device=self.text.device)
+            self.text[which, 0, 0] = prompts.ids[which, -1]
+            self.has_changed = True
         return free[: len(new)], new
 
     def pack(self) -> list[tuple[int, int]]:
@@ -119,43 +128,41 @@ class Rows:
 
     # Inside a round: tensors of fixed shape, no wait for the host
 
-    def noise_of_block(self, num_draft: int) -> torch.Tensor:
-        """The noise (N, G, 3) of the positions that a block will fill."""
+    def begin_block(self, num_draft: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a block that will be written: the last token before it (N, 1), which tokens of the response it will be (N, G), counted from 0,
+        and their noise (N, G, 3)."""
         first, num_rows = self.max_new_tokens - 1, self.num_in_use
-        # Until the end of the round also where the block will be written.
-        self.positions = self.columns[first : first + num_draft] - self.last_column[:num_rows, None]
-        return self.noise[self.owner[:num_rows, None], self.positions]
+        owner = self.owner[:num_rows]
+        # Until the end of the round also where the block will be written. The steps of one token each lie one after the other.
+        self.positions = (self.columns[first : first + num_draft, None] - self.last_column[:num_rows]).T
+        last = self.text[..., 0][owner, self.positions[:, 0]]  # a response begins one further on
+        return last[:, None], self.positions, self.noise[owner[:, None], self.positions]
 
     def first_rejected(self, accepted: torch.Tensor) -> torch.Tensor:
         """The column (N, 1) of the first token of a block that was not `accepted` (N, G), or else the last one."""
-        num_draft = accepted.shape[1]
+        num_draft, column = accepted.shape[1], self.limits[: len(accepted), :1]
         if num_draft == 1:
-            return self.columns[:1].expand(len(accepted), 1)
+            return column.copy_(self.columns[:1])
         columns = torch.where(accepted[:, :-1], self.columns[num_draft - 1], self.columns[: num_draft - 1])
-        return columns.amin(dim=1, keepdim=True)
+        return torch.amin(columns, dim=1, keepdim=True, out=column)
 
     def write(
-        self,
-        block: torch.Tensor,
-        accepted: torch.Tensor,
-        column: torch.Tensor,
-        draft: Draft,
-        fitted: torch.Tensor | None,
+        self, block: torch.Tensor, accepted: torch.Tensor, draft: Draft, fitted: torch.Tensor | None
     ) -> torch.Tensor:
-        """Writes a block (N, G) which was `accepted` (N, G) before `column` (N, 1), and ends rows. Returns how many tokens of it
-        are kept (N,): the accepted ones and the replacement, up to an end of sequence or the longest response, and only of rows that
+        """Writes a block (N, G) which was `accepted` (N, G) before the first rejected column, and ends rows. Returns how many tokens of
+        it are kept (N,): the accepted ones and the replacement, up to an end of sequence or the longest response, and only of rows that
         `fitted` (N,). What is written beyond is overwritten, or never read."""
         num_rows, num_draft = block.shape
-        is_no_end = block[..., None] != self.ends
-        end = torch.where(is_no_end, self.columns[num_draft], self.columns[:num_draft, None]).amin(dim=(1, 2))
-        verdict = torch.add(accepted, draft.teacher_rank, alpha=2)
-        facts, last_column = self.outcome[:, :num_rows], self.last_column[:num_rows]
-        torch.stack([column.squeeze(1), last_column, end, verdict[:, -1]], out=facts[:4])
-        last_kept = facts[:3].amin(dim=0)
+        limits = self.limits[:num_rows, : 2 + num_draft * len(self.ends)]
+        ends = limits[:, 2:].unflatten(1, (num_draft, len(self.ends)))
+        torch.where(block[..., None] != self.ends, self.columns[num_draft], self.columns[:num_draft, None], out=ends)
         fitted = self.columns[1].expand(num_rows) if fitted is None else fitted
-        count = torch.addcmul(fitted, last_kept, fitted, out=facts[4])  # one more, or none
-        last_column.sub_(count)
-        self.written[self.owner[:num_rows, None], self.positions] = torch.stack([block, draft.tokens, verdict], dim=-1)
+        outcome = self.outcome[:num_rows, : 1 + 3 * num_draft]
+        count = torch.addcmul(fitted, limits.amin(dim=1), fitted, out=outcome[:, 0])  # one more, or none
+        self.last_column[:num_rows].sub_(count)
+        facts = [block, draft.tokens, torch.add(accepted, draft.teacher_rank, alpha=2)]
+        written = torch.stack(facts, dim=-1, out=outcome[:, 1:].unflatten(1, (num_draft, 3)))
+        self.written[self.owner[:num_rows, None], self.positions] = written
         return count
 
     # After a round
@@ -166,28 +173,29 @@ class Rows:
         for name, values in signal.items():
             if name not in self.signal:
                 self.signal[name] = values.new_empty(self.num_prompts + 1, self.num_columns, *values.shape[2:])
-            first = self.max_new_tokens - 1 - self.outcome[1, :num_rows]
+            first = self.max_new_tokens - 1 - self.last_column[:num_rows] - self.outcome[:num_rows, 0]
             column = first[:, None] + torch.arange(values.shape[1], device=values.device)
             self.signal[name][self.owner[:num_rows, None].clamp(max=self.num_prompts), column] = values
 
     def read(self, num_draft: int, is_drafted: bool) -> None:
         """Waits for the outcome of a round, and frees the places of finished rows."""
-        outcome = zip(*self.outcome[:, : self.num_in_use].tolist(), strict=True)
+        outcome = self.outcome[: self.num_in_use].tolist()
         self.num_rounds += len(self.live)
         self.num_drafted += len(self.live) * num_draft * is_drafted
         self.num_judged = self.num_accepted = self.num_missed = 0
-        for place, (prompt, (column, last_column, end, verdict, count)) in enumerate(
-            zip(self.places, outcome, strict=True)
-        ):
+        for place, (prompt, (count, *written)) in enumerate(zip(self.places, outcome, strict=True)):
             if prompt is None:
                 continue
-            is_replaced = column == count - 1 and (column < num_draft - 1 or verdict % 2 == 0)
+            if count == 0:
+                self.num_missed += 1
+                continue
+            token, _, verdict = written[3 * count - 3 : 3 * count]
+            has_ended = token in self.host_ends
             self.num_judged += count
-            self.num_accepted += count - is_replaced
-            self.num_missed += count == 0
+            self.num_accepted += count - (verdict % 2 == 0)
             self.host_written[prompt] += count
-            self.num_ended += end == count - 1
-            if count and (end == count - 1 or last_column == count - 1):
+            self.num_ended += has_ended
+            if has_ended or self.host_written[prompt] == self.max_new_tokens:
                 self.places[place], self.has_changed = None, True
 
     def rollout(self, prompts: Prompts) -> Rollout:

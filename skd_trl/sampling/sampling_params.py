@@ -86,6 +86,16 @@ def draw_from_probs(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
     return torch.add((inside[..., :-1] <= wanted).sum(-1, keepdim=True), block, alpha=width).squeeze(-1)
 
 
+def draw_among(
+    probs: torch.Tensor, ids: torch.Tensor, uniforms: torch.Tensor, otherwise: torch.Tensor
+) -> torch.Tensor:
+    """As `draw_from_probs` draws, where only `ids` (..., C), in ascending order, have probabilities, `probs` (..., C): ids (...). Where all of
+    these are 0, or no numbers, `otherwise` (..., 1)."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    index = torch.searchsorted(cumulative, target(cumulative[..., -1:], uniforms), right=True)
+    return torch.cat([ids, otherwise], dim=-1).gather(-1, index).squeeze(-1)
+
+
 @cache
 def block_width(vocab_size: int) -> int:
     """W: the divisor of the vocabulary's size that is nearest to `BLOCK`, from half to twice of it; `BLOCK` if there is none."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .acceptance import Judgement
+from .draft import Judgement
 from .prompts import Prompts
 from .sampling_params import SamplingParams
 from .served_teacher import Scorer, ServedTeacher

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .acceptance import Judgement
+from .draft import Judgement
 from .participants import Participant, Setting
 from .prompts import Prompts
 from .sampling_params import SamplingParams

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .acceptance import Judgement
+from .draft import Judgement
 from .mixers import is_stateful
 from .participants import LocalParticipant, Participant, Setting
 from .prompts import Prompts
@@ -142,6 +142,11 @@ class SeveralTeachers(Participant):
             own[gap], self.places[place] = place, replace(self.places[place], place=gap)
             self.free[teacher] = (self.free[teacher] - {gap}) | {source}
         return [own[place] for place in sorted(own)]
+
+    def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
+        for teacher, places in self.rounds:
+            if len(places) > 0:
+                teacher.begin_block(inputs[places], columns[places])
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
         judgements = []

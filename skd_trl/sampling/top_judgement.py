@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .acceptance import Judgement, take_column
+from .draft import Judgement, take_column
 from .nucleus import Nucleus
 from .sampling_params import SamplingParams, at_least, draw_from_probs, least_of
 

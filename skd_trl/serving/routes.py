@@ -1,8 +1,9 @@
 """The ways to ask a server how probable the last tokens of texts are, the best one first.
 
-Ours sends the asked positions alone, in binary, or the hidden states that predict them. vLLM's `/inference/v1/generate` sends
-all positions of the text as JSON, but can use the prefix cache; its answer is used where the server says how many positions came from the cache (`--enable-prompt-tokens-details`)
-and none of them is asked for: these hold memory that nobody has written. `/v1/completions` computes each text from its beginning.
+Ours sends the asked positions alone, in binary, or the hidden states that predict them. vLLM's `/inference/v1/generate` is told to
+generate a token, one question a position: the answer has this position alone, and what comes before it is read from the prefix cache.
+Many positions of one row are asked in one question for log-probabilities of the whole prompt, for which vLLM leaves its cache aside.
+`/v1/completions` has these alone, so it computes each text from its beginning.
 
 Shapes: N texts, S scored positions, k known tokens, H hidden.
 """
@@ -36,6 +37,8 @@ from .wire import (
 
 
 logger = logging.getLogger(__name__)
+
+MOST_ASKED_ALONE = 16  # positions of one row that are each a question; a round of sampling has fewer
 
 
 class ServerRefusal(ValueError):
@@ -179,27 +182,47 @@ class StockRoute(Route):
 
 class GenerateRoute(StockRoute):
     path = "/inference/v1/generate"
-    is_warned = False
+
+    def score(self, texts, num_scored, top_k) -> Scores:
+        if num_scored > MOST_ASKED_ALONE:
+            return super().score(texts, num_scored, top_k)
+        asked = [(text, len(text) - num_scored + i) for text in texts for i in range(max(num_scored, 1))]
+        rows = list(self.threads.map(lambda of_text: self._of_position(*of_text, top_k), asked))
+        values = (torch.stack(values) for values in zip(*rows, strict=True))
+        return Scores(*(value.view(len(texts), -1, *value.shape[2:]) for value in values))
+
+    def _of_position(self, text: Sequence[int], position: int, top_k: int) -> tuple[torch.Tensor, ...]:
+        """What is said of one token, the only one that may be generated, or of any that would follow the text."""
+        if position == len(text):
+            best = self._generated(text, {"logprobs": top_k})["top_logprobs"]
+            return scores_of_position({entry["token_id"]: entry["logprob"] for entry in best}, None, None, top_k)
+        # The token itself comes first among its alternatives: one more than k is asked for, as it may be none of them.
+        options = {"logprobs": top_k + 1, "allowed_token_ids": [text[position]], "ignore_eos": True}
+        said = self._generated(text[:position], options)
+        if said["token_id"] != text[position]:
+            raise ServerRefusal(
+                f"{self.url} was told to generate token {text[position]} and generated {said['token_id']}: its vLLM does not follow "
+                "`allowed_token_ids`. Use another version, or `python -m skd_trl serve`."
+            )
+        if said["rank"] is None:
+            raise ValueError("The answer holds NaN: the teacher's weights or its kernels are broken.")
+        best = {entry["token_id"]: entry["logprob"] for entry in said["top_logprobs"]}
+        return scores_of_position(best, said["logprob"], said["rank"] - 1, top_k)
+
+    def _generated(self, text: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:
+        response = self._ask(text, options)
+        if response.status_code == 400 and "max allowed" in response.text:
+            raise ServerRefusal(
+                f"{self.url} gives fewer log-probabilities of a token than the {options['logprobs']} that are asked for, teacher_top_k and "
+                f"one more. Start it with --max-logprobs {options['logprobs']}, or set a lower teacher_top_k."
+            )
+        return answered(response).json()["choices"][0]["logprobs"]["content"][0]
 
     def _of_text(self, text, num_scored, top_k):
-        if num_scored == 0:
-            content = answered(self._ask(text, {"logprobs": top_k})).json()["choices"][0]["logprobs"]["content"][0]
-            best = {entry["token_id"]: entry["logprob"] for entry in content["top_logprobs"]}
-            return scores_of_position(best, None, None, top_k)
-        first = len(text) - num_scored  # predicted at the position before it
-        response = self._ask(text, {"prompt_logprobs": top_k, "skip_reading_prefix_cache": False})
-        # Unwritten memory of cached positions may be no number that JSON knows: then it is the server's error.
-        said = response.json() if response.status_code == 200 else {}
-        num_cached = ((said.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
-        if num_cached is None and said and not self.is_warned:
-            self.is_warned = True
-            logger.warning(
-                f"{self.url} does not say which positions came from its prefix cache, so every text is computed twice. Start it with "
-                "--enable-prompt-tokens-details, or use `python -m skd_trl serve`."
-            )
-        if num_cached is None or num_cached > first - 1:
-            said = answered(self._ask(text, {"prompt_logprobs": top_k})).json()
-        rows = [_of_entry(said["prompt_logprobs"][i], text[i], top_k) for i in range(first, len(text))]
+        said = answered(self._ask(text, {"prompt_logprobs": top_k})).json()
+        rows = [
+            _of_entry(said["prompt_logprobs"][i], text[i], top_k) for i in range(len(text) - num_scored, len(text))
+        ]
         return tuple(torch.cat(values) for values in zip(*rows, strict=True))
 
     def _ask(self, text, options) -> requests.Response:
@@ -213,7 +236,7 @@ class CompletionsRoute(StockRoute):
     def warn(self) -> None:
         logger.warning(
             f"{self.url} has only /v1/completions, which computes each text from its beginning in every round: five to ten times slower "
-            "at 600 tokens. Start vLLM with --enable-scale-out --enable-prompt-tokens-details, or use `python -m skd_trl serve`."
+            "at 600 tokens. Start vLLM with --enable-scale-out, or use `python -m skd_trl serve`."
         )
 
     def _of_text(self, text, num_scored, top_k):

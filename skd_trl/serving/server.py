@@ -12,6 +12,8 @@ import asyncio
 import hmac
 import inspect
 import os
+import signal
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs.from_cli_args(settings))
     app = make_app(Scoring(engine, options.top_k), options)
     print(f"Serving {options.model} at http://{options.host}:{options.port}", flush=True)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    # uvicorn passes a signal on once it has closed; SIGTERM's own handler would end this process alone, and leave the engine's.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    finally:
+        engine.shutdown()
     return 0
 
 

@@ -54,6 +54,20 @@ def check_parallel_models(args: TrainingArguments, models: dict[str, Any]) -> No
             )
 
 
+def check_processes(args: TrainingArguments) -> None:
+    """Refuses one process for several GPUs, where the Trainer would put the student into `nn.DataParallel`.
+
+    Raises:
+        `ValueError`: with how to use them.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs, and the Trainer would spread the rows of a batch over them with nn.DataParallel, whose "
+            "copies of the student would not compute this loss. Start one process for each GPU with `accelerate launch` or `torchrun`, "
+            "or show this one a single GPU (CUDA_VISIBLE_DEVICES=0); teacher_device puts the teacher on another."
+        )
+
+
 def check_settings(args: TrainingArguments, accelerator: Accelerator, student: nn.Module, teacher: nn.Module) -> None:
     """Refuses what an engine would end with an unclear error after the models are placed, or what it would not save.
 

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
 from ..data.batches import (
@@ -31,9 +33,13 @@ class EvaluatedRun(Trainer):
         return None if dataset is None else self._prepare_eval_set(dataset, "eval", student)
 
     def _prepare_eval_set(self, dataset, name: str, student: PreTrainedModel) -> Dataset | IterableDataset:
-        rules = replace(self._rules, needs_response=self._is_recorded, reads_response=True)
-        with self._main_process_first():
-            prepared = self._prepare(dataset, rules=rules, name=name)
+        """The prepared set; what is prepared already (the trainer's own sets, those of a dict) stays as it is."""
+        prepared = dataset
+        if not any(dataset is known for known in self._prepared_sets):
+            rules = replace(self._rules, needs_response=self._is_recorded, reads_response=True)
+            with self._main_process_first():
+                prepared = self._prepare(dataset, rules=rules, name=name)
+            self._prepared_sets.add(prepared)
         self._check_sampled_evaluation(prepared, name, student)
         return prepared
 
@@ -48,7 +54,7 @@ class EvaluatedRun(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums
-        over the tokens of the set, divided once: no batch size changes them."""
+        over the tokens of the set, divided once: no batch size changes them, unless a gate compares the tokens of a batch."""
         self._ratios["eval"].reset()
         self._num_evaluated = 0  # rows so far, on all processes
         with engine_for_evaluation(self):
@@ -59,22 +65,28 @@ class EvaluatedRun(Trainer):
         output.metrics.update(with_prefix(metrics, f"{metric_key_prefix}_"))
         return output
 
+    def _get_eval_sampler(self, eval_dataset):
+        """In the order of the set, where training groups rows by length too: a row's noise depends on its place."""
+        return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
+
     def prediction_step(self, model, inputs, *args, **kwargs):
-        inputs = self._with_sampled_responses(inputs)
-        return super().prediction_step(model, without_filled_rows(inputs, self.accelerator), *args, **kwargs)
+        inputs = without_filled_rows(self._with_sampled_responses(inputs), self.accelerator)
+        self._ask_server([inputs])
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _with_sampled_responses(self, batch: dict) -> dict:
-        """A batch of an evaluation in which rows without a reference have a response of the student's."""
+        """A batch of an evaluation in which rows without a reference have a response of the student's, and the places of its rows."""
         size, rank, metrics = len(batch[Key.LABELS]), self.accelerator.process_index, self._ratios["eval"]
-        first = self._num_evaluated + rank * size
+        place = self._num_evaluated + rank * size + torch.arange(size)
         self._num_evaluated += self.accelerator.num_processes * size
         is_missing = rows_to_sample(batch, self.accelerator)
         metrics.add("sampled_share", is_missing.sum(), num_own_rows(batch, self.accelerator))
         if not any_on_any_process(is_missing, self.accelerator):
-            return batch
-        noise = row_noise((first + is_missing.nonzero().flatten()).tolist(), self.args.max_new_tokens, self.args.seed)
+            return {**batch, Key.PLACE: place}
+        noise = row_noise(place[is_missing].tolist(), self.args.max_new_tokens, self.args.seed)
         some = {name: values[is_missing.to(values.device)] for name, values in merge_prompts([batch]).items()}
         rollout = self._write(some, "student", noise)
         metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
         metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
-        return mix_sampled_rows([batch], sampled_batches(rollout, [some]), is_missing, self.data_collator)[0]
+        (mixed,) = mix_sampled_rows([batch], sampled_batches(rollout, [some]), is_missing, self.data_collator)
+        return {**mixed, Key.PLACE: place}

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from ..loss.lm_head import LMHead
 from ..skd_config import SKDConfig
 from .distributed import check_connected, check_engine, check_head
-from .engine_settings import check_settings
+from .engine_settings import check_processes, check_settings
 from .findings import Finding, Verdict, finding_of
 from .trained_parameters import check_trained_parameters, describe_lost_updates
 
@@ -27,6 +27,7 @@ def _check_engine(
     student: PreTrainedModel, teacher: PreTrainedModel, args: SKDConfig, accelerator: Accelerator
 ) -> tuple[Verdict, str]:
     check_connected(accelerator)
+    check_processes(args)
     check_engine(accelerator, args.shard_teacher, args.compile_student)
     check_settings(args, accelerator, student, teacher)
     for name, model in (("student", student), ("teacher", teacher)):

@@ -12,6 +12,35 @@ from ..sampling.admission import positions_of
 from ..skd_config import SKDConfig
 
 
+def limits_of_rows(
+    args: SKDConfig, student: PreTrainedModel, teachers: list[PreTrainedModel], server_length: int | None = None
+) -> dict[str, int | None]:
+    """What `RowRules` says of lengths.
+
+    Args:
+        args ([`SKDConfig`]): whose own limits are kept.
+        student, teachers ([`~transformers.PreTrainedModel`]): in all of whose positions a row has to fit.
+        server_length (`int`, *optional*): the tokens that a teacher's server takes.
+
+    Raises:
+        `ValueError`: if the response takes all positions of a model, or of the server.
+    """
+    prompts = [room_for_prompts(args, student, one) for one in teachers]
+    texts = [room_for_texts(args, student, one) for one in teachers]
+    if server_length is None:
+        of_prompt, of_text, own = None, None, limits_of_teacher_prompts(args, teachers)
+    else:  # there is no teacher in this process: the positions of `teachers` are not its own
+        of_prompt, of_text = limits_of_server(args, server_length)
+        own = limits_of_teacher_prompts(args, [])
+    return {
+        "max_prompt_length": smallest((*prompts, of_prompt)),
+        "max_response_length": response_limit(args),
+        "max_text_length": smallest((*texts, of_text)),
+        "max_teacher_prompt_length": smallest((own["max_teacher_prompt_length"], of_prompt)),
+        "max_teacher_text_length": smallest((own["max_teacher_text_length"], of_text)),
+    }
+
+
 def smallest(limits: Iterable[int | None]) -> int | None:
     """The smallest of several limits, of which `None` is none."""
     return min((limit for limit in limits if limit is not None), default=None)
@@ -51,6 +80,23 @@ def limits_of_teacher_prompts(args: SKDConfig, teachers: list[PreTrainedModel]) 
         "max_teacher_prompt_length": smallest((args.max_teacher_prompt_length, room)),
         "max_teacher_text_length": positions,
     }
+
+
+def limits_of_server(args: SKDConfig, max_length: int) -> tuple[int, int]:
+    """The longest prompt, and the longest prompt and response together, of a teacher's server that takes `max_length` tokens. It
+    generates one after each text that it scores.
+
+    Raises:
+        `ValueError`: if the response takes all of them.
+    """
+    text = max_length - 1
+    prompt = text - (args.max_new_tokens if args.samples else 1)
+    if prompt < 1:
+        raise ValueError(
+            f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt: the teacher's server takes {max_length} tokens, one of "
+            "which it generates itself. Lower max_new_tokens, or start the server with a larger --max-model-len."
+        )
+    return prompt, text
 
 
 def _positions(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, int]:

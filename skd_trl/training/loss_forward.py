@@ -32,7 +32,7 @@ def loss_in_forward(model: PreTrainedModel, compiled: Callable | None = None) ->
 
     `model` is a transformers model (under PEFT its base model); `fn` gets (B, S, H) and returns a dict of tensors. What has been
     put around the model's own forward, such as accelerate's autocast, is skipped: enter it outside. `compiled` takes the
-    backbone's place (see [`compiled_backbone`]); nothing else that is called inside is then compiled, the wrappers included.
+    backbone's place (see [`CompiledBackbone`]); nothing else that is called inside is then compiled, the wrappers included.
     """
     forward = partial(_backbone_and_loss, compiled=compiled)
     eagerly = nullcontext() if compiled is None else torch.compiler.set_stance("force_eager")
@@ -40,10 +40,23 @@ def loss_in_forward(model: PreTrainedModel, compiled: Callable | None = None) ->
         yield
 
 
-def compiled_backbone(model: PreTrainedModel, accelerator: Accelerator) -> Callable | None:
-    """The student's backbone as `torch_compile` wants it, to be made once; `None` without that option."""
-    plugin = accelerator.state.dynamo_plugin
-    return None if plugin.backend == DynamoBackend.NO else torch.compile(backbone(model), **plugin.to_kwargs())
+class CompiledBackbone:
+    """The student's backbone as `torch_compile` wants it, wrapped once for each student: `model_init` and a search bring others."""
+
+    def __init__(self, accelerator: Accelerator):
+        plugin = accelerator.state.dynamo_plugin
+        self.is_wanted = plugin.backend != DynamoBackend.NO
+        self.options = plugin.to_kwargs()
+        self._backbone: nn.Module | None = None
+        self._compiled: Callable
+
+    def of(self, model: PreTrainedModel) -> Callable | None:
+        """The compiled backbone of `model`; `None` without that option."""
+        if not self.is_wanted:
+            return None
+        if self._backbone is not (own := backbone(model)):
+            self._backbone, self._compiled = own, torch.compile(own, **self.options)
+        return self._compiled
 
 
 def _backbone_and_loss(

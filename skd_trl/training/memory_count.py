@@ -106,14 +106,20 @@ def fake(
 
 def _counted_once(count: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
     """Keeps what `count` says of a model, machine and numbers: a plan for other places or another GPU asks the same again."""
-    known: WeakKeyDictionary[nn.Module, dict[tuple, tuple[int, ...]]] = WeakKeyDictionary()
+    known: WeakKeyDictionary[nn.Module, tuple[dict[tuple, tuple[int, ...]], dict[tuple, str]]] = WeakKeyDictionary()
 
     def counted(model: nn.Module, machine: Machine, *numbers) -> tuple[int, ...]:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         key = (machine.device, machine.mixed_precision, trained, *numbers)
-        found = known.setdefault(model, {})
+        found, failed = known.setdefault(model, ({}, {}))
+        if key in failed:
+            raise RuntimeError(failed[key])
         if key not in found:
-            found[key] = count(model, machine, *numbers)
+            try:
+                found[key] = count(model, machine, *numbers)
+            except Exception as error:  # it would fail again, and at each window
+                failed[key] = f"{type(error).__name__}: {error}"
+                raise
         return found[key]
 
     return counted
@@ -257,11 +263,15 @@ def _loss(
         return max(allocations.peak - before - own, 0), handed
 
 
-def whole_bytes(model: nn.Module, most: int = 8) -> int:
-    """Bytes of all weights and buffers, whole; at `most` so many for a number."""
+def whole_bytes(model: nn.Module, most: int = 8, without: nn.Module | None = None) -> int:
+    """Bytes of all weights and buffers, whole; at `most` so many for a number. Tensors that the model `without` has too are not counted."""
+    tensors = (*model.parameters(), *model.buffers())
+    others = () if without is None else (*without.parameters(), *without.buffers())
+    counted = {id(tensor) for tensor in others}
     return sum(
         math.prod(getattr(t, "ds_shape", t.shape)) * min(t.element_size(), most)
-        for t in (*model.parameters(), *model.buffers())
+        for t in tensors
+        if id(t) not in counted
     )
 
 

@@ -1,5 +1,7 @@
 """How many responses are written at the same time: as many as fit with what is free when a window begins."""
 
+import math
+
 from accelerate.logging import get_logger
 from torch import nn
 
@@ -14,7 +16,19 @@ logger = get_logger(__name__)
 
 def places_now(student: nn.Module, teacher: nn.Module, machine: Machine, window: Window) -> int:
     """How many rows of `window` can be written at once with what is free on the device at this moment; fewer than it asks for are
-    said in the log."""
+    said in the log. All of them, with a warning, where a model's forward cannot be counted on tensors that hold nothing."""
+    try:
+        return _counted_places(student, teacher, machine, window)
+    except Exception:  # whatever a model may do with such tensors
+        logger.warning_once(
+            "The memory of a sampling could not be counted, so all responses of a step are written at once. If the memory runs out, lower "
+            "rollout_batch_size."
+        )
+        logger.debug("The count ended with", exc_info=True)
+        return window.num_places
+
+
+def _counted_places(student: nn.Module, teacher: nn.Module, machine: Machine, window: Window) -> int:
     slots, draft = window.longest_prompt + window.max_new_tokens + window.num_draft_tokens, window.num_draft_tokens
     room = machines.free_bytes(machine.device, now=True) * (1 - RESERVE)
     room -= window.num_prompts * window.max_new_tokens * hidden_bytes(teacher)
@@ -32,9 +46,11 @@ def places_now(student: nn.Module, teacher: nn.Module, machine: Machine, window:
     return places
 
 
-def _rough_bytes(model: nn.Module, slots: int, draft: int) -> int:
-    """Bytes of a place, from the configuration; more than most caches take."""
+def _rough_bytes(model: nn.Module, slots: int, draft: int) -> float:
+    """Bytes of a place, from the configuration; more than most caches take. Of a model without attention there is no rough number."""
     config = model.config.get_text_config()
+    if getattr(config, "num_attention_heads", None) is None:
+        return math.inf
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 4 * (2 * config.num_hidden_layers * heads * size * slots + 2 * draft * config.vocab_size)

@@ -87,12 +87,12 @@ def plan_memory(
     weights = whole_bytes(student, most_bytes)
     states = trained * (_state_bytes(args) + (4 if keeps_copies else 0))
     gradients = sum(p.numel() * min(p.element_size(), most_bytes) for p in student.parameters() if p.requires_grad)
-    # Of a teacher on another device the loss has a copy of the head.
+    # Of a teacher on another device the loss has a copy of the head. The student's own teacher shares tensors with it.
     beside = teacher if getattr(args, "teacher_device", None) is None else teacher.get_output_embeddings()
     held = {
         "student": weights // (ranks if stage == 3 else 1),
         "optimizer": states // (ranks if stage > 0 else 1),
-        "teacher": whole_bytes(beside) // (ranks if is_spread else 1),
+        "teacher": whole_bytes(beside, without=student) // (ranks if is_spread else 1),
     }
     copied = CopySettings.of(student, args, machine.mixed_precision, machine.is_gpu) if stage < 3 else CopySettings()
     if keeps_copies:  # there is nothing left to cast

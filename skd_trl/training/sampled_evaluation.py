@@ -19,28 +19,37 @@ from .metrics import num_own_rows
 
 
 def check_sampled_evaluation(
-    dataset: Dataset | IterableDataset, name: str, student: PreTrainedModel, max_new_tokens: int
+    dataset: Dataset | IterableDataset,
+    name: str,
+    student: PreTrainedModel,
+    max_new_tokens: int,
+    teacher_room: int | None = None,
 ) -> None:
-    """Refuses a prepared evaluation set whose rows without a reference the student cannot sample for. A stream is not read ahead:
-    there the sampling refuses the row.
+    """Refuses a prepared evaluation set whose rows without a reference the student cannot sample for, or a teacher (of `teacher_room`
+    tokens) cannot score. A stream is not read ahead: there the sampling refuses the row.
 
     Raises:
         `ValueError`: for a student that cannot be sampled from, and for a prompt that leaves no room for a response.
     """
     if not isinstance(dataset, Dataset):
         return
-    rows = zip(dataset["prompt_ids"], dataset["response_ids"], strict=True)
-    lengths = [len(prompt) for prompt, response in rows if len(response) == 0]
-    if not lengths:
+    columns = [dataset[name] for name in ("response_ids", "prompt_ids")]
+    columns.append(dataset["teacher_prompt_ids"] if "teacher_prompt_ids" in dataset.column_names else columns[1])
+    pairs = [(prompt, read or prompt) for response, prompt, read in zip(*columns, strict=True) if not response]
+    if not pairs:
         return
-    room = positions_of(student.config.get_text_config())
-    too_long = [length for length in lengths if room is not None and length + max_new_tokens > room]
-    if too_long:
-        raise ValueError(
-            f"{len(too_long)} prompts of the {name} data set have no reference, and with max_new_tokens={max_new_tokens} the "
-            f"student has no room for a response: the longest has {max(too_long)} tokens, of {room} positions. Lower "
-            "max_new_tokens, set max_prompt_length, or give references."
-        )
+    prompts, by_teacher = zip(*pairs, strict=True)
+    for who, texts, room in (
+        ("student", prompts, positions_of(student.config.get_text_config())),
+        ("teacher", by_teacher, teacher_room),
+    ):
+        too_long = [len(text) for text in texts if room is not None and len(text) + max_new_tokens > room]
+        if too_long:
+            raise ValueError(
+                f"{len(too_long)} prompts of the {name} data set have no reference, and with max_new_tokens={max_new_tokens} the "
+                f"{who} has no room for a response: the longest has {max(too_long)} tokens, of {room} positions. Lower "
+                "max_new_tokens, set max_prompt_length, or give references."
+            )
     if not is_sharded(student):
         prove(student)
 

@@ -13,6 +13,7 @@ from transformers import Trainer
 from ..data.batches import (
     IGNORE_INDEX,
     Key,
+    ResponseTokens,
     merge_prompts,
 )
 from ..data.mixed_batches import mix_sampled_rows
@@ -39,6 +40,7 @@ from .metrics import (
 from .router_logits import without_router_logits
 from .sampled_batches import sampled_batches
 from .sampling_copy import CopySettings
+from .served import failing_at_the_end
 
 
 class SampledSteps(Trainer):
@@ -47,16 +49,27 @@ class SampledSteps(Trainer):
 
     @contextmanager
     def _server_awaited(self):
-        """The time in which a teacher's server is asked. If one process gives it up, all of them write a checkpoint and end."""
+        """The time in which a teacher's server is asked. If one process gives it up, all of them write a checkpoint, in a training, and
+        end. Nothing else inside waits for other processes: what one of them skips the others would wait for."""
+        if not self._is_served:
+            yield
+            return
         failure = None
         try:
             yield
         except (TeacherServerError, ServerRefusal) as error:
             failure = error
-        if self._is_served and agree_on_maximum(self.accelerator)(int(failure is not None))[0]:
-            if self.state.global_step > 0:
+        if agree_on_maximum(self.accelerator)(int(failure is not None))[0]:
+            if self.is_in_train and self.state.global_step > 0:
                 self._save_checkpoint(self.model, trial=None)
             raise failure or TeacherServerError("Another process has given up the teacher's server.")
+
+    def _ask_server(self, batches: list[dict]) -> None:
+        """A served teacher's signal of these batches, left in them: no forward of the student's waits for it."""
+        with self._server_awaited():
+            for batch in batches if self._is_served else []:
+                tokens = ResponseTokens.of(batch)
+                self._teacher.keep(batch, tokens, self._teacher.signal(batch, tokens))
 
     def _rollout_of_step(self, step: int) -> str:
         """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
@@ -107,12 +120,13 @@ class SampledSteps(Trainer):
 
     def _write(self, window: dict[str, torch.Tensor], rollout: str, noise: torch.Tensor) -> Rollout:
         """Sampled responses to the left-padded prompts (B, P) of both models, of which a rank may have none, on noise (B, T, 3);
-        collective where the models are."""
+        collective where the models are, and where the teacher is served."""
         prompts, mask = window[Key.PROMPTS], window[Key.PROMPT_ATTENTION_MASK]
         is_shown = self.accelerator.is_main_process and not self.args.disable_tqdm
         if self._shared is not None:
             self._shared.check(self.accelerator.unwrap_model(self.model))
         with (
+            self._server_awaited(),
             SamplingBar(
                 self.args.max_new_tokens, f"step {self.state.global_step + 1}: sampling ", disable=not is_shown
             ) as observe,
@@ -129,29 +143,31 @@ class SampledSteps(Trainer):
             if settings.is_needed:
                 student = self._sampling_copy.of(student, settings)
             num_places = self._places(student, prompts)
-            return interleaved_sample(
-                LocalParticipant(
-                    student,
-                    self._args_of_step.student_sampling(),
-                    vocab_size=self.vocab_size,
-                ),
-                self._teacher.participant(
-                    window, self._args_of_step.teacher_sampling(), self.vocab_size, self.accelerator
-                ),
-                prompts,
-                mask,
-                accept=self._args_of_step.acceptance_rule(rollout),
-                max_new_tokens=self.args.max_new_tokens,
-                eos_token_ids=self.eos_token_ids,
-                noise=noise,
-                execution=Execution(
-                    self._draft_length,
-                    num_places,
-                    agree_on_maximum(self.accelerator) if collective else None,
-                    self._rounds,
-                    observe=observe,
-                ),
+            teacher = self._teacher.participant(
+                window, self._args_of_step.teacher_sampling(), self.vocab_size, self.accelerator
             )
+            with failing_at_the_end(teacher, self._teacher) if collective else nullcontext():
+                return interleaved_sample(
+                    LocalParticipant(
+                        student,
+                        self._args_of_step.student_sampling(),
+                        vocab_size=self.vocab_size,
+                    ),
+                    teacher,
+                    prompts,
+                    mask,
+                    accept=self._args_of_step.acceptance_rule(rollout),
+                    max_new_tokens=self.args.max_new_tokens,
+                    eos_token_ids=self.eos_token_ids,
+                    noise=noise,
+                    execution=Execution(
+                        self._draft_length,
+                        num_places,
+                        agree_on_maximum(self.accelerator) if collective else None,
+                        self._rounds,
+                        observe=observe,
+                    ),
+                )
 
     def _places(self, student: nn.Module, prompts: torch.Tensor) -> int | None:
         """How many responses to `prompts` (B, P) are written at once: as configured, or fewer if only those fit."""
@@ -166,6 +182,7 @@ class SampledSteps(Trainer):
         dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         num_rows = self.args.log_fixed_prompts if self.accelerator.is_main_process else 0
-        batch = self.data_collator(list(dataset.take(max(num_rows, 1))))
+        rows = list(dataset.take(max(num_rows, 1)))
+        num_rows, batch = min(num_rows, len(rows)), self.data_collator(rows)
         window = {name: values[:num_rows].to(self.args.device) for name, values in merge_prompts([batch]).items()}
         return self._write(window, rollout, self._noise(num_rows, "fixed prompts"))

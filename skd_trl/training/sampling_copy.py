@@ -68,6 +68,29 @@ def check_merging(student: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
+def check_casting(student: nn.Module, accelerator: Accelerator) -> None:
+    """For `sampling_copy=True`.
+
+    Raises:
+        `ValueError`: if there is no weight that a copy would hold in another type.
+    """
+    precision = accelerator.mixed_precision
+    if shards_the_student(accelerator):
+        found = "ZeRO-3 and FSDP2 shard the student's weights, and a copy needs them whole on each process"
+    elif precision not in PRECISIONS:
+        found = f"mixed precision is {precision!r}, so the student computes in the type that its weights have"
+    elif accelerator.distributed_type == "DEEPSPEED":
+        found = f"DeepSpeed's engine has cast the student's weights to {precision} already"
+    elif all(p.dtype != torch.float32 for p in student.parameters()):
+        found = "the student has no fp32 weights to cast"
+    else:
+        return
+    raise ValueError(
+        f"sampling_copy=True would have no effect: {found}. Leave sampling_copy None, or train a student of fp32 weights with "
+        "bf16=True or fp16=True, under DDP or in one process."
+    )
+
+
 class SamplingCopy:
     """Makes the copy at first need, and keeps it."""
 

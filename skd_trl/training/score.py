@@ -165,6 +165,12 @@ def scored_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("scores-*.parquet")) if (directory / MANIFEST).exists() else []
 
 
+def num_missing_files(directory: Path) -> int:
+    """How many files of a directory that was scored into are not there (yet): `score` was killed, or is not over."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    return -(-manifest["num_rows"] // manifest["options"]["rows_per_file"]) - len(scored_files(directory))
+
+
 def _rules(model, tokenizer, vocab_size: int, options: ScoreOptions) -> RowRules:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ends = model_end_of_sequence_ids(model) | ({tokenizer.eos_token_id} - {None})

@@ -100,12 +100,11 @@ class StudentAverage(TrainerCallback):
 
     @torch.no_grad()
     def on_train_begin(self, args, state, control, **kwargs):
-        # An engine may have put the student's weights elsewhere, or in another type.
-        for own, theirs in self.pairs.values():
+        # An engine may have put the student's weights elsewhere, or in another type. A resumed average is here already, in fp32.
+        for name, (own, theirs) in self.pairs.items():
+            if theirs.dtype.itemsize < 4:
+                self.precise[name] = self.precise.get(name, own).detach().to(theirs.device, torch.float32)
             own.data = own.data.to(theirs.device, theirs.dtype)
-        for name, (_, theirs) in self.pairs.items():
-            if theirs.dtype.itemsize < 4 and name not in self.precise:
-                self.precise[name] = self.pairs[name][0].detach().float()
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):

@@ -6,10 +6,13 @@ states, which are the exact one. Responses that were sampled have it already, gi
 Shapes: B rows, N response tokens of a micro-batch, k known tokens, H hidden.
 """
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +29,8 @@ from ..sampling.sampling_params import SamplingParams
 from ..sampling.served_hidden_states import HiddenStatesScorer, ServedHiddenStates
 from ..sampling.served_teacher import Scorer, ServedTeacher
 from ..sampling.top_judgement import Scores, TopJudgement
-from ..serving.client import Patience, TeacherClient
+from ..serving.client import Patience, TeacherClient, TeacherServerError
+from ..serving.routes import ServerRefusal
 from .teachers import RecordedTeacher, Teacher
 
 
@@ -179,6 +183,51 @@ class RemoteHiddenStates(Teacher):
     def keep(self, batch, tokens, signal) -> None:
         assert isinstance(signal, HiddenStates)
         batch[Key.TEACHER_HIDDEN_STATES] = tokens.as_rows(signal.states)
+
+
+@contextmanager
+def failing_at_the_end(participant: Participant, teacher: Teacher) -> Iterator[None]:
+    """Inside, a sampling goes on to its end whatever becomes of the teacher's server, and afterwards the failure is raised. Where the
+    student's forwards are collective the other processes are in the middle of theirs, and one that stopped would leave them there."""
+    if not isinstance(participant, ServedTeacher):
+        yield
+        return
+    state = teacher.head.weight[0] if isinstance(teacher, RemoteHiddenStates) else torch.empty(0)
+    participant.scorer = late = LateFailure(participant.scorer, state.detach().cpu())
+    yield
+    if late.failure is not None:
+        raise late.failure
+
+
+class LateFailure(HiddenStatesScorer):
+    """Answers as `scorer` does until it is given up, and from then on with anything: `failure` is why. `state` (H,) is any hidden
+    state."""
+
+    def __init__(self, scorer: Scorer, state: torch.Tensor):
+        self.scorer, self.state = scorer, state
+        self.vocab_size, self.max_length, self.top_k = scorer.vocab_size, scorer.max_length, scorer.top_k
+        self.failure: Exception | None = None
+
+    def score(self, texts: Sequence[Sequence[int]], num_scored: int, keys: Sequence[int]) -> Scores:
+        shape = (len(texts), max(num_scored, 1))
+        ids, ranks = torch.arange(self.top_k).expand(*shape, -1), torch.zeros(shape, dtype=torch.long)
+        uniform = torch.full(ids.shape, -math.log(self.top_k))
+        return self._or(
+            lambda: self.scorer.score(texts, num_scored, keys), Scores(ids, uniform, uniform[..., 0], ranks)
+        )
+
+    def hidden_states(self, texts: Sequence[Sequence[int]], num_scored: int, keys: Sequence[int]) -> torch.Tensor:
+        assert isinstance(self.scorer, HiddenStatesScorer)
+        ask, any_states = self.scorer.hidden_states, self.state.expand(len(texts), max(num_scored, 1), -1)
+        return self._or(lambda: ask(texts, num_scored, keys), any_states)
+
+    def _or(self, ask: Callable[[], Any], anything: Any) -> Any:
+        if self.failure is None:
+            try:
+                return ask()
+            except (TeacherServerError, ServerRefusal) as error:
+                self.failure = error
+        return anything
 
 
 def at_response_tokens(

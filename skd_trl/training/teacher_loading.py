@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..serving.client import TeacherClient
 from .distributed import forwards_are_collective, is_stand_in, prepare_teacher, put_on_device
-from .engine_settings import check_parallel_models
+from .engine_settings import check_parallel_models, check_processes
 from .findings import require
 from .forward_patches import take_off_patches
 from .machine import Machine
@@ -70,6 +70,7 @@ def load_models(
     """
     named = named_teachers(teacher_model, args)
     first, *others = named.values() if named else [given_model("teacher_model", teacher_model)]
+    check_processes(args)
     check_teacher_device(args)
     check_parallel_models(args, {"model": model, "teacher_model": first})
     student, teacher, tokenizer = load_pair(model, first, processing_class, args, has_scores)

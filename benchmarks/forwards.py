@@ -1,0 +1,118 @@
+"""The forwards of one training step, written down while it runs and then run alone, in a loop: what no bookkeeping can save.
+
+A product of few rows reads its whole weight from memory, which a product that is timed by itself, again and again, does not.
+So decoders run whole here, at the same rows, tokens and slots, on the sampler's cache; the head by its number of rows. The
+student's forward with gradients is run with its backward.
+
+Shapes: N rows, Q new tokens of each, L slots.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from skd_trl.sampling.few_rows import linear
+from skd_trl.sampling.ragged_cache import RaggedDecoder, eval_mode
+
+
+@dataclass(frozen=True)
+class Call:
+    """A forward of the decoder of `model`, or (without tokens) of its head on so many rows, in a `phase` of a step."""
+
+    phase: str
+    model: str
+    num_rows: int
+    num_tokens: int
+    num_slots: int
+    has_gradient: bool
+
+
+class Forwards:
+    """Inside, writes down the forwards of two models.
+
+    Args:
+        models (`dict`): by name, causal language models of transformers.
+        phase (`Callable`): says in which phase of the step a model of that name runs.
+    """
+
+    def __init__(self, models: dict[str, nn.Module], phase: Callable[[str], str]):
+        self.models, self.phase = models, phase
+        self.calls: Counter[Call] = Counter()
+        self.handles = []
+
+    def __enter__(self) -> "Forwards":
+        for name, model in self.models.items():
+            decoder, head = model.get_decoder(), model.get_output_embeddings()
+            self.handles += [
+                decoder.register_forward_pre_hook(partial(self._decoder_runs, name), with_kwargs=True),
+                head.register_forward_pre_hook(partial(self._head_runs, name)),
+            ]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _decoder_runs(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        mask, (num_rows, num_tokens) = kwargs.get("attention_mask"), tokens.shape[:2]
+        num_slots = max(num_tokens, mask.shape[-1] if isinstance(mask, torch.Tensor) else 0)
+        self.calls[Call(self.phase(name), name, num_rows, num_tokens, num_slots, torch.is_grad_enabled())] += 1
+
+    def _head_runs(self, name: str, module: nn.Module, args: tuple) -> None:
+        num_rows = args[0].numel() // args[0].shape[-1]
+        if num_rows and not torch.is_grad_enabled():
+            self.calls[Call(self.phase(name), name, num_rows, 0, 0, False)] += 1
+
+    def seconds(self, clock: Callable[[], float], backward: str) -> Counter:
+        """Seconds of all of them by phase, each kind alone (the shortest of three); backwards are counted to that phase."""
+        found = Counter()
+        alone: dict[tuple, tuple[float, float]] = {}
+        for call, count in self.calls.items():
+            key = call.model, call.num_rows, call.num_tokens, -(-call.num_slots // 16), call.has_gradient
+            if key not in alone:
+                runs = [self._run(call, clock) for _ in range(4)][1:]
+                alone[key] = tuple(map(min, zip(*runs, strict=True)))
+            forward, back = alone[key]
+            found[call.phase] += count * forward
+            found[backward] += count * back
+        return found
+
+    def _run(self, call: Call, clock: Callable[[], float]) -> tuple[float, float]:
+        """Seconds of a forward and of its backward."""
+        model = self.models[call.model]
+        if call.num_tokens == 0:
+            weight = model.get_output_embeddings().weight.detach()
+            hidden = torch.randn(call.num_rows, weight.shape[1])
+            start = clock()
+            linear(hidden, weight)
+            return clock() - start, 0.0
+        tokens = torch.randint(5, model.config.get_text_config().vocab_size - 5, (call.num_rows, call.num_tokens))
+        if call.has_gradient:
+            return _with_backward(model, tokens, clock)
+        first = call.num_slots - call.num_tokens
+        with torch.no_grad(), eval_mode(model):
+            decoder = RaggedDecoder(model, call.num_rows, call.num_slots)
+            positions = torch.arange(first, call.num_slots).expand_as(tokens)
+            decoder(tokens[:, :1], positions[:, :1], num_slots_in_use=call.num_slots, without_logits=True)  # allocates
+            start = clock()
+            decoder(tokens, positions, num_slots_in_use=call.num_slots, without_logits=True)
+            taken = clock() - start
+            decoder.head_input.close()
+        return taken, 0.0
+
+
+def _with_backward(model: nn.Module, tokens: torch.Tensor, clock: Callable[[], float]) -> tuple[float, float]:
+    model.train()
+    start = clock()
+    hidden = model.get_decoder()(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)[0]
+    between = clock()
+    hidden.backward(torch.ones_like(hidden))
+    end = clock()
+    model.zero_grad()
+    return between - start, end - between
