@@ -491,7 +491,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
             which = inputs[Key.TEACHER_INDEX][tokens.rows]
             add_loss_by_teacher(metrics, outcome, which, self._teacher_names)
         if Key.TEACHER_TOP_LOG_PROBS in inputs:
-            known = tokens.pick(inputs[Key.TEACHER_TOP_LOG_PROBS]).exp().sum(-1)
+            is_beyond = tokens.pick(inputs[Key.TEACHER_TOP_IDS]) >= self.vocab_size
+            known = tokens.pick(inputs[Key.TEACHER_TOP_LOG_PROBS]).exp().masked_fill(is_beyond, 0).sum(-1)
             metrics.add_mean("teacher_mass_outside", (1 - known).clamp(min=0))
         for name in set(self._statistics) & set(SKDTrainer._statistics):
             metrics.add_mean(name, outcome.statistics[name])

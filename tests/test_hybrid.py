@@ -171,6 +171,52 @@ def test_captured_rounds_write_the_texts_of_plain_ones(pair):
     assert rounds.reason is None and Tape.num_replays > before + 2
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "mamba2"])
+@pytest.mark.parametrize(
+    ("rule", "num_draft_tokens", "with_graphs"),
+    [("never", 1, False), ("always", 1, True), ("top_k", 1, True), ("top_k", 3, False)],
+)
+def test_a_block_of_which_nothing_is_kept_is_not_read_twice(
+    monkeypatch, architecture, rule, num_draft_tokens, with_graphs
+):
+    """Where a nucleus does not fit its candidates, a row keeps no token of the block, not even of one."""
+    model, other = (
+        tiny_model(name, seed=seed, vocab_size=1100, initializer_range=0.1)
+        for name, seed in ((architecture, 2), ("llama", 1))
+    )
+    pair = (other, model) if rule == "never" else (model, other)
+    settings = {
+        "rule": ACCEPTANCE_RULES[rule](**({"k": 300} if rule == "top_k" else {})),
+        "num_draft_tokens": num_draft_tokens,
+        "student_sampling": SamplingParams(top_p=0.9),
+        "teacher_sampling": SamplingParams(top_p=0.95),
+        "noise": torch.rand((len(PROMPTS), 12, 3), generator=torch.Generator().manual_seed(1)),
+        "rounds": Rounds(capture=True, make_graph=Tape) if with_graphs else None,
+    }
+    monkeypatch.setattr(interleaved, "CANDIDATES_ON_CPU", ())
+    plain = sample(*pair, **{**settings, "rounds": None})
+    monkeypatch.setattr(interleaved, "CANDIDATES_ON_CPU", (8, 64))
+    missing = sample(*pair, **settings)
+    assert missing.num_rounds > plain.num_rounds  # some were repeated
+    assert responses(missing) == responses(plain)
+    for name, values in plain.teacher_signal.items():
+        torch.testing.assert_close(missing.teacher_signal[name], values, atol=1e-4, rtol=1e-4)
+
+
+def test_states_of_a_block_of_one_token_take_no_room_where_every_draw_fits():
+    rounds = Rounds(capture=True, make_graph=Tape)  # keeps the decoders
+    settings = {"num_draft_tokens": 1, "rule": ACCEPTANCE_RULES["always"](), "rounds": rounds, "max_new_tokens": 2}
+    teacher = tiny_model("llama", seed=1, vocab_size=1100)
+
+    def rooms(**sampling):
+        sample(tiny_model("mamba2", seed=2, vocab_size=1100), teacher, **settings, **sampling)
+        return {len(slot.states) for slot in rounds.decoders["student"].states.slots.values()}
+
+    assert rooms(teacher_sampling=SamplingParams(top_p=0.9)) == {1}  # the teacher draws nothing
+    assert rooms(student_sampling=SamplingParams(0.0, top_p=0.9)) == {1}
+    assert rooms(student_sampling=SamplingParams(top_p=0.9)) == {2}
+
+
 def test_a_round_with_states_never_waits_for_the_device(monkeypatch):
     waits, original, rounds = HostWaits(monkeypatch), interleaved.interleave_round, []
 

@@ -4,6 +4,7 @@
 """
 
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from torch._dynamo.utils import counters
 from transformers.utils import logging
 
 from skd_trl.sampling import interleaved, nucleus, ragged_cache
-from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, TopK
+from skd_trl.sampling import rounds as rounds_module
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, TopK
 from skd_trl.sampling.rounds import Rounds
-from skd_trl.sampling.sampling_params import SamplingParams
+from skd_trl.sampling.sampling_params import SamplingParams, on_device
 
 
 BEGINNING = list(range(100, 120))  # that all prompts share, long enough to be run once
@@ -155,6 +157,74 @@ def test_a_row_whose_nucleus_does_not_fit_is_written_again_and_has_the_text_of_a
         assert {level for level, _ in levels} == {0, 1, 2}
         assert all(missed == 0 for level, missed in levels if level == 2) and any(missed for _, missed in levels)
         levels.clear()
+
+
+class Within(AcceptanceRule):
+    """A rule that is no dataclass: it inherits an `==` that knows nothing of its number."""
+
+    def __init__(self, k):
+        self.k = k
+
+    def __call__(self, draft):
+        return draft.teacher_rank < self.k
+
+
+@dataclass(frozen=True)
+class AmongSome(AcceptanceRule):
+    """One that cannot be hashed."""
+
+    ranks: list
+
+    def __call__(self, draft):
+        return draft.teacher_rank < max(self.ranks)
+
+
+@pytest.mark.parametrize("make", [Within, lambda k: AmongSome([k])], ids=["no dataclass", "no hash"])
+def test_a_rule_with_another_number_is_no_replay_of_the_first(make):
+    student, teacher, rounds = tiny_model(seed=1), tiny_model(seed=2), captured()
+    noise = torch.rand((4, 8, 3), generator=torch.Generator().manual_seed(0))
+    for k in (1, 200):
+        settings = {"rule": make(k), "noise": noise, "max_new_tokens": 8}
+        check_same(sample(student, teacher, **settings, rounds=rounds), sample(student, teacher, **settings))
+    assert rounds.graphs and rounds.reason is None
+    num_captures = []
+    for _ in range(2):  # a trainer makes its rule in each step; after the first of these, all shapes are captured
+        sample(student, teacher, rule=make(200), noise=noise, max_new_tokens=8, rounds=rounds)
+        num_captures.append(Tape.num_captures)
+    assert num_captures[0] == num_captures[1]
+
+
+def test_a_rule_whose_number_is_set_between_two_calls_is_no_replay_of_the_first():
+    student, teacher, rounds, rule = tiny_model(seed=1), tiny_model(seed=2), captured(), Within(1)
+    noise = torch.rand((4, 8, 3), generator=torch.Generator().manual_seed(0))
+    for rule.k in (1, 200):
+        settings = {"rule": rule, "noise": noise, "max_new_tokens": 8}
+        check_same(sample(student, teacher, **settings, rounds=rounds), sample(student, teacher, **settings))
+
+
+def test_what_is_kept_for_scheduled_numbers_is_bounded(monkeypatch):
+    """A temperature and a rule with new numbers in each of many steps: what was captured for the first ones is given up, and is right
+    when they come back."""
+    student, teacher, rounds = tiny_model(seed=1).bfloat16(), tiny_model(seed=2).bfloat16(), captured()
+    monkeypatch.setattr(rounds_module, "MOST_GRAPHS", 4)
+    monkeypatch.setattr(rounds_module, "MOST_WARM", 8)
+    size = on_device.cache_info().maxsize
+    noise = torch.rand((4, 4, 3), generator=torch.Generator().manual_seed(0))
+
+    def sampled(step, kept):
+        return sample(
+            student, teacher, student_sampling=SamplingParams(0.5 + step / 1000), noise=noise, max_new_tokens=4,
+            rule=TopK(k=20 + step), num_draft_tokens=2, rounds=kept,
+        )  # fmt: skip
+
+    for step in (1, 2, 3, 4, 5, 0):
+        sampled(step, rounds)
+    for step in range(6, 6 + 2 * size):  # as many steps more leave no number of before
+        on_device(0.5 + step / 1000, noise.device)
+    for step in (0, 5):  # in half precision, whose texts depend on the shapes: captured rounds on both sides
+        check_same(sampled(step, rounds), sampled(step, captured()))
+    assert rounds.reason is None and 0 < len(rounds.graphs) <= 4 and 0 < len(rounds.warm) <= 8
+    assert on_device.cache_info().currsize <= size
 
 
 # Compiled

@@ -7,6 +7,7 @@ from test_sampler import EOS, PROMPTS, V, left_padded, responses
 from tiny import tiny_model
 
 from skd_trl.loss.lm_head import LMHead
+from skd_trl.sampling import interleaved
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft, Judgement
 from skd_trl.sampling.interleaved import Execution, interleaved_sample
 from skd_trl.sampling.nucleus import Nucleus
@@ -108,6 +109,31 @@ def test_each_text_is_sent_with_its_proposals_and_none_for_rows_that_ended(model
             assert any(full[: len(kept)] == kept and len(kept) < len(full) for full in texts)
 
 
+@pytest.mark.parametrize("kind", ["top k", "hidden states"])
+def test_a_row_that_keeps_nothing_of_a_block_keeps_its_text(monkeypatch, model, kind):
+    """Where the student's nucleus does not fit its candidates, the row is judged again from where it was."""
+    student = LocalParticipant(tiny_model("llama", seed=1), SamplingParams(top_p=0.9))
+    scorer, rollouts = LocalScorer(model, V, V), []
+    if kind == "top k":
+        served = ServedTeacher(scorer)
+    else:
+        served = ServedHiddenStates(scorer, LMHead.of(model).logits, vocab_size=V)
+    for candidates, teacher in (((), LocalParticipant(model)), ((), served), ((8,), served)):
+        monkeypatch.setattr(interleaved, "CANDIDATES_ON_CPU", candidates)
+        rollouts.append(
+            interleaved_sample(
+                student, teacher, *left_padded(MIXED), accept=ACCEPTANCE_RULES["top_k"](k=100), max_new_tokens=12,
+                eos_token_ids=[EOS, 7], noise=torch.rand(len(MIXED), 12, 3, generator=torch.Generator().manual_seed(3)),
+                execution=Execution(3, max_rows=4),
+            )
+        )  # fmt: skip
+    here, all_fit, some_miss = rollouts
+    assert responses(some_miss) == responses(all_fit) == responses(here)
+    assert torch.equal(some_miss.teacher_rank, here.teacher_rank)
+    assert some_miss.num_rounds > all_fit.num_rounds == here.num_rounds
+    assert min(len(text) for request in scorer.requests for text in request) > min(map(len, MIXED))
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, FREE, SHARP, NUCLEUS, SamplingParams(1.5), SamplingParams(0.7, 0.9, 5)])
 def test_with_all_tokens_known_the_shaped_distribution_is_that_of_logits(sampling):
     logits = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0)) * 3
@@ -138,12 +164,47 @@ def test_a_rule_that_reads_logits_is_told_what_it_can_read_instead(model):
         sampled(ServedTeacher(LocalScorer(model, 30, V)), ByLogits(), GREEDY, 2)
 
 
-def test_a_teacher_that_ranks_tokens_that_the_student_has_not_is_refused():
+@pytest.mark.parametrize("num_draft_tokens", [1, 3])
+@pytest.mark.parametrize("top_k", [100, V + 200])
+def test_tokens_that_the_student_has_not_are_left_out_as_by_a_teacher_in_this_process(top_k, num_draft_tokens):
+    larger, rule = tiny_model("llama", seed=2, vocab_size=V + 200), ACCEPTANCE_RULES["top_k"](k=20)
+    here = sampled(LocalParticipant(larger, vocab_size=V), rule, GREEDY, num_draft_tokens)
+    scorer = LocalScorer(larger, top_k, V + 200)
+    served = sampled(ServedTeacher(scorer, vocab_size=V), rule, GREEDY, num_draft_tokens)
+    assert responses(served, MIXED) == responses(here, MIXED)
+    assert torch.equal(served.replaced, here.replaced)
+    if top_k > 100:  # those beyond that rank higher are all known
+        assert torch.equal(served.teacher_rank, here.teacher_rank)
+    ids, log_probs = (served.teacher_signal[name][0, 0] for name in ("teacher_top_ids", "teacher_top_log_probs"))
+    assert ids.max() < V and ids.min() == -1 and torch.equal(ids < 0, log_probs.isinf())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
+def test_what_is_left_out_has_no_part_in_a_draw_or_a_rank(temperature):
+    logits = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0)) * 3
+    logits[0, 0, 35] = logits.max() + 1  # the favourite is one of these
+    tokens = torch.randint(30, (3, 2), generator=torch.Generator().manual_seed(1))
+    scores = top_judgement(logits, tokens, 40).scores.within(30)
+    log_probs, sampling = logits.log_softmax(-1), SamplingParams(temperature)
+    cut = Judgement(logits[..., :30], {})
+    assert torch.equal(scores.token_ranks, cut.rank(tokens))
+    judgement = TopJudgement(scores, 30)
+    probs = judgement.shaped_probs(sampling, NUCLEI)
+    assert probs.isfinite().all() and probs[..., 30:].eq(0).all()
+    normal = probs[..., :30] / probs.sum(-1, keepdim=True)
+    torch.testing.assert_close(normal, (logits[..., :30] / temperature).softmax(-1))
+    own = log_probs.gather(-1, tokens[..., None])
+    above = torch.where(log_probs[..., :30] > own, log_probs[..., :30].exp(), 0.0).sum(-1)
+    torch.testing.assert_close(judgement.mass_above(tokens), above)
+    judgement.decide(tokens)
+    torch.testing.assert_close(judgement.signal["teacher_label_log_probs"], own.squeeze(-1))
+
+
+def test_a_teacher_whose_known_tokens_are_all_beyond_is_refused():
     larger = tiny_model("llama", seed=2, vocab_size=V + 200)
-    with pytest.raises(ValueError, match=r"ranks token \d+ among its 100 most probable, but both models share 259"):
-        sampled(
-            ServedTeacher(LocalScorer(larger, 100, V + 200), vocab_size=V), ACCEPTANCE_RULES["top_k"](k=20), GREEDY, 2
-        )
+    with pytest.raises(ValueError, match=r"1 most probable tokens are all beyond the 259 ids"):
+        rule = ACCEPTANCE_RULES["top_k"](k=20)
+        sampled(ServedTeacher(LocalScorer(larger, 1, V + 200), vocab_size=V), rule, GREEDY, 2)
 
 
 def test_prompts_that_the_server_has_no_room_for_are_refused(model):

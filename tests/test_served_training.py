@@ -102,6 +102,24 @@ def test_a_rule_that_reads_logits_is_admitted_with_hidden_states(tmp_path):
         served(tmp_path, server, accept=ByLogits(), **EXACT).train()
 
 
+@pytest.mark.parametrize("rollout", ["interleaved", "dataset"])
+def test_a_teacher_with_a_wider_head_trains_and_what_lies_beyond_is_outside(tmp_path, rollout):
+    teacher, outside = tiny_model(seed=2, vocab_size=V + 61), []
+    with serving(teacher, vocab_size=V + 61, top_k=64) as server:
+        trainer = served(tmp_path, server, ROWS, rollout=rollout, teacher_top_k=64, max_steps=1)
+        seen = spy_on_trained_batches(trainer)
+        trainer.train()
+    for batch in seen:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True):
+            with torch.no_grad():
+                top = teacher(ids[mask][None]).logits[0, :-1].softmax(-1)[labels[mask][1:] != -100].topk(64)
+            assert (top.indices >= V).any()
+            outside += (1 - torch.where(top.indices < V, top.values, 0).sum(-1)).tolist()
+    mass = next(logs["teacher_mass_outside"] for logs in trainer.state.log_history if "teacher_mass_outside" in logs)
+    assert mass == pytest.approx(sum(outside) / len(outside), rel=1e-3)
+    assert all(torch.isfinite(torch.tensor(value)) for value in losses(trainer))
+
+
 def test_hidden_states_that_do_not_make_the_servers_scores_are_refused(tmp_path):
     with serving(tiny_model(seed=2), top_k=1) as server:
         scorer = server.scorer

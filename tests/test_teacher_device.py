@@ -3,6 +3,8 @@
 The other device is PyTorch's lazy one, which every build has: it computes on the CPU, and its tensors take no operand of another device.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._lazy.ts_backend
@@ -14,6 +16,8 @@ from test_teacher_prompt import ROWS as ROWS_WITH_CONTEXT
 from tiny import byte_tokenizer, tiny_model
 
 from skd_trl import SKDConfig
+from skd_trl.evaluation.callback import HeldOutEvaluation
+from skd_trl.evaluation.draft_model import Drafting, draft_acceptance
 from skd_trl.training import teacher_weights
 from skd_trl.training.machine import Machine
 from skd_trl.training.teacher_weights import check_teacher_device, load_teacher
@@ -65,6 +69,21 @@ def test_an_evaluation_asks_a_teacher_elsewhere_too(tmp_path, other):
     there = make_trainer(tmp_path / "there", ROWS, teacher_device=other, **settings)
     here = make_trainer(tmp_path / "here", ROWS, **settings)
     assert there.evaluate()["eval_loss"] == pytest.approx(here.evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_an_evaluation_drafts_for_a_teacher_elsewhere_too(tmp_path, other):
+    found = []
+    for name, settings in (("here", {}), ("there", {"teacher_device": other})):
+        trainer = make_trainer(tmp_path / name, max_new_tokens=4, **settings)
+        held_out = HeldOutEvaluation(trainer, Dataset.from_list(ROWS[:3]), metrics=[], drafting=Drafting(2))
+        decoding = replace(held_out.evaluation.decoding, batch_size=2)
+        prompts = held_out.data.prompt_ids
+        found.append(
+            draft_acceptance(held_out.student, held_out.teacher, prompts, decoding=decoding, num_draft_tokens=2)
+        )
+    here, there = found
+    assert here["accepted"][:, 1].sum() > 3
+    assert all((there[name] == values).all() for name, values in here.items())
 
 
 def test_a_teacher_that_is_named_is_read_to_its_device_and_nowhere_else(tmp_path, monkeypatch, other):

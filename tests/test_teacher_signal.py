@@ -108,6 +108,37 @@ def test_value_and_gradient_are_those_of_the_coarsened_distributions(name, param
         torch.testing.assert_close(gradient, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("k", [7, 30, VOCAB])
+@pytest.mark.parametrize(("name", "parameters"), EVERY_DIVERGENCE)
+def test_tokens_beyond_the_shared_ones_are_part_of_the_rest(name, parameters, k):
+    pair, num_shared = Pair(), 40
+    top = pair.top(k)
+    out = pair.loss(top, name, parameters, vocab_size=num_shared)
+    logits = reference.logits(pair.student.states, pair.student.head.weight, None, 1.0, pair.student.head.softcap)
+    students, teachers = logits[:, :num_shared].softmax(-1), pair.reference_probs()[1]
+    expected, numbers = [], []
+    for student, teacher, ids in zip(students, teachers, top.ids, strict=True):
+        ids = ids[ids < num_shared][: num_shared - 1]  # the most probable come first
+        outcomes = [torch.cat([probs[ids], 1 - probs[ids].sum(0, keepdim=True)]) for probs in (student, teacher)]
+        expected.append(reference.divergence(name, *(probs[None].log() for probs in outcomes), **parameters))
+        numbers.append(len(ids))
+    expected = torch.cat(expected)
+    assert max(numbers) <= min(k, num_shared - 1) and (k == VOCAB or len(set(numbers)) > 1)
+    torch.testing.assert_close(out.divergence.double(), expected, **CLOSE)
+    for gradient, wanted in zip(pair.gradients(out.loss), pair.gradients(expected.sum()), strict=True):
+        torch.testing.assert_close(gradient, wanted, **CLOSE)
+
+
+def test_a_token_that_is_not_known_never_ranks_among_the_known_ones():
+    pair = Pair()
+    top, logits = pair.top(7).prepared(40), pair.student.head.logits(pair.student.states, 40).detach()
+    ranks, argmax = top.compare(logits, pair.facts.labels.clamp(max=39)).student_argmax_rank, logits.argmax(-1)
+    for row, ids in enumerate(pair.top(7).ids.tolist()):
+        known = [token for token in ids if token < 40]
+        assert ranks[row] == (known.index(argmax[row]) if argmax[row] in known else 7)
+    assert 0 < (ranks == 7).sum() < len(ranks)
+
+
 @st.composite
 def logit_pairs(draw):
     """Logits `(1, V)` of student and teacher, far enough apart that either has tokens of nearly no probability; and k < V."""
@@ -396,7 +427,7 @@ def test_without_positions_a_coarse_loss_is_zero_and_gives_zero_gradients():
         (lambda: Pair().top(VOCAB + 1), "k=51 is outside 1..50"),
         (lambda: Pair().top(0), "k=0 is outside 1..50"),
         (lambda: Pair().loss(Pair(num_positions=3).top(7)), "'student': 17, 'teacher': 3, 'facts': 17"),
-        (lambda: Pair().loss(Pair().top(VOCAB), vocab_size=40), "names token .*, but both models share 40 tokens"),
+        (lambda: Pair().loss(Pair().top(1), vocab_size=9), "1 most probable tokens are all beyond the 9 ids"),
     ],
 )
 def test_signals_that_cannot_be_right_are_refused_with_a_reason(make, message):

@@ -124,7 +124,8 @@ def test_a_request_that_was_not_computed_whole_has_no_states(model):
 
 def test_a_head_that_is_not_what_it_seems_is_refused_in_words(model):
     plain = VLLMModel(model)
-    assert head_of(plain)["weight"].shape == (259, H) and head_of(plain)["shaping"].tolist() == [1.0, 0.0]
+    head = head_of(plain)
+    assert (head.weight.shape, head.bias, head.scale, head.softcap) == ((259, H), None, 1.0, 0.0)
     plain.compute_logits = lambda hidden: 1.1 * hidden @ plain.lm_head.weight[:259].T
     with pytest.raises(ValueError, match="makes its logits in a way that is not known here"):
         head_of(plain)

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from ..data.vocabulary import shared_vocab_size
 from ..sampling.acceptance import ACCEPTANCE_RULES
 from ..sampling.interleaved import Execution, interleaved_sample
+from ..sampling.other_device import OnOtherDevice
 from ..sampling.participants import LocalParticipant
+from ..sampling.prompts import Prompts
 from ..sampling.rounds import Rounds
 from ..sampling.sampling_params import SamplingParams
 from .held_out import Decoding, batches, gather_rows, left_pad
@@ -68,9 +70,13 @@ def draft_acceptance(
             torch.rand((decoding.max_new_tokens, 3), generator=torch.Generator().manual_seed(decoding.seed + row))
             for row in batch
         ]
+        judge = teacher_part
+        if teacher.device != student.device:
+            there = Prompts(ids.to(teacher.device), mask.to(teacher.device))
+            judge = OnOtherDevice(teacher_part, there, student.device)
         rollout = interleaved_sample(
             student_part,
-            teacher_part,
+            judge,
             ids,
             mask,
             accept=ACCEPTANCE_RULES["speculative"](),

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .gates import Gate
 
 
+# The log-probability of an outcome that neither model has: a number, whose exp() is 0.
+NOTHING = -1e4
+
+
 class TeacherSignal(ABC):
     """What the loss knows of the teacher at N positions. `signal[rows]` are some of them, `len(signal)` is N."""
 
@@ -109,7 +113,7 @@ class TopLogProbs(TeacherSignal):
 
     Attributes:
         ids (`Tensor` `(N, k)`, long):
-            Different from each other in a row, below the shared vocabulary's size; in any order.
+            Different from each other in a row, in any order; -1 in the place of one that is not known. At least one is.
         log_probs (`Tensor` `(N, k)`):
             Their log-probabilities in the teacher's full distribution, nats, no temperature. fp32 or more: in half
             precision what they leave to the rest is known to 0.001, and taken to be no less.
@@ -149,21 +153,30 @@ class TopLogProbs(TeacherSignal):
 
     @torch.no_grad()
     def prepared(self, vocab_size: int) -> "TopLogProbs":
-        # A GPU would stop with an assertion. The host waits for the device here, once for all chunks.
-        if self.ids.numel() and int(self.ids.max()) >= vocab_size:
+        is_left_out = (self.ids < 0) | (self.ids >= vocab_size)
+        # The host waits for the device here, once for all chunks.
+        if not bool(is_left_out.any()):
+            return self
+        if bool(is_left_out.all(-1).any()):
             raise ValueError(
-                f"The teacher's signal names token {int(self.ids.max())}, but both models share {vocab_size} tokens; leave "
-                f"out what lies beyond."
+                f"The teacher's {self.top_k} most probable tokens are all beyond the {vocab_size} ids that both models share, at some "
+                "position. Ask for more of them (teacher_top_k), or use a teacher with the student's vocabulary."
             )
-        return self
+        ids, log_probs = self.ids.masked_fill(is_left_out, -1), self.log_probs.masked_fill(is_left_out, -math.inf)
+        if ids.shape[-1] >= vocab_size:  # what was left out is told of as the rest, which needs a token
+            order = log_probs.topk(vocab_size - 1, dim=-1).indices
+            ids, log_probs = ids.gather(-1, order), log_probs.gather(-1, order)
+        return TopLogProbs(ids, log_probs, self.label_log_probs)
 
     def compare(self, student_logits: Tensor, labels: Tensor) -> CoarseDistributions:
-        all_student = log_probs(student_logits)
-        student = all_student.gather(-1, self.ids)
-        teacher = ranked = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32))
+        all_student, is_left_out = log_probs(student_logits), self.ids < 0
+        ids = torch.where(is_left_out, self.ids.amax(-1, keepdim=True), self.ids)  # in its place one that is known
+        student = all_student.gather(-1, ids).masked_fill(is_left_out, NOTHING)
+        teacher = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32))
+        teacher = ranked = teacher.masked_fill(is_left_out, NOTHING)  # above the rest: that ranks k at best
         if self.ids.shape[-1] < all_student.shape[-1]:
             # Not log(1 - sum), which has no digits left where the student is sure of the k tokens.
-            rest = all_student.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)
+            rest = all_student.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
             student = torch.cat([student, rest], dim=-1)
             # All that is known of the teacher's rest is what the k leave. Below the rounding of the type they came in, that
             # is noise or the logarithm of nothing. In float64 the sum adds no rounding to theirs.

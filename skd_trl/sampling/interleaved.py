@@ -19,7 +19,7 @@ from .nucleus import CANDIDATES, CANDIDATES_ON_CPU, Nucleus
 from .participants import LocalParticipant, Participant, Setting
 from .prompts import Prompts
 from .rollout import Rollout
-from .rounds import Rounds, Signal
+from .rounds import Rounds, Same, Signal
 from .rows import Rows
 
 
@@ -120,7 +120,10 @@ def interleaved_sample(
     num_places = min(execution.max_rows or len(prompts), len(prompts))
     agree = execution.agree or (lambda *numbers: numbers)
     device, rounds = prompt_ids.device, execution.rounds or Rounds()
-    nucleus = Nucleus(CANDIDATES_ON_CPU if device.type == "cpu" else CANDIDATES)
+    # Where no draw looks for a nucleus, none can miss it, and no block of one token goes back.
+    may_miss = accept.drafts and student.sampling.is_cut or accept.judges and teacher.sampling.is_cut
+    ladder = CANDIDATES_ON_CPU if device.type == "cpu" else CANDIDATES
+    nucleus = Nucleus(ladder if may_miss else ())
     settings = (
         Setting(name, num_places, max_new_tokens, draft_length.longest, rounds, nucleus)
         for name in ("student", "teacher")
@@ -190,12 +193,20 @@ def run_round(
 
 
 def _by_value(rule: AcceptanceRule) -> Hashable:
-    """A rule as part of a key; one that holds a list is told by its repr."""
-    try:
-        hash(rule)
-    except TypeError:
-        return repr(rule)
-    return rule
+    """A rule as part of a key. One whose own class says which are equal, as a dataclass does, by value (one that holds a list by its
+    repr). A class that only inherits that knows nothing of its own numbers: then the class and what the rule holds, numbers by value
+    and all else as the object that it is."""
+    own = vars(type(rule))
+    if "__eq__" in own:
+        try:
+            hash(rule)
+            return rule
+        except TypeError:
+            return (type(rule), repr(rule)) if "__repr__" in own else Same(rule)
+    if any(getattr(kind, "__slots__", ()) for kind in type(rule).__mro__):
+        return Same(rule)
+    held = vars(rule).items()
+    return type(rule), *((name, x if isinstance(x, bool | int | float | str) else Same(x)) for name, x in held)
 
 
 def interleave_round(

@@ -25,7 +25,7 @@ from .prefill import cost_of_forward, groups_of_equal_length, left_padded, prefi
 from .prompts import Prompts
 from .ragged_cache import eval_mode, is_sharded, of_rows
 from .recurrent_state import Reading
-from .rounds import Rounds
+from .rounds import Rounds, Same
 from .sampling_params import SamplingParams, on_device
 
 
@@ -166,7 +166,8 @@ class LocalParticipant(Participant):
             self.rounds.buffer(f"{name} of {setting.name}", (setting.num_places,), torch.long, self.device).zero_()
             for name in ("last_of_prompt", "start")
         )
-        on_device(self.sampling.temperature, self.device)  # is there before a round needs it
+        # Is there before a round needs it, and for as long as a graph that reads it: its key has it.
+        self.temperature = on_device(self.sampling.temperature, self.device)
         self.num_shared = 0  # first tokens of all prompts, whose keys and values every place has
         if self.decoder.states is not None:
             self.decoder.states.forget_beginning()
@@ -256,11 +257,13 @@ class LocalParticipant(Participant):
         super().begin_round(rows, num_rows, num_draft)
         longest = max(self.prompts.host_lengths[prompt] + num_written for prompt, num_written in rows)
         self.num_slots_in_use = self.rounds.num_slots(longest + num_draft - 1, self.decoder.num_slots)
-        if self.decoder.states is not None and self.decoder.states.begin_round(num_draft):
+        states, may_miss = self.decoder.states, self.nucleus.num_candidates(self.vocab_size) is not None
+        if states is not None and states.begin_round(num_draft, may_keep_none=may_miss):
             self.rounds.forget_graphs()  # they go on with the buffers as they were
 
     def round_key(self) -> tuple:
-        return self.num_slots_in_use, self.last_position, self.may_run_over, self.vocab_size, self.sampling
+        which = self.num_slots_in_use, self.last_position, self.may_run_over, self.vocab_size, self.sampling
+        return *which, Same(self.temperature)
 
     def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
         if (

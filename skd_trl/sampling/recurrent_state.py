@@ -56,10 +56,10 @@ class RecurrentStates:
         self.slots = {place: _Slot(place, cache) for mixer in self.mixers for place in mixer.places}
         self.num_kept_steps = 0  # 0: a block is one token, which is always kept
 
-    def begin_round(self, num_draft: int) -> bool:
-        """Makes room for the states after each of G = `num_draft` tokens. A block of one token needs none: it never goes back. Returns
-        whether buffers were replaced by larger ones."""
-        self.num_kept_steps = num_draft if num_draft > 1 else 0
+    def begin_round(self, num_draft: int, may_keep_none: bool = True) -> bool:
+        """Makes room for the states after each of G = `num_draft` tokens. A block of one token goes back only where a row may keep none
+        of it, `may_keep_none`; otherwise it needs no room. Returns whether buffers were replaced by larger ones."""
+        self.num_kept_steps = num_draft if num_draft > 1 or may_keep_none else 0
         return any([slot.reserve(self.num_kept_steps) for slot in self.slots.values()])
 
     @contextmanager

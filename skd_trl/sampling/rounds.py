@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -29,6 +30,8 @@ Signal = dict[str, torch.Tensor]
 SLOTS = 128
 # Kept graphs; the least recently used ones go first. A rule whose numbers are scheduled has new ones in each step.
 MOST_GRAPHS = 64
+# Shapes that are known to have run once; forgotten in the same order.
+MOST_WARM = 16 * MOST_GRAPHS
 # Share of the device's memory that caches may keep between calls. Larger ones are given back, and their graphs with them.
 KEPT_SHARE = 1 / 8
 
@@ -64,6 +67,20 @@ class CudaGraph:
         self.graph.replay()
 
 
+@dataclass(frozen=True, eq=False)
+class Same:
+    """An object as a part of a key: equal to itself alone, whatever `==` says. Whoever has the key keeps the object, so no other one can
+    have its address."""
+
+    value: object = field(repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 class Rounds:
     """Runs rounds, and keeps between calls of [`~skd_trl.interleaved_sample`] what captured or compiled ones belong to: give the
     same object to every call with the same models.
@@ -84,7 +101,7 @@ class Rounds:
         self.buffers: dict[str, torch.Tensor] = {}
         self.decoders: dict[str, RaggedDecoder] = {}
         self.graphs: OrderedDict[Hashable, tuple[Graph, Stopwatch, Signal]] = OrderedDict()
-        self.warm: set[Hashable] = set()
+        self.warm: OrderedDict[Hashable, None] = OrderedDict()
         self.reason: str | None = None  # why something was not captured
         self.has_failed = False  # then nothing is tried any more
         self.is_capturing, self.pool = False, None
@@ -207,7 +224,9 @@ class Rounds:
             graph.replay()
             return stopwatch, signal, False
         is_warm_up = self.has_fixed_shapes and key not in self.warm
-        self.warm.add(key)
+        self.warm[key] = None
+        while len(self.warm) > MOST_WARM:
+            self.warm.popitem(last=False)
         stopwatch = Stopwatch(device)
         return stopwatch, play(stopwatch), is_warm_up
 

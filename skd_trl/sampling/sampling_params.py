@@ -6,7 +6,7 @@ nucleus; `nucleus.py` does without. Shapes: `...` any leading ones, V vocabulary
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ class SamplingParams:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (1 keeps every token).")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be 0 (every token) or above.")
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether less than the whole vocabulary is drawn from, by chance."""
+        return self.temperature > 0.0 and (self.top_p < 1.0 or self.top_k > 0)
 
 
 def draw(logits: torch.Tensor, sampling: SamplingParams, uniforms: torch.Tensor) -> torch.Tensor:
@@ -139,9 +144,10 @@ def softmax_at(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return (logits / on_device(temperature, logits.device)).softmax(-1)  # cast and divided in one operator
 
 
-@cache
+@lru_cache(maxsize=64)
 def on_device(number: float, device: torch.device) -> torch.Tensor:
-    """A number as a tensor (1,) in fp32, for as long as the process lives: graphs read it."""
+    """A number as a tensor (1,) in fp32, one for some time: a scheduled number has a new value in each step. Whoever has a graph that
+    reads it keeps it."""
     return torch.full((1,), number, device=device)
 
 

@@ -92,6 +92,7 @@ class ServedTeacher(Participant):
 
     def move_row(self, source: int, target: int) -> None:
         self.texts[target], self.keys[target] = self.texts[source], self.keys[source]
+        self.texts[source], self.keys[source] = [], -1
 
     @property
     def can_be_captured(self) -> bool:
@@ -115,12 +116,7 @@ class ServedTeacher(Participant):
 
     def ask(self, texts: list[list[int]], num_scored: int, keys: list[int], index: torch.Tensor) -> Judgement:
         """What the server says of the last `num_scored` tokens of these texts, those of `index` (N,)."""
-        scores = self.scorer.score(texts, num_scored, keys)
-        if scores.ids.numel() and int(scores.ids.max()) >= self.num_ids:
-            raise ValueError(
-                f"The teacher's server ranks token {int(scores.ids.max())} among its {self.scorer.top_k} most probable, but both models "
-                f"share {self.vocab_size} tokens. Ask for fewer tokens, or serve a teacher with the student's vocabulary."
-            )
+        scores = self.scorer.score(texts, num_scored, keys).within(self.num_ids)
         placed = [values[index].to(self.device) for values in vars(scores).values()]
         return TopJudgement(Scores(*placed), self.num_ids)
 
@@ -128,5 +124,5 @@ class ServedTeacher(Participant):
         self.judgement.decide(block)
         for place, (tokens, num_kept) in enumerate(zip(block.tolist(), count.tolist(), strict=True)):
             self.texts[place] = (
-                self.texts[place] + tokens[:num_kept] if num_kept > 0 else []
-            )  # a row that ended keeps none
+                self.texts[place] + tokens[:num_kept]
+            )  # none where the row missed its nucleus, or ended before

@@ -27,8 +27,10 @@ class Scores:
     What a teacher says of some positions. The leading shape is (N, G), or any other.
 
     Attributes:
-        ids (`torch.LongTensor` of shape `(N, G, k)`): its most probable tokens, in ascending order of their ids.
-        log_probs (`torch.Tensor` of shape `(N, G, k)`): theirs, in nats, of the full distribution at temperature 1; fp32.
+        ids (`torch.LongTensor` of shape `(N, G, k)`): its most probable tokens, in ascending order of their ids; -1 in the place of one
+            that was left out.
+        log_probs (`torch.Tensor` of shape `(N, G, k)`): theirs, in nats, of the full distribution at temperature 1; fp32. Minus infinity
+            where one was left out.
         token_log_probs (`torch.Tensor` of shape `(N, G)`): those of the tokens that were judged.
         token_ranks (`torch.LongTensor` of shape `(N, G)`): how many tokens are more probable than each of these; -1 where none was
             judged.
@@ -38,6 +40,30 @@ class Scores:
     log_probs: torch.Tensor
     token_log_probs: torch.Tensor
     token_ranks: torch.Tensor
+
+    def within(self, num_ids: int) -> "Scores":
+        """Without the ids from `num_ids` on, which the student does not have (a head that is padded further): what they have is left to
+        the tokens that are not known.
+
+        Raises:
+            `ValueError`: where no id is left.
+        """
+        is_beyond = self.ids >= num_ids
+        if not bool(is_beyond.any()):
+            return self
+        if bool(is_beyond.all(-1).any()):
+            k = self.ids.shape[-1]
+            raise ValueError(
+                f"The teacher's {k} most probable tokens are all beyond the {num_ids} ids that both models share, at some position. Ask "
+                "for more of them (teacher_top_k), or serve a teacher with the student's vocabulary."
+            )
+        above = (is_beyond & (self.log_probs > self.token_log_probs[..., None])).sum(-1)
+        return Scores(
+            self.ids.masked_fill(is_beyond, -1),
+            self.log_probs.masked_fill(is_beyond, -math.inf),
+            self.token_log_probs,
+            torch.where(self.token_ranks < 0, self.token_ranks, self.token_ranks - above),
+        )
 
 
 class TopJudgement(Judgement):
@@ -75,7 +101,7 @@ class TopJudgement(Judgement):
         """Exact for a token among the k; for another one at least this much, its rank and its own probability considered."""
         own, ranks = self.scores.token_log_probs[..., None], self.scores.token_ranks
         known = torch.where(self.scores.log_probs > own, self.scores.log_probs, -math.inf).exp().sum(-1)
-        between = (ranks - self.scores.ids.shape[-1]).clamp(min=0)
+        between = (ranks - (self.scores.ids >= 0).sum(-1)).clamp(min=0)
         return known + between * self.scores.token_log_probs.exp()
 
     def probability(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -108,20 +134,20 @@ class TopJudgement(Judgement):
 
     def _log_total(self, temperature: float) -> torch.Tensor:
         """Logarithm of the sum of p^(1/T) over all tokens, (N, G), those outside the k by their bound."""
-        log_probs, num_outside = self.scores.log_probs, self.vocab_size - self.scores.ids.shape[-1]
+        log_probs, is_known = self.scores.log_probs, self.scores.ids >= 0
         known = (log_probs / temperature).logsumexp(-1)
-        if num_outside <= 0:
+        if self.vocab_size <= self.scores.ids.shape[-1]:
             return known
         mass = log_probs.double().exp().sum(-1)
         log_outside = torch.log1p(-mass.clamp(max=1.0)).to(known.dtype)  # -inf where the k have all
         if temperature <= 1.0:
-            outside = log_outside + (1 / temperature - 1) * log_probs.amin(-1)
+            outside = log_outside + (1 / temperature - 1) * log_probs.masked_fill(~is_known, math.inf).amin(-1)
         else:  # many tokens of equal probability have the largest sum
-            outside = log_outside / temperature + (1 - 1 / temperature) * math.log(num_outside)
+            outside = log_outside / temperature + (1 - 1 / temperature) * (self.vocab_size - is_known.sum(-1)).log()
         return torch.logaddexp(known, outside)
 
     def at_outcomes(self, values: torch.Tensor) -> torch.Tensor:
-        return values.gather(-1, self.scores.ids)
+        return values.gather(-1, self.scores.ids.clamp(min=0))  # of one left out anything: its probability is 0
 
     def tokens_of(self, outcomes: torch.Tensor) -> torch.Tensor:
         return self.scores.ids.gather(-1, outcomes[..., None]).squeeze(-1)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from .wire import Head, pack_head
+
 
 EXTENSION = f"{__name__}.HiddenStatesExtension"
 ASKED = "skd_hidden_states"  # in extra_args: [key, first position, the position after the last]
@@ -95,9 +97,9 @@ class HiddenStatesExtension:
         return save({key: of_one.states for key, of_one in kept.items() if of_one.is_there.all()})
 
     def skd_head(self) -> bytes:
-        """The head's tensors as safetensors, whole; nothing on workers but the first of the last stage."""
-        tensors = head_of(self.model_runner.get_model())  # together: the shards are gathered
-        return save(tensors) if _speaks() else b""
+        """The head, packed, whole; nothing on workers but the first of the last stage."""
+        head = head_of(self.model_runner.get_model())  # together: the shards are gathered
+        return pack_head(head) if _speaks() else b""
 
 
 def _speaks() -> bool:
@@ -107,12 +109,9 @@ def _speaks() -> bool:
 
 
 @torch.inference_mode()
-def head_of(model: Any) -> dict[str, torch.Tensor]:
+def head_of(model: Any) -> Head:
     """
-    What a vLLM model makes logits with: logits = scale * softcap(hidden W^T + bias).
-
-    Returns:
-        `weight` (V, H), `shaping` (scale and softcap, 0 for none) and, where there is one, `bias` (V,).
+    What a vLLM model makes logits with, on the CPU.
 
     Raises:
         `ValueError`: for a head that is more than that, found by comparing with the model's own logits.
@@ -145,4 +144,4 @@ def head_of(model: Any) -> dict[str, torch.Tensor]:
         rounding = 16 * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
         if logits.shape != expected.shape or (logits - expected).abs().max() > rounding * expected.abs().max():
             raise ValueError(f"{type(inner).__name__} makes its logits in a way that is not known here")
-    return {**whole, "shaping": torch.tensor([scale, softcap], dtype=torch.float64)}
+    return Head(whole["weight"], whole.get("bias"), scale, softcap)
