@@ -187,7 +187,7 @@ class GenerateRoute(StockRoute):
         if num_scored > MOST_ASKED_ALONE:
             return super().score(texts, num_scored, top_k)
         asked = [(text, len(text) - num_scored + i) for text in texts for i in range(max(num_scored, 1))]
-        rows = list(self.threads.map(lambda of_text: self._of_position(*of_text, top_k), asked))
+        rows = list(self.threads.map(lambda one: self._of_position(one[0], one[1], top_k), asked))
         values = (torch.stack(values) for values in zip(*rows, strict=True))
         return Scores(*(value.view(len(texts), -1, *value.shape[2:]) for value in values))
 
