@@ -310,6 +310,28 @@ def test_every_answer_is_a_row_after_what_came_before_it():
     assert examples({"messages": DIALOGUE}, every_answer=False) == expected[1:]
 
 
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}]
+)
+def test_an_answer_that_is_marked_as_not_to_be_trained_on_is_none(mark):
+    """OpenAI's, axolotl's and ms-swift's marks. The answer stays in the prompts of those after it."""
+    first, last = [*DIALOGUE[:2], DIALOGUE[2] | mark, *DIALOGUE[3:]], [*DIALOGUE[:4], DIALOGUE[4] | mark]
+    parts = {"prompt": first[:2], "completion": first[2:]}
+    assert examples({"messages": first}) == examples(parts) == [texts({"messages": DIALOGUE})]
+    assert examples({"messages": last}) == [texts({"messages": DIALOGUE[:3]})]
+    marked = {"messages": [*DIALOGUE[:2], DIALOGUE[2] | mark]}
+    prompt_alone = [(texts({"messages": DIALOGUE[:3]})[0], "")]
+    for row in (marked, {"prompt": DIALOGUE[:2], "completion": marked["messages"][2:]}):
+        for every in (True, False):
+            assert examples(row, needs_response=False, every_answer=every) == prompt_alone
+            with pytest.raises(ValueError, match=r"marked as not to be trained on \("):
+                prepare([row], needs_response=True, every_answer=every, max_prompt_length=200)
+    for other in ({"weight": 1}, {"train": True}, {"loss": None}):
+        assert examples({"messages": [*DIALOGUE[:4], DIALOGUE[4] | other]}, every_answer=False) == [
+            texts({"messages": DIALOGUE})
+        ]
+
+
 def test_with_every_answer_calls_of_tools_are_answers_too():
     row = {"prompt": [QUESTION], "completion": SEVERAL}
     assert examples(row) == [texts({"messages": [QUESTION, *SEVERAL[:1]]}), texts({"messages": [QUESTION, *SEVERAL]})]

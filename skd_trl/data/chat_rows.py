@@ -8,7 +8,7 @@ out what it does not know, and that is noted, or refused where nothing of the an
 from collections.abc import Callable
 
 from .boundary import EMPTY_REASONING, answer_start, continuation_ids, end_at_eos, ids_after, rendered_ids
-from .conversations import UnusableRow
+from .conversations import NOT_TRAINED, UnusableRow, is_answer
 from .row_rules import RowRules
 from .templates import held_by, missing_from
 
@@ -22,10 +22,10 @@ def examples_of_messages(turns: list[dict], rules: RowRules) -> list[Example]:
     """The last turn is the answer if it is the assistant's."""
     is_answered = bool(turns) and turns[-1]["role"] == "assistant"
     if rules.every_answer:
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and any(map(held_by, turns[:i]))]
+        answers = [i for i, turn in enumerate(turns) if is_answer(turn) and any(map(held_by, turns[:i]))]
         if examples := _examples_of_answers(turns, answers, rules):
             return examples
-    return [(turns[:-1], turns[-1], "")] if is_answered else [(turns, None, "")]
+    return [(turns[:-1], reference(turns[-1], rules), "")] if is_answered else [(turns, None, "")]
 
 
 def examples_of_completion(prompt: list[dict], completion: list[dict], rules: RowRules) -> list[Example]:
@@ -38,10 +38,20 @@ def examples_of_completion(prompt: list[dict], completion: list[dict], rules: Ro
             f"its completion begins with a turn of the role {completion[0]['role']!r}, and an answer is the assistant's. Move the "
             "turns before it to the prompt.",
         )
-    if not rules.every_answer:
-        return [(prompt, completion[0], "several_turns" if len(completion) > 1 else "")]
-    answers = [len(prompt) + i for i, turn in enumerate(completion) if turn["role"] == "assistant"]
-    return _examples_of_answers([*prompt, *completion], answers, rules)
+    answers = [len(prompt) + i for i, turn in enumerate(completion) if is_answer(turn)]
+    if rules.every_answer and answers:
+        return _examples_of_answers([*prompt, *completion], answers, rules)
+    return [(prompt, reference(completion[0], rules), "several_turns" if len(completion) > 1 else "")]
+
+
+def reference(turn: dict, rules: RowRules) -> dict | None:
+    """`turn` as the reference response, or `None` if it is marked as not to be trained on: then the row is a prompt alone."""
+    if is_answer(turn):
+        return turn
+    if rules.needs_response:
+        marks = ", ".join(f"{name}={turn[name]!r}" for name in NOT_TRAINED if name in turn)
+        raise UnusableRow("no_response", f"its answer is marked as not to be trained on ({marks}).")
+    return None
 
 
 def _examples_of_answers(turns: list[dict], answers: list[int], rules: RowRules) -> list[Example]:

@@ -36,6 +36,15 @@ TEXT_TYPES = (None, "text", "input_text", "output_text")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 
 
+# What marks a turn as not to be trained on: OpenAI's, axolotl's, and ms-swift's name for it.
+NOT_TRAINED = ("weight", "train", "training", "loss")
+
+
+def is_answer(turn: dict) -> bool:
+    """Whether a turn is an answer of the assistant that may be trained on."""
+    return turn["role"] == "assistant" and not any(turn.get(name, True) in (0, False) for name in NOT_TRAINED)
+
+
 def turns_of(value: Any, column: str) -> list[dict]:
     """The turns of a column, with known roles and with contents that are text, a list of text parts, or None.
 
