@@ -194,8 +194,8 @@ def run_round(
 
 def _by_value(rule: AcceptanceRule) -> Hashable:
     """A rule as part of a key. One whose own class says which are equal, as a dataclass does, by value (one that holds a list by its
-    repr). A class that only inherits that knows nothing of its own numbers: then the class and what the rule holds, numbers by value
-    and all else as the object that it is."""
+    repr). A class that only inherits `==` does not compare what it adds: then the class and what the rule holds, numbers by value and
+    all else as the object that it is."""
     own = vars(type(rule))
     if "__eq__" in own:
         try:
