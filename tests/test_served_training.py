@@ -1,5 +1,6 @@
 """Training with a teacher behind a server, against the same teacher in this process."""
 
+import json
 import threading
 from functools import partial
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from local_scorer import LocalScorer
+from processes import torchrun
 from teacher_server import TeacherServer, serving
 from test_mixed_batches import spy_on_trained_batches
 from test_recorded import OWN_PROMPTS, ROWS, without_teacher
@@ -203,6 +205,15 @@ def test_a_server_that_is_given_up_in_an_evaluation_leaves_a_checkpoint_that_res
         resumed = served(tmp_path / "cut", server, **settings)
         resumed.train(resume_from_checkpoint=True)
     assert losses(resumed)[-1] == losses(whole)[-1]
+
+
+@pytest.mark.distributed
+def test_on_two_processes_of_which_one_loses_its_server_both_end_with_a_checkpoint(tmp_path):
+    torchrun([__file__.replace("test_served_training", "served_worker"), str(tmp_path)], timeout=120)
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0] == ["Another process has given up the teacher's server.", 1]
+    assert "resume from the last checkpoint" in said[1][0] and said[1][1] == 1
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 class Counted:
