@@ -25,8 +25,9 @@ import sys
 from accelerate import PartialState
 from summarization_data import load_summarization
 
+from skd_trl.commands.options import for_this_machine
 from skd_trl.commands.train import check_names, train
-from skd_trl.commands.train_options import chosen_trainer, for_this_machine, train_command
+from skd_trl.commands.train_options import chosen_trainer, train_command
 from skd_trl.commands.train_rows import decide_comparison
 
 
