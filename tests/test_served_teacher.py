@@ -96,7 +96,7 @@ def test_a_teacher_that_sends_hidden_states_writes_the_text_of_one_in_this_proce
     served = sampled(exact, rule, sampling, 4, **execution)
     assert responses(served, MIXED) == responses(here, MIXED)
     assert torch.equal(served.replaced, here.replaced)
-    torch.testing.assert_close(served.teacher_hidden_states, here.teacher_hidden_states)
+    torch.testing.assert_close(served.teacher_hidden_states, here.teacher_hidden_states, atol=1e-4, rtol=1e-4)
 
 
 def test_each_text_is_sent_with_its_proposals_and_none_for_rows_that_ended(model):
