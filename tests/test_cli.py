@@ -165,6 +165,27 @@ def test_the_check_of_a_pair_lists_each_topic_once(assets, capsys):
     assert code == 0 and len(topics) > 8 and len(topics) == len(set(topics))
 
 
+def test_several_gpus_in_one_process_are_refused_before_a_supervised_stage(assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(SKDConfig, "n_gpu", property(lambda self: 2))
+    stage = ["--student_sft", '{"max_steps": 1}']
+    code, output = run(["train", *arguments_for(assets, output_dir=tmp_path / "out"), *stage], capsys)
+    assert code == 2 and "One process sees 2 GPUs" in output and not (tmp_path / "out" / "student_sft").exists()
+
+
+def test_the_check_runs_on_a_machine_with_several_gpus(assets, capsys, monkeypatch):
+    """A training would be started with a process for each; the check is one process that sees them all."""
+    original = SKDConfig.__post_init__
+
+    def with_two(self):
+        original(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(SKDConfig, "__post_init__", with_two)
+    pair = ["--model", assets / "student", "--teacher_model_name_or_path", assets / "teacher"]
+    code, output = run(["check", *pair, "--max_new_tokens", "8"], capsys)
+    assert code == 0 and "refused" not in output
+
+
 def test_the_check_looks_at_each_of_several_teachers(assets, tmp_path, capsys):
     save_with_swapped_bytes(tmp_path / "other")
     teachers = {"good": str(assets / "teacher"), "other": str(tmp_path / "other")}

@@ -55,6 +55,8 @@ CHECK = Command(
 def run(arguments: list[str]) -> int:
     """The command itself."""
     student_name, args = CHECK.parse(arguments, **for_this_machine())
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # a training has a process for each GPU, and this checks what one of them would
     student, loaded, tokenizer = load(student_name.model, args)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)

@@ -25,6 +25,7 @@ from ..evaluation.draft_model import Drafting
 from ..skd_config import SKDConfig
 from ..skd_trainer import SKDTrainer
 from ..training.console import LogLine
+from ..training.engine_settings import check_processes
 from ..training.run_files import LogFile, run_settings, write_settings
 from .loading import check_folder, naming
 from .options import Command, for_this_machine
@@ -45,7 +46,10 @@ def run(arguments: list[str]) -> int:
 
 
 def check_names(training_args: SKDConfig, model_args: ModelConfig) -> None:
-    """Whether there is a student, and the folders that the options name: known before rows are read or a hub is asked."""
+    """Whether there is a student, the folders that the options name, and a process for each GPU: known before rows are read, a hub is
+    asked or a supervised stage is trained."""
+    if training_args.teacher_device is None:
+        check_processes(training_args)
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the student's name or path.")
     for role, name in (
