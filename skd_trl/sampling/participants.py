@@ -166,6 +166,8 @@ class LocalParticipant(Participant):
             self.rounds.buffer(f"{name} of {setting.name}", (setting.num_places,), torch.long, self.device).zero_()
             for name in ("last_of_prompt", "start")
         )
+        block = (setting.num_places * setting.longest_draft,)
+        self.block_positions = self.rounds.buffer(f"positions of {setting.name}", block, torch.long, self.device)
         # Is there before a round needs it, and for as long as a graph that reads it: its key has it.
         self.temperature = on_device(self.sampling.temperature, self.device)
         self.num_shared = 0  # first tokens of all prompts, whose keys and values every place has
@@ -291,7 +293,9 @@ class LocalParticipant(Participant):
         return tokens, logits
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
-        positions = self._positions(self.columns, self.start[: self.num_rows, None])
+        # The columns are a transposed view, and some models ask for positions in the order of the rows (XGLM's `view`).
+        room = self.block_positions[: self.columns.numel()].view(self.columns.shape)
+        positions = self._positions(self.columns, self.start[: self.num_rows, None], out=room)
         reading = Reading(step=0)
         hidden, logits = self.decoder(self.inputs, positions, num_slots_in_use=self.num_slots_in_use, reading=reading)
         return Judgement(logits[..., : self.vocab_size], {"teacher_hidden_states": hidden})
@@ -307,7 +311,7 @@ class LocalParticipant(Participant):
         with nullcontext() if states is None else states.idle(tokens.shape):
             self.model(input_ids=tokens, use_cache=False)
 
-    def _positions(self, columns: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    def _positions(self, columns: torch.Tensor, start: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Positions of the inputs of a block, of which the first is the last token kept: one before that which it predicts."""
-        positions = columns + start
+        positions = torch.add(columns, start, out=out)
         return positions.clamp_(max=self.last_position) if self.may_run_over else positions
