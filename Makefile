@@ -67,9 +67,10 @@ vllm: $(VLLM_VENV)/.installed  ## an environment for `skd serve` and `vllm serve
 test-vllm: assets $(VLLM_VENV)/.installed  ## a real vLLM as the teacher's server, in an environment for it; about a quarter of an hour
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(VLLM_VENV)/bin/python timeout --signal=INT --kill-after=60 3000 $(BIN)/python -m pytest tests/vllm_checks.py
 
-docs: install  ## build/docs, without warnings
+docs: install  ## build/docs, without warnings, and the tests of its pages
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+	$(BIN)/python -m pytest -q tests/test_docs.py
 
 package: $(VENV)/.installed  ## wheel and sdist in dist/, each installed in an empty environment and tried
 	rm -rf dist build/lib build/empty

@@ -38,9 +38,11 @@ GROUPS = {
     "Who writes the responses": ("rollout", "lmbda", "lmbda_unit", "max_new_tokens"),
     "The teacher": (
         "teacher_models",
+        "teacher_device",
         "teacher_model_server_url",
-        "teacher_server_patience",
+        "teacher_signal",
         "teacher_top_k",
+        "teacher_server_patience",
         "teacher_model_kind",
         "teacher_update_rate",
         "teacher_sync_steps",
