@@ -413,6 +413,14 @@ def test_of_five_prompts_no_change_is_called_better_and_of_six_it_is():
         assert ("Of fewer than 6 prompts no change" in caption) == (called == "unclear")
 
 
+def test_a_comparison_that_does_not_say_of_how_many_prompts_is_shown():
+    compared = comparison.compare(scores([1.0, 2.0] * 4), scores([2.0, 3.0] * 4), {})
+    for metric in compared["metrics"].values():
+        del metric["num_prompts"]
+    assert comparison.verdict(compared["metrics"]["rouge1_teacher"]) == "better"
+    assert "Of fewer" not in str(comparison.comparison_table(compared).caption)
+
+
 def test_a_change_that_rounds_to_nothing_has_no_sign():
     metric = comparison.compare(scores([1.0] * 6), scores([0.999] * 6), {})["metrics"]["kl_teacher_text"]
     assert comparison.comparison_row("kl_teacher_text", metric)["change"] == "+0.00 [+0.00, +0.00]"

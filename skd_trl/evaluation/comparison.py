@@ -53,7 +53,7 @@ def shown_as(name: str) -> Metric:
 def verdict(metric: dict) -> str:
     """`better`, `worse`, or `unclear` where the interval of the change holds 0, or is of fewer than `LEAST_PROMPTS` prompts."""
     low, high = metric["change"]["low"], metric["change"]["high"]
-    if metric["num_prompts"] < LEAST_PROMPTS or low <= 0 <= high:
+    if is_of_few(metric) or low <= 0 <= high:
         return "unclear"
     return "better" if (low > 0) == (metric["better"] == "higher") else "worse"
 
@@ -61,11 +61,16 @@ def verdict(metric: dict) -> str:
 def explanation(comparison: dict) -> str:
     """How the columns of a comparison are read."""
     sentences = [EXPLANATION]
-    if any(metric["num_prompts"] < LEAST_PROMPTS for metric in comparison["metrics"].values()):
+    if any(map(is_of_few, comparison["metrics"].values())):
         sentences.append(TOO_FEW.format(LEAST_PROMPTS))
     if "num_draft_tokens" in comparison:
         sentences.append(DRAFTS.format(comparison["num_draft_tokens"]))
     return " ".join(sentences)
+
+
+def is_of_few(metric: dict) -> bool:
+    """Whether a metric is of too few prompts to tell a direction. Files of the first version do not say of how many."""
+    return metric.get("num_prompts", LEAST_PROMPTS) < LEAST_PROMPTS
 
 
 def comparison_table(comparison: dict, title: str = "The student before and after") -> Table:
