@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from skd_trl.sampling.acceptance import AcceptanceRule, Draft, Judgement
+from skd_trl.sampling.acceptance import AcceptanceRule
+from skd_trl.sampling.draft import Draft, Judgement
 from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
 
 

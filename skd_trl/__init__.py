@@ -3,7 +3,8 @@
 from .loss.divergences import DIVERGENCES, Divergence
 from .loss.gates import GATES, Gate
 from .loss.response_facts import ResponseFacts
-from .sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft
+from .sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
+from .sampling.draft import Draft
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant, Participant
 from .sampling.rollout import Rollout

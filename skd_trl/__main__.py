@@ -29,9 +29,8 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command that `arguments` (by default those of the process) name, and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if (
-        os.getcwd() not in sys.path and "" not in sys.path
-    ):  # a console script does not look there for the user's own modules
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        # A console script does not look there for the user's own modules.
         sys.path.insert(0, os.getcwd())
     # TRL gives transformers the name that all its releases know; whoever runs a command can do nothing about that.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)

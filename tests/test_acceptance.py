@@ -10,7 +10,7 @@ from test_sampler import sample
 from tiny import tiny_model
 
 from skd_trl import ACCEPTANCE_RULES, AcceptanceRule, SamplingParams, interleaved_sample
-from skd_trl.sampling.acceptance import Draft, Judgement
+from skd_trl.sampling.draft import Draft, Judgement
 
 
 def draft_of(tokens, teacher_logits, student_logits=None, coins=None):

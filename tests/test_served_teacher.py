@@ -8,7 +8,8 @@ from tiny import tiny_model
 
 from skd_trl.loss.lm_head import LMHead
 from skd_trl.sampling import interleaved
-from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft, Judgement
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
+from skd_trl.sampling.draft import Draft, Judgement
 from skd_trl.sampling.interleaved import Execution, interleaved_sample
 from skd_trl.sampling.nucleus import Nucleus
 from skd_trl.sampling.participants import LocalParticipant

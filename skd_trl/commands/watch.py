@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..data.vocabulary import end_of_sequence_ids, shared_vocab_size
 from ..ideas import make_idea
-from ..sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule, Draft
+from ..sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
+from ..sampling.draft import Draft
 from ..sampling.draft_length import AUTO
 from ..sampling.interleaved import Execution, interleaved_sample
 from ..sampling.participants import LocalParticipant

@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 
 from .draft import Draft
-from .draft import Judgement as Judgement
 from .sampling_params import draw_among, draw_from_probs
 
 

@@ -268,9 +268,8 @@ class LocalParticipant(Participant):
         return *which, Same(self.temperature)
 
     def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
-        if (
-            self.own_prompts is not None
-        ):  # where nothing is written yet, it goes on from another token than the student
+        if self.own_prompts is not None:
+            # Where nothing is written yet, it goes on from another token than the student.
             last_of_prompt = self.last_of_prompt[: self.num_rows, None]
             inputs = torch.where(columns[:, : inputs.shape[1]] == 0, last_of_prompt, inputs)
         self.inputs, self.columns, self.num_ahead = inputs, columns, 0

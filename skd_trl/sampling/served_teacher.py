@@ -123,6 +123,5 @@ class ServedTeacher(Participant):
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
         self.judgement.decide(block)
         for place, (tokens, num_kept) in enumerate(zip(block.tolist(), count.tolist(), strict=True)):
-            self.texts[place] = (
-                self.texts[place] + tokens[:num_kept]
-            )  # none where the row missed its nucleus, or ended before
+            # None where the row missed its nucleus, or ended before.
+            self.texts[place] = self.texts[place] + tokens[:num_kept]

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from ..data.batches import Key, ResponseTokens, as_teacher_reads, teacher_prompts_of
 from ..loss.lm_head import LMHead
 from ..loss.teacher_signal import HiddenStates, TopLogProbs
-from ..sampling.acceptance import AcceptanceRule, Draft
+from ..sampling.acceptance import AcceptanceRule
+from ..sampling.draft import Draft
 from ..sampling.participants import Participant
 from ..sampling.prompts import Prompts
 from ..sampling.sampling_params import SamplingParams
