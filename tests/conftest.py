@@ -1,11 +1,21 @@
-"""Deprecations that libraries log, rather than warn of, are failures too (warnings: `filterwarnings` in pyproject.toml)."""
+"""Time-outs by mark, and deprecations that libraries log, rather than warn of, as failures (warnings: `filterwarnings` in pyproject.toml)."""
 
 import logging
 
 import pytest
+from processes import HANGS_AFTER
 
 
 LIBRARIES = ("transformers", "trl", "accelerate", "peft", "datasets")
+
+
+def pytest_collection_modifyitems(items):
+    """Time-outs are for what hangs: a busy machine takes three times as long as an idle one. Others: `timeout` in pyproject.toml."""
+    for item in items:
+        if item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.timeout(2 * HANGS_AFTER))  # several starts, each with its limit
+        elif item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(HANGS_AFTER))
 
 
 class Deprecations(logging.Handler):

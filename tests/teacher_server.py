@@ -28,6 +28,12 @@ from skd_trl.serving.wire import (
 )
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = (
+        128  # a client opens as many connections at once; of five, the others are tried again after a second
+    )
+
+
 class TeacherServer:
     """`fault` is one of "hangs", "nan", "error", "half" (an answer for half of the texts), "free" (generates what it likes), or empty."""
 
@@ -67,7 +73,7 @@ class TeacherServer:
             def log_message(self, *args):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()

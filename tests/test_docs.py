@@ -124,7 +124,6 @@ def site(tmp_path_factory) -> Path:
         [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(directory)],
         capture_output=True,
         text=True,
-        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return directory

@@ -33,16 +33,12 @@ from skd_trl.training.saved_weights import check_saved, describe_shards
 WORKER = "tests/engines_worker.py"
 
 
-def on_several(test):
-    return pytest.mark.distributed(pytest.mark.timeout(700)(test))
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("engines")
-    launch(["distributed_worker", "single", str(directory)], timeout=120)
-    torchrun([WORKER, str(directory)], timeout=400)
-    torchrun([WORKER, str(directory)], timeout=150, num_processes=4)
+    launch(["distributed_worker", "single", str(directory)])
+    torchrun([WORKER, str(directory)])
+    torchrun([WORKER, str(directory)], num_processes=4)
     return directory
 
 
@@ -90,7 +86,7 @@ TRAINED = [
 ]
 
 
-@on_several
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_losses_are_those_of_one_process(directory, name):
     file = f"{reference(name)}-0.json"
@@ -99,7 +95,7 @@ def test_the_losses_are_those_of_one_process(directory, name):
         assert result["losses"] == pytest.approx(json.loads((directory / file).read_text())["losses"], abs=1e-4)
 
 
-@on_several
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in TRAINED if "best" not in name])
 def test_what_is_saved_reloads_to_the_logits_that_one_process_trains(directory, name):
     expected = logits(trained_by_one_process(directory, name))
@@ -108,7 +104,7 @@ def test_what_is_saved_reloads_to_the_logits_that_one_process_trains(directory, 
     torch.testing.assert_close(logits(reloaded(directory / "saved" / name)), expected, atol=5e-4, rtol=1e-4)
 
 
-@on_several
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refused is not None])
 def test_what_cannot_be_trained_is_refused_by_name_on_all_processes(directory, name):
     for result in results(directory, name):
@@ -116,7 +112,7 @@ def test_what_cannot_be_trained_is_refused_by_name_on_all_processes(directory, n
         assert "losses" not in result or "trains_twice" in name
 
 
-@on_several
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in CASES if "best" in name and CASES[name].refused is None])
 def test_the_best_model_is_loaded_at_the_end_and_saved(directory, name):
     first, last = (results(directory, name)[0]["best"], directory / "runs" / name / "checkpoint-3")
@@ -126,7 +122,7 @@ def test_the_best_model_is_loaded_at_the_end_and_saved(directory, name):
     assert (saved - final).abs().max() > 0.01
 
 
-@on_several
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in CASES if "evaluates_first" in name])
 def test_an_evaluation_before_training_is_that_of_any_engine_and_changes_nothing(directory, name):
     expected = results(directory, "ddp-evaluates_first")[0]
@@ -138,7 +134,7 @@ def test_an_evaluation_before_training_is_that_of_any_engine_and_changes_nothing
         assert result["after"] < result["before"][0]
 
 
-@on_several
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in CASES if "saves_first" in name])
 def test_what_is_saved_before_training_is_the_student_as_it_was(directory, name):
     torch.testing.assert_close(
@@ -146,7 +142,7 @@ def test_what_is_saved_before_training_is_the_student_as_it_was(directory, name)
     )
 
 
-@on_several
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in CASES if "resumed" in name])
 def test_a_run_goes_on_from_a_checkpoint_of_shards(directory, name):
     for result in results(directory, name):
@@ -155,7 +151,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_shards(directory, name):
     assert not (checkpoint / "model.safetensors").exists()
 
 
-@on_several
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", BAD_GRADIENTS)
 def test_a_gradient_that_is_not_finite_on_one_process_ends_the_run_on_all_before_the_step(directory, name):
     first, second = results(directory, name)
@@ -172,21 +168,21 @@ def test_a_gradient_that_is_not_finite_on_one_process_ends_the_run_on_all_before
         assert first["moved"] == []
 
 
-@on_several
+@pytest.mark.distributed
 def test_fsdp2_trains_a_second_time_as_ddp_does(directory):
     expected, result = (results(directory, f"{mode}-trains_twice")[0] for mode in ("ddp", "fsdp2"))
     assert result["losses_again"] == pytest.approx(expected["losses_again"], abs=1e-4)
     assert result["losses_again"] != result["losses"]
 
 
-@on_several
+@pytest.mark.distributed
 def test_a_quantised_teacher_is_split_by_zero_3_and_whole_under_fsdp2(directory):
     assert results(directory, "zero3-quantized_teacher")[0]["teacher_sharded"]
     assert not results(directory, "fsdp2-quantized_teacher")[0]["teacher_sharded"]
     assert results(directory, "fsdp2-hybrid")[0]["teacher_sharded"]
 
 
-@on_several
+@pytest.mark.distributed
 def test_an_engine_in_the_training_arguments_is_the_one_that_trains(directory):
     assert results(directory, "ddp-deepspeed_argument")[0]["engine"] == "DeepSpeedEngine"
     assert results(directory, "ddp-fsdp_argument")[0]["engine"].startswith("FSDP")

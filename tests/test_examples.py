@@ -347,7 +347,7 @@ def test_two_processes_that_share_both_models_compare_the_same_prompts_as_one(ti
     settings = {"save_strategy": "no", "log_fixed_prompts": 1}
     run_script(arguments_for(tiny_assets, output_dir=one, **settings))
     script = [str(EXAMPLES / "train_summarization.py"), *arguments_for(tiny_assets, output_dir=two, **settings)]
-    accelerate_launch("fsdp2", script, timeout=200)
+    accelerate_launch("fsdp2", script)
     one, two = (json.loads((run / "evaluation.json").read_text()) for run in (one, two))
     assert two["settings"]["processes"] == 2
     assert [row["before"] for row in two["examples"]] == [row["before"] for row in one["examples"]]

@@ -8,7 +8,7 @@ import torch
 from processes import torchrun
 
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def found(tmp_path_factory):
         for i in range(4, 12)
     ]
     (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    torchrun(["tests/memory_worker.py", str(directory)], timeout=250)
+    torchrun(["tests/memory_worker.py", str(directory)])
     return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in (0, 1)]
 
 

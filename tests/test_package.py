@@ -104,7 +104,6 @@ def test_where_gkd_is_gone_a_config_with_its_fields_and_a_trainer_on_sft_take_it
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=200,
     )
     assert process.returncode == 0, process.stderr
     fields, parents = json.loads(process.stdout.splitlines()[-1])

@@ -209,13 +209,11 @@ def test_the_command_scores_a_file_in_two_processes(tmp_path):
     command = ["skd_trl", "score", "--model", "teacher", "--dataset", "rows.jsonl", "--output_dir", "scores"]
     command = [str(tmp_path / part) if part in ("teacher", "rows.jsonl", "scores") else part for part in command]
     options = ["--top_k", str(K), "--rows_per_file", "4", "--batch_size", "4"]
-    outcome = launch(
-        ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *command, *options], timeout=120
-    )
+    outcome = launch(["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *command, *options])
     assert "Process 2 of 2 scored 4 rows" in outcome.output
     rows = read(tmp_path / "scores")
     assert rows.to_list() == scored(tmp_path / "here").to_list()
-    outcome = launch(["skd_trl", "score", *command[2:], "--top_k", "0"], timeout=60, expect_failure=True)
+    outcome = launch(["skd_trl", "score", *command[2:], "--top_k", "0"], expect_failure=True)
     assert outcome.returncode == 2 and "top_k=0" in outcome.output
 
 

@@ -209,7 +209,7 @@ def test_a_server_that_is_given_up_in_an_evaluation_leaves_a_checkpoint_that_res
 
 @pytest.mark.distributed
 def test_on_two_processes_of_which_one_loses_its_server_both_end_with_a_checkpoint(tmp_path):
-    torchrun([__file__.replace("test_served_training", "served_worker"), str(tmp_path)], timeout=120)
+    torchrun([__file__.replace("test_served_training", "served_worker"), str(tmp_path)])
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert said[0] == ["Another process has given up the teacher's server.", 1]
     assert "resume from the last checkpoint" in said[1][0] and said[1][1] == 1

@@ -19,7 +19,7 @@ WIDE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def found(tmp_path_factory):
     size = sum(p.numel() for p in teacher.parameters())
     largest = max(p.numel() for p in teacher.parameters())
     del teacher
-    torchrun(["tests/loading_worker.py", str(directory)], timeout=350)
+    torchrun(["tests/loading_worker.py", str(directory)])
     return size, largest, [json.loads((directory / f"found-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -12,15 +12,15 @@ from processes import launch, torchrun
 from teachers_worker import matrix
 
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.distributed
 CASES = matrix()
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("teachers")
-    launch(["teachers_worker", "single", str(directory)], timeout=120)
-    torchrun(["tests/teachers_worker.py", "two", str(directory)], timeout=250)
+    launch(["teachers_worker", "single", str(directory)])
+    torchrun(["tests/teachers_worker.py", "two", str(directory)])
     return directory
 
 

@@ -300,7 +300,7 @@ def test_references_that_a_run_never_reads_are_not_spoken_of(tmp_path, caplog):
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_rows", [3, 5, 8])
 def test_on_two_processes_each_row_of_an_evaluation_counts_once(tmp_path, num_rows):
-    torchrun([__file__.replace("test_trainer_faults", "evaluation_worker"), str(tmp_path), str(num_rows)], timeout=120)
+    torchrun([__file__.replace("test_trainer_faults", "evaluation_worker"), str(tmp_path), str(num_rows)])
     trainer = make_trainer(tmp_path)
     expected = token_means(trainer, ROWS[:num_rows])
     sampled = token_means(trainer, students_texts(trainer, PROMPTS[:num_rows]))
@@ -520,7 +520,7 @@ def test_several_gpus_in_one_process_are_refused_before_a_model_is_loaded(tmp_pa
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
     worker = __file__.replace("test_trainer_faults", "evaluation_worker")
     with pytest.raises(AssertionError, match="The launcher started 2 processes, and this one is in a group of 1"):
-        torchrun([worker, str(tmp_path), "4", "without use_cpu"], timeout=120)
+        torchrun([worker, str(tmp_path), "4", "without use_cpu"])
 
 
 @pytest.mark.parametrize("gate", [{"gate": "one_minus_tv", "gate_floor": 0.0}, {"gate_warmup_steps": 100}, {}])

@@ -294,7 +294,7 @@ def test_completions_arrive_in_trackio(tmp_path):
     # Its folder is read from the environment when it is imported, which may have happened here.
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path), "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=200, capture_output=True)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
     with sqlite3.connect(tmp_path / "test.db") as connection:
         ((stored,),) = connection.execute("select metrics from metrics")
     (row,) = json.loads(stored)["completions"]["_value"]
