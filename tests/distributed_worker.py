@@ -213,7 +213,7 @@ def make_trainer(directory: Path, name: str, **settings) -> SKDTrainer:
         "disable_tqdm": True,
         "gradient_checkpointing": False,
         "learning_rate": 1e-3,
-        "ddp_timeout": 60,
+        "ddp_timeout": 180,
         "num_draft_tokens": 5,  # "auto" follows a stopwatch, which no comparison should
         "temperature": 1.0,
         "student_top_p": 1.0,

@@ -58,7 +58,7 @@ def trained(directory: Path, name: str) -> dict:
     student = tiny_model(seed=1, **STUDENT)
     args = SKDConfig(
         output_dir=str(directory / "runs" / name), use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
-        per_device_train_batch_size=2, max_length=64, max_new_tokens=4, max_steps=1, logging_steps=1, ddp_timeout=60,
+        per_device_train_batch_size=2, max_length=64, max_new_tokens=4, max_steps=1, logging_steps=1, ddp_timeout=180,
         rollout="dataset", shard_teacher=wish, gradient_checkpointing=False,
     )  # fmt: skip
     with Peak() as peak:

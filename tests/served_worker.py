@@ -14,7 +14,7 @@ from skd_trl.serving.client import TeacherServerError
 
 
 if __name__ == "__main__":
-    directory, settings = Path(sys.argv[1]), {"max_steps": 3, "per_device_train_batch_size": 2, "ddp_timeout": 40}
+    directory, settings = Path(sys.argv[1]), {"max_steps": 3, "per_device_train_batch_size": 2, "ddp_timeout": 180}
     with serving(tiny_model(seed=2), top_k=50) as server:
         trainer = served(directory, server, log_completions=True, teacher_server_patience=0.5, **settings)
         rank = trainer.accelerator.process_index
