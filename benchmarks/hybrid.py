@@ -25,11 +25,11 @@ from skd_trl.sampling.recurrent_state import Reading
 
 
 # Forwards that one turn of a part is timed over.
-TIMES = 2
+TIMES = 4
 
 
 def main() -> None:
-    own = parser(__doc__.splitlines()[0], models=False, repeats=3)
+    own = parser(__doc__.splitlines()[0], models=False, repeats=7)
     own.add_argument("--num_tokens", type=int, default=32, help="tokens written for each prompt")
     own.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 16])
     own.add_argument("--acceptance", type=float, nargs="+", default=[0.7, 0.9])
