@@ -1,7 +1,8 @@
 """Optimizer steps of SKDTrainer beside TRL's on-policy trainers, fp32: DistillationTrainer and GKDTrainer, and where each spends its time.
 
-All arms are trained at once, in one process, and take turns step by step, so other work of the machine meets all of them. The
-first step of each is not counted. Each trainer runs at its defaults and at its best for a CPU, without gradient checkpointing.
+All arms are trained at once and take turns step by step, so other work of the machine meets all of them. Each has a process: pools of
+threads in one process slow one another, even those that sleep. The first step of each is not counted. Each trainer runs at its
+defaults and at its best for a CPU, without gradient checkpointing.
 
 A step has two floors. Its matrix products alone: those of one more step are written down, with attention as one of them, and each is
 timed by itself on numbers in the same layout. A product of few rows then finds its weight in the processor's cache, where a model's
@@ -14,11 +15,13 @@ the loss its products with the head. Neither has the optimizer or anything of th
         --trainers "SKDTrainer interleaved" "SKDTrainer interleaved, best" GKDTrainer "GKDTrainer, best"
 """
 
+import multiprocessing
 import tempfile
-import threading
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -62,64 +65,109 @@ def main() -> None:
     own.add_argument("--prompt_tokens", type=int, nargs=2, default=[105, 135], help="shortest and longest prompt")
     own.add_argument("--trainers", nargs="+", choices=list(ARMS), default=list(ARMS)[:6], help="GKDTrainer's are slow")
     args = own.parse_args()
-    clock = prepare(args)
-    rows = prompts_and_completions(args, args.batch_size * (args.repeats + 2))
+    prepare(args)
     report = Report("peers" if args.threads == 1 else f"peers_{args.threads}_threads", "Beside TRL's trainers", args)
     with tempfile.TemporaryDirectory() as directory:
-        turns = Turns(args.trainers)
-        arms = [Arm(name, make_trainer(name, args, rows, directory), turns, clock, args) for name in args.trainers]
-        for arm in arms:
-            arm.start()
-        for arm in arms:
-            arm.join()
-    for arm in arms:
-        if arm.error is not None:
-            raise SystemExit(f"{arm.name} failed: {arm.error!r}") from arm.error
+        arms = train_in_turns(args, directory)
     shapes = f"{args.batch_size} prompts of {args.prompt_tokens[0]} to {args.prompt_tokens[1]} tokens, up to {args.max_new_tokens} new"
     report.table(
         f"Seconds of a step, medians: {shapes}",
         ["trainer", "step", "spread", *PHASES, "optimizer and the rest"],
-        [[arm.name, median(arm.seconds), spread(arm.seconds), *arm.by_phase()] for arm in arms],
+        [[name, median(arm.seconds), spread(arm.seconds), *arm.by_phase()] for name, arm in arms.items()],
     )
-    floors = {arm.name: arm.products.seconds(clock) for arm in arms}
     report.table(
         "The floor: matrix products and attention of one step, each timed alone, in seconds",
         ["trainer", "step", *PHASES, "GFLOP", "GFLOP a second"],
         [
-            [
-                arm.name,
-                sum(floor.values()),
-                *(floor.get(phase, 0.0) for phase in PHASES),
-                num,
-                num / sum(floor.values()),
-            ]
-            for arm, floor, num in ((arm, floors[arm.name], arm.products.num_operations / 1e9) for arm in arms)
+            [name, *floor_of(arm.products), arm.num_operations / 1e9, arm.num_operations / 1e9 / arm.products.total()]
+            for name, arm in arms.items()
         ],
     )
-    forwards = {arm.name: arm.seconds_of_forwards(clock) for arm in arms}
     report.table(
         "The floor: the decoders' forwards and backward of one step in a loop, and the head's products, in seconds",
         ["trainer", "step", *PHASES, "forwards in writing: rows x tokens"],
-        [
-            [name, sum(floor.values()), *(floor.get(phase, 0.0) for phase in PHASES), arm.forwards_in_words()]
-            for arm, (name, floor) in zip(arms, forwards.items(), strict=True)
-        ],
+        [[name, *floor_of(arm.forwards), arm.forwards_in_words] for name, arm in arms.items()],
     )
-    times = {arm.name: arm.seconds for arm in arms}
     report.table(
         f"How many times as fast: {shapes}",
         ["ours", "theirs", "times as fast", "lowest..highest turn", "their time by our products", "by our forwards"],
         [
-            [
-                ours,
-                theirs,
-                *ratio,
-                *(median(times[theirs]) / sum(floor[ours].values()) for floor in (floors, forwards)),
-            ]
-            for ours, theirs, ratio in ours_beside_theirs(times)
+            [ours, theirs, *ratio, *(median(arms[theirs].seconds) / floor for floor in arms[ours].floors())]
+            for ours, theirs, ratio in ours_beside_theirs({name: arm.seconds for name, arm in arms.items()})
         ],
         "Medians of the ratios within a turn. The last columns are what we would reach if our step were one of its floors.",
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of an arm when it has ended: seconds of its steps, whole and by phase, and of its floors by phase."""
+
+    seconds: list[float]
+    phases: dict[str, list[float]]
+    products: Counter
+    num_operations: int
+    forwards: Counter
+    forwards_in_words: str
+
+    def by_phase(self) -> list[float]:
+        """Median seconds of each phase, and of what is left of a step."""
+        rest = [whole - sum(self.phases[phase][i] for phase in PHASES) for i, whole in enumerate(self.seconds)]
+        return [*(median(self.phases[phase]) for phase in PHASES), median(rest)]
+
+    def floors(self) -> tuple[float, float]:
+        return self.products.total(), self.forwards.total()
+
+
+def floor_of(seconds: Counter) -> list[float]:
+    return [seconds.total(), *(seconds.get(phase, 0.0) for phase in PHASES)]
+
+
+def train_in_turns(args: Namespace, directory: str) -> dict[str, Measured]:
+    """Trains all arms, one step of each after the other; while one works, the others wait. Raises `SystemExit` for one that fails."""
+    context = multiprocessing.get_context("spawn")
+    ends, processes = {}, []
+    for name in args.trainers:
+        ends[name], of_arm = context.Pipe()
+        processes.append(context.Process(target=run_arm, args=(name, args, directory, of_arm), daemon=True))
+        processes[-1].start()
+        of_arm.close()  # then an arm that is gone is noticed
+        answer(name, ends[name])  # its models are loaded
+    for _ in range(args.repeats + 2):
+        for name, end in ends.items():
+            end.send("step")
+            answer(name, end)
+    measured = {}
+    for name, end in ends.items():
+        end.send("floors")
+        measured[name] = answer(name, end)
+    for process in processes:
+        process.join()
+    return measured
+
+
+def answer(name: str, end) -> Measured | None:
+    try:
+        said = end.recv()
+    except EOFError:
+        raise SystemExit(f"{name}: its process has ended.") from None
+    if isinstance(said, str):
+        raise SystemExit(f"{name} failed: {said}")
+    return said
+
+
+def run_arm(name: str, args: Namespace, directory: str, end) -> None:
+    """The process of an arm: waits to be told before each step, and says when it has taken it."""
+    try:
+        clock = prepare(args)
+        arm = Arm(make_trainer(name, args, directory), clock, end)
+        end.send(None)
+        arm.train()
+        end.recv()
+        end.send(arm.measured())
+    except Exception as error:
+        end.send(repr(error))
+        raise
 
 
 def ours_beside_theirs(times: dict[str, list[float]]):
@@ -132,8 +180,9 @@ def ours_beside_theirs(times: dict[str, list[float]]):
                 yield ours, theirs, [median(ratios), f"{min(ratios):.2f}..{max(ratios):.2f}"]
 
 
-def make_trainer(name: str, args, rows, directory: str):
+def make_trainer(name: str, args: Namespace, directory: str):
     trainer_class, config_class, settings = ARMS[name]
+    rows = prompts_and_completions(args, args.batch_size * (args.repeats + 2))
     known = {field.name for field in fields(config_class)}
     limit = "max_completion_length" if "max_completion_length" in known else "max_new_tokens"
     prompts = rows.map(lambda row: {"prompt": row["messages"][:-1]}, remove_columns=rows.column_names)
@@ -151,32 +200,14 @@ def make_trainer(name: str, args, rows, directory: str):
     )  # fmt: skip
 
 
-class Turns:
-    """One arm runs at a time, in a fixed order; those that have ended are skipped."""
+class Arm:
+    """A training, with the time of each step but the first, by phase, and the products and forwards of the last."""
 
-    def __init__(self, names: list[str]):
-        self.names, self.condition = list(names), threading.Condition()
-
-    def wait(self, name: str) -> None:
-        with self.condition:
-            self.condition.wait_for(lambda: self.names[0] == name)
-
-    def pass_on(self, name: str, is_over: bool = False) -> None:
-        with self.condition:
-            self.names.remove(name)
-            self.names += [] if is_over else [name]
-            self.condition.notify_all()
-
-
-class Arm(threading.Thread):
-    """A training in its thread, with the time of each step but the first, by phase, and the products of the last."""
-
-    def __init__(self, name: str, trainer, turns: Turns, clock, args):
-        super().__init__(name=name, daemon=True)
-        self.trainer, self.turns, self.clock, self.threads = trainer, turns, clock, args.threads
+    def __init__(self, trainer, clock: Callable[[], float], end):
+        self.trainer, self.clock, self.end = trainer, clock, end
         self.seconds: list[float] = []
         self.phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
-        self.now, self.products, self.error = Counter(), Products(), None
+        self.now, self.products = Counter(), Products()
         unwrap = trainer.accelerator.unwrap_model
         models = {"student": unwrap(trainer.model), "teacher": unwrap(trainer.teacher_model)}
         self.forwards = Forwards(models, self.phase_of)
@@ -189,34 +220,35 @@ class Arm(threading.Thread):
         self._time(trainer.accelerator.unwrap_model(trainer.teacher_model).model, "forward", "teacher's forward")
         trainer.add_callback(_AtStepEnd(self))
 
-    def run(self) -> None:
-        torch.set_num_threads(self.threads)
-        self.turns.wait(self.name)
-        try:
-            self.started = self.clock()
-            self.trainer.train()
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.recording.close()
-            self.turns.pass_on(self.name, is_over=True)
+    def train(self) -> None:
+        self.end.recv()
+        self.started = self.clock()
+        self.trainer.train()
 
     def step_ended(self) -> None:
-        num = self.trainer.state.global_step
-        if 1 < num < self.trainer.args.max_steps:
+        num, num_steps = self.trainer.state.global_step, self.trainer.args.max_steps
+        if 1 < num < num_steps:
             self.seconds.append(self.clock() - self.started)
             for phase in PHASES:
                 self.phases[phase].append(self.now[phase])
         self.now = Counter()
-        if num < self.trainer.args.max_steps:
-            self.turns.pass_on(self.name)
-            self.turns.wait(self.name)
-            if num == self.trainer.args.max_steps - 1:
-                self.recording.enter_context(self.products.of(self))
-                self.recording.enter_context(self.forwards)
-            self.started = self.clock()
-        else:
+        if num == num_steps:
             self.recording.close()
+        self.end.send(None)
+        if num == num_steps:
+            return
+        self.end.recv()
+        if num == num_steps - 1:
+            self.recording.enter_context(self.products.of(self))
+            self.recording.enter_context(self.forwards)
+        self.started = self.clock()
+
+    def measured(self) -> Measured:
+        """Times the floors."""
+        return Measured(
+            self.seconds, self.phases, self.products.seconds(self.clock), self.products.num_operations,
+            self.seconds_of_forwards(), self.forwards_in_words(),
+        )  # fmt: skip
 
     def phase_of(self, model: str) -> str:
         """In which phase a forward of `model` is, before it begins."""
@@ -224,15 +256,15 @@ class Arm(threading.Thread):
             return "teacher's forward"
         return self.stack[-1] if self.stack else "the rest"
 
-    def seconds_of_forwards(self, clock) -> Counter:
+    def seconds_of_forwards(self) -> Counter:
         """By phase, in a loop, and the loss's products with the head."""
         vocab_size = self.trainer.model.config.vocab_size
         training = {
             phase: seconds
-            for phase, seconds in self.products.seconds(clock, vocab_size).items()
+            for phase, seconds in self.products.seconds(self.clock, vocab_size).items()
             if phase in PHASES[2:]
         }
-        return self.forwards.seconds(clock, backward="backward") + Counter(training)
+        return self.forwards.seconds(self.clock, backward="backward") + Counter(training)
 
     def forwards_in_words(self) -> str:
         """How often which forward ran in the writing."""
@@ -241,11 +273,6 @@ class Arm(threading.Thread):
             if call.phase == "writing" and call.num_tokens:
                 counts[f"{call.model} {call.num_rows} x {call.num_tokens}"] += count
         return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
-
-    def by_phase(self) -> list[float]:
-        """Median seconds of each phase, and of what is left of a step."""
-        rest = [whole - sum(self.phases[phase][i] for phase in PHASES) for i, whole in enumerate(self.seconds)]
-        return [*(median(self.phases[phase]) for phase in PHASES), median(rest)]
 
     def _time(self, owner, method: str, phase: str) -> None:
         """Counts the time inside `method` to `phase`, without that of phases inside it. A teacher that judges is part of the writing."""
@@ -305,8 +332,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def seconds(self, clock, size: int | None = None) -> Counter:
-        """Seconds of all products by phase, or of those with a tensor of this `size`, each kind timed alone (the shortest of three)
-        once for all arms."""
+        """Seconds of all products by phase, or of those with a tensor of this `size`, each kind timed alone (the shortest of three)."""
         found = Counter()
         for (phase, func, key, spec), count in self.calls.items():
             if size is None or any(size in leaf[0] for leaf in key if isinstance(leaf, tuple)):
