@@ -126,11 +126,11 @@ def floor_of(seconds: Counter) -> list[float]:
 def train_in_turns(args: Namespace, directory: str) -> dict[str, Measured]:
     """Trains all arms, one step of each after the other; while one works, the others wait. Raises `SystemExit` for one that fails."""
     context = multiprocessing.get_context("spawn")
-    ends, processes = {}, []
+    ends, processes = {}, {}
     for name in args.trainers:
         ends[name], of_arm = context.Pipe()
-        processes.append(context.Process(target=run_arm, args=(name, args, directory, of_arm), daemon=True))
-        processes[-1].start()
+        processes[name] = context.Process(target=run_arm, args=(name, args, directory, of_arm), daemon=True)
+        processes[name].start()
         of_arm.close()  # then an arm that is gone is noticed
         answer(name, ends[name])  # its models are loaded
     for _ in range(args.repeats + 2):
@@ -141,8 +141,7 @@ def train_in_turns(args: Namespace, directory: str) -> dict[str, Measured]:
     for name, end in ends.items():
         end.send("floors")
         measured[name] = answer(name, end)
-    for process in processes:
-        process.join()
+        processes[name].join()  # an end takes seconds, from which the next one's floors would suffer
     return measured
 
 
