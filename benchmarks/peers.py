@@ -7,7 +7,7 @@ defaults and at its best for a CPU, without gradient checkpointing.
 A step has two floors. Its matrix products alone: those of one more step are written down, with attention as one of them, and each is
 timed by itself on numbers in the same layout. A product of few rows then finds its weight in the processor's cache, where a model's
 step has to read it from memory; so the second floor runs the decoders of that step whole, in a loop (`forwards.py`), and of
-the loss its products with the head. Neither has the optimizer or anything of the loss besides.
+the loss its products with the head, and adds the optimizer's step as it was. Neither has anything of the loss besides.
 
     python benchmarks/peers.py --clock cpu
     python benchmarks/peers.py --threads 2 --max_new_tokens 16
@@ -49,7 +49,7 @@ ARMS = {
     "GKDTrainer": (GKDTrainer, GKDConfig, {"lmbda": 1.0}),
     "GKDTrainer, best": (GKDTrainer, GKDConfig, {"lmbda": 1.0, **BEST}),
 }
-PHASES = ("writing", "teacher's forward", "student's forward and loss", "backward")
+PHASES = ("writing", "teacher's forward", "student's forward and loss", "backward", "optimizer")
 # What writes responses, by trainer.
 WRITERS = {
     SKDTrainer: "_sample",
@@ -72,7 +72,7 @@ def main() -> None:
     shapes = f"{args.batch_size} prompts of {args.prompt_tokens[0]} to {args.prompt_tokens[1]} tokens, up to {args.max_new_tokens} new"
     report.table(
         f"Seconds of a step, medians: {shapes}",
-        ["trainer", "step", "spread", *PHASES, "optimizer and the rest"],
+        ["trainer", "step", "spread", *PHASES, "the rest"],
         [[name, median(arm.seconds), spread(arm.seconds), *arm.by_phase()] for name, arm in arms.items()],
     )
     report.table(
@@ -84,7 +84,7 @@ def main() -> None:
         ],
     )
     report.table(
-        "The floor: the decoders' forwards and backward of one step in a loop, and the head's products, in seconds",
+        "The floor: the decoders' forwards and backward of one step in a loop, the head's products and the optimizer, in seconds",
         ["trainer", "step", *PHASES, "forwards in writing: rows x tokens"],
         [[name, *floor_of(arm.forwards), arm.forwards_in_words] for name, arm in arms.items()],
     )
@@ -256,14 +256,15 @@ class Arm:
         return self.stack[-1] if self.stack else "the rest"
 
     def seconds_of_forwards(self) -> Counter:
-        """By phase, in a loop, and the loss's products with the head."""
+        """By phase, in a loop, with the loss's products with the head, and the optimizer's step."""
         vocab_size = self.trainer.model.config.vocab_size
         training = {
             phase: seconds
             for phase, seconds in self.products.seconds(self.clock, vocab_size).items()
-            if phase in PHASES[2:]
+            if phase in PHASES[2:4]
         }
-        return self.forwards.seconds(self.clock, backward="backward") + Counter(training)
+        optimizer = {"optimizer": median(self.phases["optimizer"])}
+        return self.forwards.seconds(self.clock, backward="backward") + Counter(training) + Counter(optimizer)
 
     def forwards_in_words(self) -> str:
         """How often which forward ran in the writing."""
@@ -298,6 +299,12 @@ class Arm:
 class _AtStepEnd(TrainerCallback):
     def __init__(self, arm: Arm):
         self.arm = arm
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.before = self.arm.clock()
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.arm.now["optimizer"] += self.arm.clock() - self.before
 
     def on_step_end(self, *args, **kwargs):
         self.arm.step_ended()
