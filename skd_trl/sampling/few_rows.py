@@ -1,8 +1,8 @@
 """Products of a weight with few rows on a CPU, as a student's step has them, asked for in the order that reads the weight fastest.
 
 `x W^T` of two to eight rows and `W x^T`, transposed back, are one product. PyTorch asks for the first, for which MKL takes up to four
-times as long, and which it gives to one thread. Where the weight has more columns than rows that turns at four rows. Rounding differs, as
-it does between other numbers of rows.
+times as long, and which it gives to one thread. Where the weight has more columns than rows that turns at fewer rows, the earlier the
+more columns. Rounding differs, as it does between other numbers of rows.
 
 Shapes: M rows, I inputs, O outputs.
 """
@@ -13,10 +13,8 @@ import torch
 from torch.nn import functional
 
 
-# Rows from which on the usual order is faster, for weights with O >= I and for others. Measured on one AMD processor (NOTES.md).
-MOST_ROWS, MOST_ROWS_OF_WIDE_INPUT = 8, 3
-
 _linear = functional.linear
+MANY_INPUTS = 1024
 
 
 @contextmanager
@@ -35,10 +33,19 @@ def products_of_few_rows(device: torch.device):
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`input` (..., I), `weight` (O, I), `bias` (O,): what `torch.nn.functional.linear` gives, up to rounding, (..., O)."""
     num_rows = input.numel() // max(input.shape[-1], 1)
-    most = MOST_ROWS if weight.shape[0] >= weight.shape[-1] else MOST_ROWS_OF_WIDE_INPUT
     is_plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_contiguous() and weight.ndim == 2
-    if not (1 < num_rows <= most and is_plain and input.dtype == weight.dtype == torch.float32):
+    is_plain = is_plain and input.dtype == weight.dtype == torch.float32
+    if not (is_plain and 1 < num_rows <= most_rows(*weight.shape)):
         return _linear(input, weight, bias)
     output = torch.mm(weight, input.reshape(num_rows, -1).t()).t().contiguous()
     output = output.view(*input.shape[:-1], -1)
     return output if bias is None else output.add_(bias)
+
+
+def most_rows(num_outputs: int, num_inputs: int) -> int:
+    """How many rows at most are faster in the other order, with a weight of this shape. Measured on one AMD processor (NOTES.md)."""
+    if num_outputs >= num_inputs:
+        return 8
+    if num_inputs <= MANY_INPUTS:
+        return 5
+    return 4 if torch.get_num_threads() > 1 else 3
