@@ -50,6 +50,8 @@ ARMS = {
     "GKDTrainer, best": (GKDTrainer, GKDConfig, {"lmbda": 1.0, **BEST}),
 }
 PHASES = ("writing", "teacher's forward", "student's forward and loss", "backward", "optimizer")
+# Those with products of the head that are no forward of a decoder.
+OF_LOSS = PHASES[2:4]
 # What writes responses, by trainer.
 WRITERS = {
     SKDTrainer: "_sample",
@@ -261,7 +263,7 @@ class Arm:
         training = {
             phase: seconds
             for phase, seconds in self.products.seconds(self.clock, vocab_size).items()
-            if phase in PHASES[2:4]
+            if phase in OF_LOSS
         }
         optimizer = {"optimizer": median(self.phases["optimizer"])}
         return self.forwards.seconds(self.clock, backward="backward") + Counter(training) + Counter(optimizer)

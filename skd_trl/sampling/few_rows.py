@@ -14,7 +14,8 @@ from torch.nn import functional
 
 
 _linear = functional.linear
-MANY_INPUTS = 1024
+# Up to so many columns, a weight that has fewer rows than columns gains at almost as many rows of input as others.
+FEW_INPUTS = 1024
 
 
 @contextmanager
@@ -34,8 +35,8 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     """`input` (..., I), `weight` (O, I), `bias` (O,): what `torch.nn.functional.linear` gives, up to rounding, (..., O)."""
     num_rows = input.numel() // max(input.shape[-1], 1)
     is_plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_contiguous() and weight.ndim == 2
-    is_plain = is_plain and input.dtype == weight.dtype == torch.float32
-    if not (is_plain and 1 < num_rows <= most_rows(*weight.shape)):
+    is_fp32 = input.dtype == weight.dtype == torch.float32
+    if not (is_plain and is_fp32 and 1 < num_rows <= most_rows(*weight.shape)):
         return _linear(input, weight, bias)
     output = torch.mm(weight, input.reshape(num_rows, -1).t()).t().contiguous()
     output = output.view(*input.shape[:-1], -1)
@@ -46,6 +47,6 @@ def most_rows(num_outputs: int, num_inputs: int) -> int:
     """How many rows at most are faster in the other order, with a weight of this shape. Measured on one AMD processor (NOTES.md)."""
     if num_outputs >= num_inputs:
         return 8
-    if num_inputs <= MANY_INPUTS:
+    if num_inputs <= FEW_INPUTS:
         return 5
     return 4 if torch.get_num_threads() > 1 else 3
