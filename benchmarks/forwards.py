@@ -1,8 +1,8 @@
 """The forwards of one training step, written down while it runs and then run alone, in a loop: what no bookkeeping can save.
 
 A product of few rows reads its whole weight from memory, which a product that is timed by itself, again and again, does not.
-So decoders run whole here, at the same rows, tokens and slots, on the sampler's cache; the head by its number of rows. The
-student's forward with gradients is run with its backward.
+So decoders run whole here, at the same rows, tokens and slots, on the sampler's cache and with its packed weights; the head by its
+number of rows. The student's forward with gradients is run with its backward.
 
 Shapes: N rows, Q new tokens of each, L slots.
 """
@@ -14,8 +14,9 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from skd_trl.sampling.few_rows import linear
+from skd_trl.sampling.packed_weights import PAYS_AFTER, PackedWeights
 from skd_trl.sampling.ragged_cache import RaggedDecoder, eval_mode
 
 
@@ -43,6 +44,7 @@ class Forwards:
         self.models, self.phase = models, phase
         self.calls: Counter[Call] = Counter()
         self.handles = []
+        self.packed = PackedWeights()
 
     def __enter__(self) -> "Forwards":
         for name, model in self.models.items():
@@ -70,27 +72,33 @@ class Forwards:
             self.calls[Call(self.phase(name), name, num_rows, 0, 0, False)] += 1
 
     def seconds(self, clock: Callable[[], float], backward: str) -> Counter:
-        """Seconds of all of them by phase, each kind alone (the shortest of three); backwards are counted to that phase."""
+        """Seconds of all of them by phase, each kind alone (the shorter of two); backwards are counted to that phase."""
         found = Counter()
         alone: dict[tuple, tuple[float, float]] = {}
-        for call, count in self.calls.items():
-            key = call.model, call.num_rows, call.num_tokens, -(-call.num_slots // 16), call.has_gradient
-            if key not in alone:
-                runs = [self._run(call, clock) for _ in range(4)][1:]
-                alone[key] = tuple(map(min, zip(*runs, strict=True)))
-            forward, back = alone[key]
-            found[call.phase] += count * forward
-            found[backward] += count * back
+        with self.packed.products(torch.device("cpu")):
+            for name in self.models:
+                for _ in range(PAYS_AFTER + 1):  # then the weights are packed
+                    self._run(Call("", name, 4, 1, 16, False), clock)
+                    self._run(Call("", name, 4, 0, 0, False), clock)
+            for call, count in self.calls.items():
+                key = call.model, call.num_rows, call.num_tokens, -(-call.num_slots // 16), call.has_gradient
+                if key not in alone:
+                    runs = [self._run(call, clock) for _ in range(3)][1:]
+                    alone[key] = tuple(map(min, zip(*runs, strict=True)))
+                forward, back = alone[key]
+                found[call.phase] += count * forward
+                found[backward] += count * back
         return found
 
     def _run(self, call: Call, clock: Callable[[], float]) -> tuple[float, float]:
         """Seconds of a forward and of its backward."""
         model = self.models[call.model]
         if call.num_tokens == 0:
-            weight = model.get_output_embeddings().weight.detach()
+            weight = model.get_output_embeddings().weight
             hidden = torch.randn(call.num_rows, weight.shape[1])
             start = clock()
-            linear(hidden, weight)
+            with torch.no_grad():
+                functional.linear(hidden, weight)
             return clock() - start, 0.0
         tokens = torch.randint(5, model.config.get_text_config().vocab_size - 5, (call.num_rows, call.num_tokens))
         if call.has_gradient:

@@ -1,13 +1,13 @@
 """Optimizer steps of SKDTrainer beside TRL's on-policy trainers, fp32: DistillationTrainer and GKDTrainer, and where each spends its time.
 
 All arms are trained at once and take turns step by step, so other work of the machine meets all of them. Each has a process: pools of
-threads in one process slow one another, even those that sleep. The first step of each is not counted. Each trainer runs at its
+threads in one process slow one another, even those that sleep. The first two steps of each are not counted. Each trainer runs at its
 defaults and at its best for a CPU, without gradient checkpointing.
 
-A step has two floors. Its matrix products alone: those of one more step are written down, with attention as one of them, and each is
-timed by itself on numbers in the same layout. A product of few rows then finds its weight in the processor's cache, where a model's
-step has to read it from memory; so the second floor runs the decoders of that step whole, in a loop (`forwards.py`), and of
-the loss its products with the head, and adds the optimizer's step as it was. Neither has anything of the loss besides.
+A step has two floors. Its matrix products alone: those of the second step are written down, with attention as one of them, and each is
+timed by itself on numbers in the same layout, at the end. A product of few rows then finds its weight in the processor's cache, where a
+model's step has to read it from memory; so the second floor runs the decoders of that step whole, in a loop (`forwards.py`), in each turn
+after the step, and of the loss its products with the head, and adds the optimizer's step as it was. Neither has anything of the loss besides.
 
     python benchmarks/peers.py --clock cpu
     python benchmarks/peers.py --threads 2 --max_new_tokens 16
@@ -35,6 +35,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from skd_trl import SKDConfig, SKDTrainer
+from skd_trl.sampling.packed_weights import LIKELY_ROWS
 
 
 ON_POLICY = {"rollout": "student", "temperature": 1.0, "student_top_p": 1.0}
@@ -88,16 +89,30 @@ def main() -> None:
     report.table(
         "The floor: the decoders' forwards and backward of one step in a loop, the head's products and the optimizer, in seconds",
         ["trainer", "step", *PHASES, "forwards in writing: rows x tokens"],
-        [[name, *floor_of(arm.forwards), arm.forwards_in_words] for name, arm in arms.items()],
+        [[name, *arm.floor_of_forwards(), arm.forwards_in_words] for name, arm in arms.items()],
     )
     report.table(
         f"How many times as fast: {shapes}",
-        ["ours", "theirs", "times as fast", "lowest..highest turn", "their time by our products", "by our forwards"],
         [
-            [ours, theirs, *ratio, *(median(arms[theirs].seconds) / floor for floor in arms[ours].floors())]
-            for ours, theirs, ratio in ours_beside_theirs({name: arm.seconds for name, arm in arms.items()})
+            "ours",
+            "theirs",
+            "times as fast",
+            "in its turns",
+            "their time by our products",
+            "by our forwards",
+            "in its turns",
         ],
-        "Medians of the ratios within a turn. The last columns are what we would reach if our step were one of its floors.",
+        [
+            [
+                ours,
+                theirs,
+                *ratio(arms[theirs].seconds, arms[ours].seconds),
+                median(arms[theirs].seconds) / arms[ours].products.total(),
+                *ratio(arms[theirs].seconds, [floor.total() for floor in arms[ours].forwards]),
+            ]
+            for ours, theirs in pairs(arms)
+        ],  # fmt: skip
+        "Medians of the ratios within a turn, and their ranges. The last columns are what we would reach if our step were one of its floors.",
     )
 
 
@@ -109,7 +124,7 @@ class Measured:
     phases: dict[str, list[float]]
     products: Counter
     num_operations: int
-    forwards: Counter
+    forwards: list[Counter]
     forwards_in_words: str
 
     def by_phase(self) -> list[float]:
@@ -117,8 +132,9 @@ class Measured:
         rest = [whole - sum(self.phases[phase][i] for phase in PHASES) for i, whole in enumerate(self.seconds)]
         return [*(median(self.phases[phase]) for phase in PHASES), median(rest)]
 
-    def floors(self) -> tuple[float, float]:
-        return self.products.total(), self.forwards.total()
+    def floor_of_forwards(self) -> list[float]:
+        """Medians, of the whole and by phase."""
+        return [median(column) for column in zip(*map(floor_of, self.forwards), strict=True)]
 
 
 def floor_of(seconds: Counter) -> list[float]:
@@ -171,14 +187,19 @@ def run_arm(name: str, args: Namespace, directory: str, end) -> None:
         raise
 
 
-def ours_beside_theirs(times: dict[str, list[float]]):
-    """Each of our arms against each of theirs with the same settings, as (ours, theirs, [median ratio, its range])."""
-    for ours in times:
-        for theirs in times:
+def pairs(names):
+    """Each of our arms and each of theirs with the same settings."""
+    for ours in names:
+        for theirs in names:
             is_pair = ours.startswith("SKDTrainer") and not theirs.startswith("SKDTrainer")
             if is_pair and ours.endswith("best") == theirs.endswith("best"):
-                ratios = [b / a for a, b in zip(times[ours], times[theirs], strict=True)]
-                yield ours, theirs, [median(ratios), f"{min(ratios):.2f}..{max(ratios):.2f}"]
+                yield ours, theirs
+
+
+def ratio(theirs: list[float], ours: list[float]) -> list:
+    """The median of the ratios within a turn, and their range."""
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    return [median(ratios), f"{min(ratios):.2f}..{max(ratios):.2f}"]
 
 
 def make_trainer(name: str, args: Namespace, directory: str):
@@ -202,12 +223,13 @@ def make_trainer(name: str, args: Namespace, directory: str):
 
 
 class Arm:
-    """A training, with the time of each step but the first, by phase, and the products and forwards of the last."""
+    """A training, with the time of each step but the first two, by phase, and the products and forwards of the second."""
 
     def __init__(self, trainer, clock: Callable[[], float], end):
         self.trainer, self.clock, self.end = trainer, clock, end
         self.seconds: list[float] = []
         self.phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self.floors: list[Counter] = []
         self.now, self.products = Counter(), Products()
         unwrap = trainer.accelerator.unwrap_model
         models = {"student": unwrap(trainer.model), "teacher": unwrap(trainer.teacher_model)}
@@ -227,19 +249,19 @@ class Arm:
         self.trainer.train()
 
     def step_ended(self) -> None:
-        num, num_steps = self.trainer.state.global_step, self.trainer.args.max_steps
-        if 1 < num < num_steps:
-            self.seconds.append(self.clock() - self.started)
+        num, seconds = self.trainer.state.global_step, self.clock() - self.started
+        self.recording.close()
+        if num > 2:
+            self.seconds.append(seconds)
             for phase in PHASES:
                 self.phases[phase].append(self.now[phase])
+            self.floors.append(self.seconds_of_forwards())
         self.now = Counter()
-        if num == num_steps:
-            self.recording.close()
         self.end.send(None)
-        if num == num_steps:
+        if num == self.trainer.args.max_steps:
             return
         self.end.recv()
-        if num == num_steps - 1:
+        if num == 1:
             self.recording.enter_context(self.products.of(self))
             self.recording.enter_context(self.forwards)
         self.started = self.clock()
@@ -248,7 +270,7 @@ class Arm:
         """Times the floors."""
         return Measured(
             self.seconds, self.phases, self.products.seconds(self.clock), self.products.num_operations,
-            self.seconds_of_forwards(), self.forwards_in_words(),
+            self.floors, self.forwards_in_words(),
         )  # fmt: skip
 
     def phase_of(self, model: str) -> str:
@@ -258,14 +280,14 @@ class Arm:
         return self.stack[-1] if self.stack else "the rest"
 
     def seconds_of_forwards(self) -> Counter:
-        """By phase, in a loop, with the loss's products with the head, and the optimizer's step."""
+        """By phase, in a loop, with the loss's products with the head, and the optimizer's step as it just was."""
         vocab_size = self.trainer.model.config.vocab_size
         training = {
             phase: seconds
             for phase, seconds in self.products.seconds(self.clock, vocab_size).items()
             if phase in OF_LOSS
         }
-        optimizer = {"optimizer": median(self.phases["optimizer"])}
+        optimizer = {"optimizer": self.now["optimizer"]}
         return self.forwards.seconds(self.clock, backward="backward") + Counter(training) + Counter(optimizer)
 
     def forwards_in_words(self) -> str:
@@ -315,7 +337,7 @@ class _AtStepEnd(TrainerCallback):
 class Products(TorchDispatchMode):
     """Writes down the matrix products that run inside, and times them afterwards."""
 
-    KINDS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "_scaled_dot_product")
+    KINDS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "_linear_pointwise", "_scaled_dot_product")
 
     def __init__(self):
         super().__init__()
@@ -331,7 +353,9 @@ class Products(TorchDispatchMode):
         if name in self.KINDS or name.startswith("_scaled_dot_product"):
             leaves, spec = tree_flatten((args, kwargs or {}))
             key = tuple(
-                (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+                (tuple(leaf.shape), None if leaf.is_mkldnn else leaf.stride(), leaf.dtype)
+                if isinstance(leaf, torch.Tensor)
+                else leaf
                 for leaf in leaves
             )
             phase = self.arm.stack[-1] if self.arm.stack else "the rest"
@@ -364,7 +388,9 @@ def _seconds_alone(func, key, spec, clock) -> float:
 
 
 def _like(shape, stride, dtype) -> torch.Tensor:
-    """A tensor in the same layout."""
+    """A tensor in the same layout; without a stride, a packed weight."""
+    if stride is None:
+        return torch.ops.mkldnn._reorder_linear_weight(torch.rand(shape, dtype=dtype), LIKELY_ROWS)
     size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
     numbers = torch.rand(max(size, 1)) if dtype.is_floating_point else torch.ones(max(size, 1))
     return numbers.to(dtype).as_strided(shape, stride)
@@ -377,7 +403,7 @@ def _operations(name: str, tensors: list[torch.Tensor]) -> int:
         query, keys = (tensors[1], tensors[2]) if is_backward else (tensors[0], tensors[1])
         return (10 if is_backward else 4) * query.numel() * keys.shape[-2]
     left, right = tensors[-2], tensors[-1]
-    return 2 * left.numel() * (right.shape[-1] if name != "linear" else right.shape[0])
+    return 2 * left.numel() * (right.shape[0] if "linear" in name else right.shape[-1])
 
 
 if __name__ == "__main__":

@@ -410,7 +410,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         optimizer step on all processes (in evaluation: of the batch)."""
         mode = "train" if self.model.training else "eval"
         tokens = ResponseTokens.of(inputs)
-        teacher = self._teacher.signal(inputs, tokens)
+        teacher = self._teacher_signal(inputs, tokens)
         outcome: list[DistillationLoss] = []
         divisor = torch.as_tensor(len(tokens.labels) if num_items_in_batch is None else num_items_in_batch)
         factor = 1 / torch.where(divisor > 0, divisor, 1).to(tokens.labels.device, torch.float32)

@@ -159,7 +159,7 @@ class SpecKDTrainer(SKDTrainer):
                     self.model_wrapped, batch, lambda states, tokens=tokens: {"hidden": tokens.predicted_by(states)}
                 )
                 hidden.append(student["hidden"])
-                signals.append(self._teacher.signal(batch, tokens))
+                signals.append(self._teacher_signal(batch, tokens))
                 self._teacher.keep(batch, tokens, signals[-1])
         teacher = type(signals[0]).cat(signals)
         facts = ResponseFacts.cat([self._facts(batch, ResponseTokens.of(batch)) for batch in batches])

@@ -175,10 +175,12 @@ class LocalParticipant(Participant):
             self.decoder.states.forget_beginning()
         self.is_new = True
         try:
-            with eval_mode(self.model):
+            with eval_mode(self.model), self.rounds.products(self.device):
                 yield
         finally:
             del self.decoder
+            if setting.name == "student":
+                self.rounds.packed.forget_trained(self.model)
 
     def admit(self, places: list[int], prompts: list[int]) -> list[Callable[[], None]]:
         forwards = []

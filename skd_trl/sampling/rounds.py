@@ -11,7 +11,7 @@ Shapes: R places, L slots.
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .draft_length import Stopwatch
+from .packed_weights import PackedWeights
 from .ragged_cache import RaggedDecoder, is_sharded
 
 
@@ -98,6 +99,7 @@ class Rounds:
         self, capture: bool | None = None, compile: bool = False, make_graph: Callable[[], Graph] | None = None
     ):
         self.capture, self.compile, self.make_graph = capture, compile, make_graph
+        self.packed = PackedWeights()
         self.buffers: dict[str, torch.Tensor] = {}
         self.decoders: dict[str, RaggedDecoder] = {}
         self.graphs: OrderedDict[Hashable, tuple[Graph, Stopwatch, Signal]] = OrderedDict()
@@ -122,6 +124,10 @@ class Rounds:
         finally:
             if not self.has_fixed_shapes or self._bytes_kept() > self._bytes_allowed(device):
                 self.release()
+
+    def products(self, device: torch.device):
+        """The time in which a CPU multiplies with packed copies of weights; what is compiled has products of its compiler."""
+        return nullcontext() if self.compile else self.packed.products(device)
 
     @property
     def has_fixed_shapes(self) -> bool:

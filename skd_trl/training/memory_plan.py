@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..sampling.packed_weights import packed_bytes
 from ..sampling.rounds import KEPT_SHARE
 from .machine import Machine
 from .memory_count import (
@@ -101,6 +102,9 @@ def plan_memory(
         held["student's copy for sampling"] = copied_bytes(student, copied)
     casts = copied.dtype is not None
     sampling, per_place = sampling_bytes(student, teacher, machine, window, casts or keeps_copies)
+    if machine.device.type == "cpu" and machine.mixed_precision == "no":
+        held["teacher's packed weights"] = packed_bytes(beside, without=student)
+        sampling["student's packed weights"] = packed_bytes(student)
     if stage == 3 and args.ds3_gather_for_generation:
         sampling["gathered student"] = weights
     if is_spread:

@@ -4,7 +4,7 @@ Shapes: B rows, P prompt, T response.
 """
 
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from ..data.batches import (
     merge_prompts,
 )
 from ..data.mixed_batches import mix_sampled_rows
+from ..loss.teacher_signal import TeacherSignal
 from ..sampling.interleaved import Execution, interleaved_sample
 from ..sampling.participants import LocalParticipant
 from ..sampling.rollout import Rollout
@@ -70,6 +71,13 @@ class SampledSteps(Trainer):
             for batch in batches if self._is_served else []:
                 tokens = ResponseTokens.of(batch)
                 self._teacher.keep(batch, tokens, self._teacher.signal(batch, tokens))
+
+    def _teacher_signal(self, batch: dict[str, torch.Tensor], tokens: ResponseTokens) -> TeacherSignal:
+        """What is known of the teacher at the response tokens of a micro-batch."""
+        with ExitStack() as stack:
+            for device in {model.device for model in self._teacher.inner}:
+                stack.enter_context(self._rounds.packed.products(device))
+            return self._teacher.signal(batch, tokens)
 
     def _rollout_of_step(self, step: int) -> str:
         """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""

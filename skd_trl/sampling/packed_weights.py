@@ -1,0 +1,152 @@
+"""Products with a weight on a CPU, from a copy of it that is packed as oneDNN reads it fastest.
+
+`torch.nn.functional.linear` takes a weight as it lies, row by row. A packed copy gives the same products, up to rounding: those of three
+to 32 rows, as drafts and judged blocks have them, in a third to three quarters of the time, those of hundreds in nine tenths, in bf16
+nearly all of them in about half. Packing costs as much as a few products, so a weight is packed when it has been used a few times, and
+again when it has changed: a frozen teacher's once, a trained student's in each sampling that is long enough.
+
+Shapes: M rows, I inputs, O outputs.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import few_rows
+
+
+_linear = functional.linear
+# So many products with a weight cost about what packing it saves.
+PAYS_AFTER = 4
+# Rows of a product that a copy is made for; other numbers can be multiplied with it too.
+LIKELY_ROWS = 8
+# Smaller weights are in a processor's cache, however they lie.
+LEAST_NUMBERS = 2**16
+# Of the machine's memory, what all copies may take.
+MOST_SHARE = 1 / 8
+# Numbers of a weight that are looked at to see whether somebody has changed it behind PyTorch's back (`weight.data`).
+NUM_LOOKED_AT = 32
+
+
+@dataclass
+class _Copy:
+    """What is known of a weight: as it was (`address`, PyTorch's count of changes, some numbers), how often it was used, and its copy."""
+
+    address: int
+    version: int
+    numbers: torch.Tensor
+    num_uses: int = 0
+    packed: torch.Tensor | None = None
+
+
+class PackedWeights:
+    """Packed copies of weights on a CPU, for as long as the weights live and stay as they are.
+
+    Args:
+        most_bytes (`int`, *optional*): what all copies together may take. Defaults to an eighth of the machine's memory, of which each
+            process has its part.
+    """
+
+    def __init__(self, most_bytes: int | None = None):
+        self.most_bytes = allowed_bytes() if most_bytes is None else most_bytes
+        self.copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.is_proved: bool | None = None  # whether a packed product was right, once one was tried
+
+    @contextmanager
+    def products(self, device: torch.device):
+        """While this lasts, `torch.nn.functional.linear` is [`linear`] on a CPU. Weights may change between two such times, not inside one
+        unless by PyTorch's own in-place operations."""
+        if device.type != "cpu" or functional.linear is not _linear:
+            yield
+            return
+        for weight, copy in list(self.copies.items()):
+            if not torch.equal(copy.numbers, _some_numbers(weight)):
+                del self.copies[weight]
+        functional.linear = self.linear
+        try:
+            yield
+        finally:
+            functional.linear = _linear
+
+    def linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`input` (..., I), `weight` (O, I), `bias` (O,): what `torch.nn.functional.linear` gives, up to rounding, (..., O)."""
+        if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
+            return _linear(input, weight, bias)
+        if not is_packable(weight) or input.dtype != weight.dtype or input.numel() == 0:
+            return few_rows.linear(input, weight, bias)
+        num_rows = input.numel() // input.shape[-1]
+        gains_by_order = num_rows <= 2 and few_rows.gains(num_rows, *weight.shape)
+        is_best_as_it_is = weight.dtype == torch.float32 and (num_rows == 1 or gains_by_order)
+        packed = None if is_best_as_it_is else self._packed(weight)
+        if packed is None:
+            return few_rows.linear(input, weight, bias)
+        output = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
+        if self.is_proved is None:
+            expected = _linear(input, weight, bias)
+            self.is_proved = bool((output - expected).abs().max() <= 0.02 * expected.abs().max())
+        return output if self.is_proved else _linear(input, weight, bias)
+
+    def forget_trained(self, model: torch.nn.Module) -> None:
+        """Gives back the copies of a model's weights that are trained: the next optimizer step changes them."""
+        for weight in model.parameters():
+            if weight.requires_grad:
+                self.copies.pop(weight, None)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the copies take."""
+        return sum(weight.nbytes for weight, copy in self.copies.items() if copy.packed is not None)
+
+    def _packed(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The copy of `weight`, if it has paid, fits, and works."""
+        copy = self.copies.get(weight)
+        if copy is None or (copy.address, copy.version) != (weight.data_ptr(), weight._version):
+            copy = self.copies[weight] = _Copy(weight.data_ptr(), weight._version, _some_numbers(weight))
+        copy.num_uses += 1
+        if copy.num_uses == PAYS_AFTER + 1 and self.is_proved is not False:
+            if self.num_bytes + weight.nbytes <= self.most_bytes:
+                try:
+                    copy.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LIKELY_ROWS)
+                except (
+                    AttributeError,
+                    NotImplementedError,
+                    RuntimeError,
+                ):  # a PyTorch without oneDNN, or with another one
+                    self.is_proved = False
+        return copy.packed
+
+
+def is_packable(weight: torch.Tensor) -> bool:
+    """Whether a weight can have a packed copy: a whole, plain one, in fp32 or bf16 on a CPU, that does not come and go."""
+    return (
+        type(weight) is torch.nn.Parameter
+        and weight.ndim == 2
+        and weight.numel() >= LEAST_NUMBERS
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and not hasattr(weight, "ds_id")
+    )
+
+
+def packed_bytes(model: torch.nn.Module, without: torch.nn.Module | None = None) -> int:
+    """What packed copies of all weights of a `model` take that products are made with, but those that another model has too."""
+    others = () if without is None else without.parameters()
+    counted = {id(weight) for weight in others}
+    linear = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    found = sum(weight.nbytes for weight in linear if is_packable(weight) and id(weight) not in counted)
+    return min(found, allowed_bytes())
+
+
+def allowed_bytes() -> int:
+    """What copies may take in this process."""
+    return int(psutil.virtual_memory().total * MOST_SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _some_numbers(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().flatten()[:: max(weight.numel() // NUM_LOOKED_AT, 1)].clone()
