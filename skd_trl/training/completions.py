@@ -7,7 +7,6 @@ be several tokens (`世`, `🎉`): the last of them has its text, the others an 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import pandas as pd
 from datasets import Dataset
@@ -117,7 +116,11 @@ def print_completions(records: list[dict], num_rows: int, step: int, console: Co
         table.add_row(Text(shown), response, f"{_share(record):.0%}")
     with console.capture() as captured:
         console.print(table)
-    _print_safely(captured.get(), console.file)
+    # A character that the console's encoding does not have is printed as a mark.
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    with tqdm.external_write_mode(file=console.file):  # a progress bar gives its line free
+        console.file.write(captured.get().encode(encoding, errors="replace").decode(encoding))
+        console.file.flush()
 
 
 def marked_text(record: dict, opening: str = "⟦", closing: str = "⟧") -> str:
@@ -188,11 +191,3 @@ def _share(record: dict) -> float:
 def _cell(text: str) -> str:
     """`text` as a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
-
-
-def _print_safely(text: str, file: TextIO) -> None:
-    """Prints `text` with a mark in the place of every character that the console's encoding does not have."""
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    with tqdm.external_write_mode(file=file):  # a progress bar gives its line free
-        file.write(text.encode(encoding, errors="replace").decode(encoding))
-        file.flush()

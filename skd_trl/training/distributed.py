@@ -93,12 +93,22 @@ def _is_zero3_shard(parameter: Any) -> bool:
 def student_for_sampling(model: nn.Module, accelerator: Accelerator, gather: bool):
     """The student inside its wrappers. With `gather`, parameters that ZeRO-3 or FSDP2 shard are whole on every rank
     inside, which costs memory and saves a gathering per layer and token."""
-    unwrapped = accelerator.unwrap_model(model)
+    unwrapped: Any = accelerator.unwrap_model(model)
     if not gather or not is_sharded(model):
         yield unwrapped
     elif _is_fsdp2(unwrapped):
-        with _unsharded(unwrapped, accelerator.state.fsdp_plugin.reshard_after_forward):
+        units = [module for module in unwrapped.modules() if _is_fsdp2(module)]
+        unwrapped.set_reshard_after_forward(False)
+        try:
+            for unit in units:
+                unit.unshard()
             yield unwrapped
+        finally:
+            for unit in units:
+                unit.reshard()
+            # Layers are resharded after each forward as configured; the root, which the backward needs first, is not.
+            unwrapped.set_reshard_after_forward(bool(accelerator.state.fsdp_plugin.reshard_after_forward))
+            unwrapped.set_reshard_after_forward(False, recurse=False)
     else:
         # As TRL's `unwrap_model_for_generation`, which does not put the hooks back when something is raised inside, and
         # turns checkpointing off and on, needlessly here: sampling runs in eval mode.
@@ -112,23 +122,6 @@ def student_for_sampling(model: nn.Module, accelerator: Accelerator, gather: boo
                 add_hooks(model)
 
 
-@contextmanager
-def _unsharded(model: Any, reshard_after_forward: bool):
-    """An FSDP2 model whole for a while; afterwards its layers are resharded after each forward as configured, the root,
-    which the backward needs first, is not."""
-    units: list[Any] = [module for module in model.modules() if _is_fsdp2(module)]
-    model.set_reshard_after_forward(False)
-    try:
-        for unit in units:
-            unit.unshard()
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()
-        model.set_reshard_after_forward(bool(reshard_after_forward))
-        model.set_reshard_after_forward(False, recurse=False)
-
-
 def _is_fsdp2(module: nn.Module) -> bool:
     return hasattr(module, "set_reshard_after_forward")
 
@@ -140,7 +133,12 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, shard: b
     See [`check_engine`] for what cannot be."""
     shard = shard or is_sharded(teacher)
     if accelerator.distributed_type == "DEEPSPEED":
-        prepared = _prepare_deepspeed(teacher, accelerator, shard)
+        # As TRL's `prepare_deepspeed`, but for the stage: there a teacher beside a student under ZeRO-1 or 2 is always whole.
+        import deepspeed
+
+        hidden_size = teacher.config.get_text_config().hidden_size
+        config = teacher_settings(accelerator.state.deepspeed_plugin.deepspeed_config, hidden_size, shard)
+        prepared, *_ = deepspeed.initialize(model=teacher, config=config)
     elif accelerator.distributed_type == "FSDP" and shard and not is_quantized(teacher):
         prepared = teacher if is_sharded(teacher) else split_by_layers(teacher, accelerator)
     elif accelerator.distributed_type == "FSDP":  # as its accelerator would split it
@@ -201,17 +199,6 @@ def check_engine(accelerator: Accelerator, shard_teacher: bool, compile_student:
             "compile_student=True cannot take a student that ZeRO-3 or FSDP2 shards: its parameters come and go. Train it "
             "under DDP, ZeRO-1 or ZeRO-2 (with shard_teacher=True for a large teacher), or leave it False."
         )
-
-
-def _prepare_deepspeed(teacher: PreTrainedModel, accelerator: Accelerator, shard: bool) -> nn.Module:
-    # As TRL's `prepare_deepspeed`, but for the stage: there a teacher beside a student under ZeRO-1 or 2 is always whole.
-    import deepspeed
-
-    plugin = accelerator.state.deepspeed_plugin
-    hidden_size = teacher.config.get_text_config().hidden_size
-    config = teacher_settings(plugin.deepspeed_config, hidden_size, shard)
-    engine, *_ = deepspeed.initialize(model=teacher, config=config)
-    return engine
 
 
 def split_by_layers(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

@@ -31,8 +31,17 @@ def engine_for_evaluation(trainer: Any) -> Iterator[None]:
     elif not trainer.is_deepspeed_enabled:
         yield
     elif trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        with _engine_taken_down(trainer):
+        config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        before = copy.deepcopy(config)
+        try:
             yield
+        finally:
+            if trainer.model_wrapped is not trainer.model:
+                remove_hooks(trainer.model_wrapped)
+            trainer.model_wrapped, trainer.deepspeed = trainer.model, None
+            trainer.accelerator.free_memory()
+            config.clear()  # an evaluation takes the optimizer out, and fills numbers in
+            config.update(before)
     else:
         trainer.is_deepspeed_enabled = False
         try:
@@ -40,21 +49,6 @@ def engine_for_evaluation(trainer: Any) -> Iterator[None]:
         finally:
             trainer.is_deepspeed_enabled = True
             trainer.accelerator.free_memory()
-
-
-@contextmanager
-def _engine_taken_down(trainer: Any) -> Iterator[None]:
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    config, before = plugin.hf_ds_config.config, copy.deepcopy(plugin.hf_ds_config.config)
-    try:
-        yield
-    finally:
-        if trainer.model_wrapped is not trainer.model:
-            remove_hooks(trainer.model_wrapped)
-        trainer.model_wrapped, trainer.deepspeed = trainer.model, None
-        trainer.accelerator.free_memory()
-        config.clear()  # an evaluation takes the optimizer out, and fills numbers in
-        config.update(before)
 
 
 def check_first_training(trainer: Any) -> None:

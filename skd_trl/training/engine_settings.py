@@ -75,11 +75,28 @@ def check_settings(args: TrainingArguments, accelerator: Accelerator, student: n
         `ValueError`: for tensor, context and sequence parallelism, DeepSpeed's numbers that differ from the arguments', quantised
             weights that FSDP2 would have to split, FSDP's activation checkpointing beside an adapter, and a best model that FSDP could not load.
     """
-    for name, size in _parallel_sizes(accelerator).items():
-        if size > 1:
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
+    # The sizes of the groups that share a row, by the names under which they were configured.
+    parallelism, names = getattr(accelerator, "parallelism_config", None), ("tp_size", "cp_size", "sp_size")
+    sizes = {f"parallelism_config's {name}": getattr(parallelism, name, None) for name in names}
+    if plugin is not None:
+        config = plugin.deepspeed_config
+        sizes["DeepSpeed's autotp_size"] = (config.get("tensor_parallel") or {}).get("autotp_size")
+        sizes["DeepSpeed's sequence_parallel_size"] = config.get("sequence_parallel_size")
+    for name, size in sizes.items():
+        if (size or 1) > 1:
             raise ValueError(f"{name}={size} is not supported: {OF_ONE_COPY}. Set it to 1. {INSTEAD}")
-    if accelerator.distributed_type == "DEEPSPEED":
-        _check_numbers(accelerator)
+    if plugin is not None:
+        # Noted by transformers when the trainer is made, and raised by it at the start of training, where the teacher's engine is up.
+        # A line of it: `- ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=2`.
+        lines = getattr(plugin.hf_ds_config, "mismatches", [])
+        pairs = [line.removeprefix("- ds ").partition(" vs hf ") for line in lines]
+        if pairs:
+            found = "; ".join(f"{deepspeed} there, {arguments} here" for deepspeed, _, arguments in pairs)
+            raise ValueError(
+                f"DeepSpeed's configuration and the training arguments disagree: {found}. Set these values of DeepSpeed's to "
+                '"auto" (or leave them out of deepspeed_config in the accelerate config), or change the arguments.'
+            )
     elif accelerator.distributed_type == "FSDP":
         _check_fsdp(args, accelerator, student, teacher)
 
@@ -122,35 +139,6 @@ def describe_offloading(args: TrainingArguments, accelerator: Accelerator) -> st
 def is_quantized(model: nn.Module) -> bool:
     """Whether weights are stored as whole numbers, or by a quantiser of transformers."""
     return bool(getattr(model, "is_quantized", False)) or any(not p.is_floating_point() for p in model.parameters())
-
-
-def _parallel_sizes(accelerator: Accelerator) -> dict[str, int]:
-    """The sizes of the groups that share a row, by the names under which they were configured."""
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    names = ("tp_size", "cp_size", "sp_size")
-    sizes = {f"parallelism_config's {name}": getattr(parallelism, name, None) or 1 for name in names}
-    if accelerator.distributed_type == "DEEPSPEED":
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        sizes["DeepSpeed's autotp_size"] = (config.get("tensor_parallel") or {}).get("autotp_size") or 1
-        sizes["DeepSpeed's sequence_parallel_size"] = config.get("sequence_parallel_size") or 1
-    return sizes
-
-
-def _check_numbers(accelerator: Accelerator) -> None:
-    # Noted by transformers when the trainer is made, and raised by it at the start of training, where the teacher's engine is up.
-    config = accelerator.state.deepspeed_plugin.hf_ds_config
-    found = [_both(line) for line in getattr(config, "mismatches", [])]
-    if found:
-        raise ValueError(
-            f"DeepSpeed's configuration and the training arguments disagree: {'; '.join(found)}. Set these values of DeepSpeed's to "
-            '"auto" (or leave them out of deepspeed_config in the accelerate config), or change the arguments.'
-        )
-
-
-def _both(mismatch: str) -> str:
-    """transformers' line `- ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=2` in words."""
-    deepspeed, _, arguments = mismatch.removeprefix("- ds ").partition(" vs hf ")
-    return f"{deepspeed} there, {arguments} here"
 
 
 def _check_fsdp(args: TrainingArguments, accelerator: Accelerator, student: nn.Module, teacher: nn.Module) -> None:

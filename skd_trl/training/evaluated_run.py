@@ -70,23 +70,20 @@ class EvaluatedRun(Trainer):
         return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        inputs = without_filled_rows(self._with_sampled_responses(inputs), self.accelerator)
-        self._ask_server([inputs])
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
-    def _with_sampled_responses(self, batch: dict) -> dict:
-        """A batch of an evaluation in which rows without a reference have a response of the student's, and the places of its rows."""
-        size, rank, metrics = len(batch[Key.LABELS]), self.accelerator.process_index, self._ratios["eval"]
+        """As [`~transformers.Trainer.prediction_step`]; before, rows without a reference get a response of the student's, and the batch
+        the places of its rows."""
+        size, rank, metrics = len(inputs[Key.LABELS]), self.accelerator.process_index, self._ratios["eval"]
         place = self._num_evaluated + rank * size + torch.arange(size)
         self._num_evaluated += self.accelerator.num_processes * size
-        is_missing = rows_to_sample(batch, self.accelerator)
-        metrics.add("sampled_share", is_missing.sum(), num_own_rows(batch, self.accelerator))
-        if not any_on_any_process(is_missing, self.accelerator):
-            return {**batch, Key.PLACE: place}
-        noise = row_noise(place[is_missing].tolist(), self.args.max_new_tokens, self.args.seed)
-        some = {name: values[is_missing.to(values.device)] for name, values in merge_prompts([batch]).items()}
-        rollout = self._write(some, "student", noise)
-        metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
-        metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
-        (mixed,) = mix_sampled_rows([batch], sampled_batches(rollout, [some]), is_missing, self.data_collator)
-        return {**mixed, Key.PLACE: place}
+        is_missing = rows_to_sample(inputs, self.accelerator)
+        metrics.add("sampled_share", is_missing.sum(), num_own_rows(inputs, self.accelerator))
+        if any_on_any_process(is_missing, self.accelerator):
+            noise = row_noise(place[is_missing].tolist(), self.args.max_new_tokens, self.args.seed)
+            some = {name: values[is_missing.to(values.device)] for name, values in merge_prompts([inputs]).items()}
+            rollout = self._write(some, "student", noise)
+            metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
+            metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
+            (inputs,) = mix_sampled_rows([inputs], sampled_batches(rollout, [some]), is_missing, self.data_collator)
+        inputs = without_filled_rows({**inputs, Key.PLACE: place}, self.accelerator)
+        self._ask_server([inputs])
+        return super().prediction_step(model, inputs, *args, **kwargs)

@@ -50,8 +50,13 @@ class FiniteCheck:
         is_bad, by_student, by_teacher = (counts > 0).tolist()  # type: ignore[union-attr]
         if not is_bad:
             return
-        culprits = [f"the {name}'s{_where(model)}" for name, model, is_guilty in
-                    (("student", student, by_student), ("teacher", teacher, by_teacher)) if is_guilty]  # fmt: skip
+        culprits = []
+        for owner, model, is_guilty in (("student", student, by_student), ("teacher", teacher, by_teacher)):
+            if is_guilty:
+                # Its weights that are not finite are named, if this process holds them.
+                named = model.named_parameters() if model is not None and not is_sharded(model) else ()
+                weights = _names(((name, p) for name, p in named if p.is_floating_point()), kind="weights ")
+                culprits.append(f"the {owner}'s{weights}")
         found = (
             f"{' and '.join(culprits)} distributions hold NaN or infinity"
             if culprits
@@ -81,7 +86,7 @@ class GradientCheck(TrainerCallback):
         named = [(name, _own_part(p.grad)) for name, p in self.trainer.model.named_parameters() if p.grad is not None]
         if not _is_bad_anywhere((grad for _, grad in named), accelerator, is_collective=True):
             return
-        names = _names((name, grad) for name, grad in named)
+        names = _names(named)
         raise FloatingPointError(
             f"Step {state.global_step + 1}: the loss is finite and its gradient is not{names}. The step was not taken. {GRADIENT_ADVICE}"
         )
@@ -143,16 +148,7 @@ def _is_bad_anywhere(tensors: Iterable[torch.Tensor], accelerator: Accelerator, 
     return bool(flag > 0)  # type: ignore[operator]
 
 
-def _names(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+def _names(named: Iterable[tuple[str, torch.Tensor]], kind: str = "") -> str:
     names = [name for name, tensor in named if not tensor.isfinite().all()]
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return f" ({', '.join(names[:2])}{more})" if names else ""
-
-
-def _where(model: nn.Module | None) -> str:
-    """The parameters that are not finite, if this process holds them."""
-    if model is None or is_sharded(model):
-        return ""
-    return _names((name, p) for name, p in model.named_parameters() if p.is_floating_point()).replace(
-        "(", "(weights ", 1
-    )
+    return f" ({kind}{', '.join(names[:2])}{more})" if names else ""

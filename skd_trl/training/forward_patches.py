@@ -19,15 +19,22 @@ def take_off_patches(model: nn.Module) -> None:
     their engine."""
     if is_sharded(model):
         return
-    for module in _with_base(model):
+    modules = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]  # type: ignore[operator]
+    for module in modules:
         original = module.__dict__.pop("_original_forward", None)
         module.__dict__.pop("_is_accelerate_prepared", None)
         forward = original if original is not None else module.__dict__.get("forward")
-        while (inner := _inside(forward)) is not None:
-            forward = inner
-        module.__dict__.pop("forward", None)
         function = getattr(forward, "__func__", forward)
-        if function is not None and function not in _own_forwards(module):
+        # TRL's patch (or an earlier version's of this package) holds the forward before it in its closure.
+        while inspect.isfunction(function) and "original_forward" in function.__code__.co_freevars:
+            forward = inspect.getclosurevars(function).nonlocals["original_forward"]
+            function = getattr(forward, "__func__", forward)
+        module.__dict__.pop("forward", None)
+        # The class's forward, and what its decorators wrap: accelerate unwraps down to that (`keep_fp32_wrapper=False`).
+        own: list[Callable] = [type(module).forward]
+        while hasattr(own[-1], "__wrapped__"):
+            own.append(own[-1].__wrapped__)  # type: ignore[attr-defined]
+        if function is not None and function not in own:
             module.forward = function.__get__(module) if inspect.isfunction(function) else forward
 
 
@@ -58,23 +65,3 @@ def adapters_on_heads_pass(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.get_output_embeddings
-
-
-def _with_base(model: nn.Module) -> list[nn.Module]:
-    return [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]  # type: ignore[operator]
-
-
-def _inside(forward: Callable | None) -> Callable | None:
-    """The forward that TRL's patch (or an earlier version's of this package) holds in its closure."""
-    function = getattr(forward, "__func__", forward)
-    if not inspect.isfunction(function) or "original_forward" not in function.__code__.co_freevars:
-        return None
-    return inspect.getclosurevars(function).nonlocals["original_forward"]
-
-
-def _own_forwards(module: nn.Module) -> list[Callable]:
-    """The class's forward, and what its decorators wrap: accelerate unwraps down to that (`keep_fp32_wrapper=False`)."""
-    functions: list[Callable] = [type(module).forward]
-    while hasattr(functions[-1], "__wrapped__"):
-        functions.append(functions[-1].__wrapped__)  # type: ignore[attr-defined]
-    return functions

@@ -52,8 +52,7 @@ def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrai
     Raises:
         `ValueError`: if the response takes all positions of a model.
     """
-    own = _prompt_limit(args)
-    limits = [] if own is None else [own]
+    limits = [_prompt_limit(args)]
     num_beside = args.max_new_tokens if args.samples else 1
     for name, positions in _positions(args, student, teacher).items():
         if positions <= num_beside and args.samples:
@@ -62,14 +61,14 @@ def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrai
                 "(max_position_embeddings, or with longrope original_max_position_embeddings). Lower max_new_tokens."
             )
         limits.append(positions - num_beside)
-    return min(limits, default=None)
+    return smallest(limits)
 
 
 def room_for_texts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
     """The most tokens that a prompt and its reference may have together; learned positions end there with an IndexError."""
-    own = _text_limit(args)
-    limits = [] if own is None else [own]
-    return min([*limits, *_positions(args, student, teacher).values()], default=None)
+    has_own_limits = args.samples or args.max_prompt_length is not None or args.max_response_length is not None
+    own = None if has_own_limits else args.max_length
+    return smallest((own, *_positions(args, student, teacher).values()))
 
 
 def limits_of_teacher_prompts(args: SKDConfig, teachers: list[PreTrainedModel]) -> dict[str, int | None]:
@@ -124,8 +123,3 @@ def _prompt_limit(args: SKDConfig) -> int | None:
     if args.max_prompt_length is not None or args.max_length is None:
         return args.max_prompt_length
     return args.max_length - (args.max_new_tokens if args.samples else 1)
-
-
-def _text_limit(args: SKDConfig) -> int | None:
-    has_own_limits = args.samples or args.max_prompt_length is not None or args.max_response_length is not None
-    return None if has_own_limits else args.max_length

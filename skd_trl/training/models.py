@@ -41,12 +41,18 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def load_tokenizer(model, processing_class, args: "SKDConfig") -> PreTrainedTokenizerBase:
     if processing_class is None:
-        name = _tokenizer_of(model, args) if isinstance(model, str) else get_config_model_id(model.config)
+        if isinstance(model, str):
+            name, revision = model, (args.model_init_kwargs or {}).get("revision")
+            adapter = _adapter_at(model, args)
+            # An adapter may be saved without a tokenizer, then its base model's is meant.
+            if adapter is not None and Path(model).is_dir() and not (Path(model) / "tokenizer_config.json").exists():
+                name = _base_of(adapter, model)
+        else:
+            name, revision = get_config_model_id(model.config), None
         if not name:
             raise ValueError(
                 "processing_class is None and the model does not say where it was loaded from. Pass the tokenizer."
             )
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         processing_class = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=args.trust_remote_code
         )
@@ -169,10 +175,3 @@ def _base_of(adapter: "PeftConfig", name: str) -> str:
             "give PeftModel.from_pretrained(model, path, is_trainable=True) as the student."
         )
     return adapter.base_model_name_or_path
-
-
-def _tokenizer_of(name: str, args: "SKDConfig") -> str:
-    """Where the tokenizer of a model's name is: an adapter may be saved without one, then its base model's is meant."""
-    adapter = _adapter_at(name, args)
-    is_without = adapter is not None and Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").exists()
-    return _base_of(adapter, name) if adapter is not None and is_without else name
