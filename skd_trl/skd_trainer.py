@@ -367,9 +367,14 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
                 self._ratios["train"].add("skipped_rows", batch.pop(Key.SKIPPED_ROWS).sum())
         rollout = self._rollout_of_step(self.state.global_step)
         if rollout in ("dataset", "mixed") and not self._rules.needs_response:
-            self._check_references(batches)
+            # A callback that lowers `lmbda` asks for references of rows that were not looked at for them.
+            if any((batch[Key.LABELS] == IGNORE_INDEX).all(dim=1).any() for batch in batches):
+                raise ValueError(
+                    f"Step {self.state.global_step + 1} trains on references, as trainer.lmbda was set to {self.lmbda}, and some of "
+                    "its rows have none. Give every row a reference, or leave lmbda at 1."
+                )
         if batches and rollout != "dataset":
-            batches = self._sample(batches, rollout) if rollout != "mixed" else self._sample_some(batches)
+            batches = self._sample(batches, rollout)
         self._ask_server(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 

@@ -48,9 +48,21 @@ class Pair:
     @cached_property
     def waiting(self) -> dict[str, Exception]:
         """By name, the models that could be trained by their kind and do not run two tokens where they were loaded, and why."""
+        waiting = {}
         if self.is_placed:
-            return {}
-        return {name: error for name, model in self.models.items() if (error := _error_of(model)) is not None}
+            return waiting
+        for name, model in self.models.items():
+            try:
+                check_kind(model)
+            except ValueError:  # it never runs
+                continue
+            try:
+                with torch.no_grad(), eval_mode(model), attention_implementation(model, sampling_attention(model)):
+                    ids = torch.tensor([[1, 2]], device=model.device)
+                    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            except Exception as error:  # whatever a kernel says that is not for this device or type
+                waiting[name] = error
+        return waiting
 
     def later(self) -> tuple[Verdict, str]:
         """The finding of a check that could not run all models."""
@@ -64,20 +76,6 @@ class Pair:
     def running(self) -> dict[str, PreTrainedModel]:
         """The models that run where they are."""
         return {name: model for name, model in self.models.items() if name not in self.waiting}
-
-
-def _error_of(model: PreTrainedModel) -> Exception | None:
-    try:
-        check_kind(model)
-    except ValueError:  # it never runs
-        return None
-    try:
-        with torch.no_grad(), eval_mode(model), attention_implementation(model, sampling_attention(model)):
-            ids = torch.tensor([[1, 2]], device=model.device)
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except Exception as error:  # whatever a kernel says that is not for this device or type
-        return error
-    return None
 
 
 def _check_placement(pair: Pair) -> tuple[Verdict, str]:

@@ -7,15 +7,9 @@ import time
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
-from torch import nn
 from transformers import Trainer
 
-from ..data.batches import (
-    IGNORE_INDEX,
-    Key,
-    ResponseTokens,
-    merge_prompts,
-)
+from ..data.batches import Key, ResponseTokens, merge_prompts
 from ..data.mixed_batches import mix_sampled_rows
 from ..loss.teacher_signal import TeacherSignal
 from ..sampling.interleaved import Execution, interleaved_sample
@@ -89,36 +83,25 @@ class SampledSteps(Trainer):
                 return self.args.rollout
         return "teacher" if self.seq_kd else "dataset"
 
-    def _check_references(self, batches: list[dict]) -> None:
-        """A callback that lowers `lmbda` asks for references of rows that were not looked at for them."""
-        if any((batch[Key.LABELS] == IGNORE_INDEX).all(dim=1).any() for batch in batches):
-            raise ValueError(
-                f"Step {self.state.global_step + 1} trains on references, as trainer.lmbda was set to {self.lmbda}, and some of its rows "
-                "have none. Give every row a reference, or leave lmbda at 1."
-            )
-
-    def _sample_some(self, batches: list[dict]) -> list[dict]:
-        """The micro-batches with sampled responses at a share `lmbda` of their rows. Which ones is a draw keyed by step, rank and
-        row. A rank without any takes part in the others' sampling: models may be sharded, and completions are gathered."""
-        key = ("lmbda", self.args.seed, self.state.global_step, self.accelerator.process_index)
-        window = merge_prompts(batches)
-        chosen = torch.rand(len(window[Key.PROMPTS]), generator=keyed_generator(*key))
-        is_sampled = chosen < self._args_of_step.lmbda
-        some = {name: values[is_sampled.to(values.device)] for name, values in window.items()}
-        sampled = self._sample([some], self.args.rollout)
-        return mix_sampled_rows(batches, sampled, is_sampled, self.data_collator)
-
     def _sample(self, batches: list[dict], rollout: str) -> list[dict]:
+        """The micro-batches with sampled responses: at all of their rows, or for `"mixed"` at a share `lmbda` of them. Which ones is a
+        draw keyed by step, rank and row. A rank without any takes part in the others' sampling: models may be sharded, and completions
+        are gathered."""
         start = time.perf_counter()
-        window = merge_prompts(batches)
-        noise = self._noise(
-            len(window[Key.PROMPTS]), "sampling", self.state.global_step, self.accelerator.process_index
-        )
-        sampled = self._write(window, rollout, noise)
+        window, is_sampled = merge_prompts(batches), None
+        key = (self.state.global_step, self.accelerator.process_index)
+        if rollout == "mixed":
+            rollout = self.args.rollout
+            chosen = torch.rand(len(window[Key.PROMPTS]), generator=keyed_generator("lmbda", self.args.seed, *key))
+            is_sampled = chosen < self._args_of_step.lmbda
+            window = {name: values[is_sampled.to(values.device)] for name, values in window.items()}
+        sampled = self._write(window, rollout, self._noise(len(window[Key.PROMPTS]), "sampling", *key))
         if self._teacher_names:
             add_rollout_by_teacher(self._ratios["train"], sampled, window[Key.TEACHER_INDEX], self._teacher_names)
         add_rollout(self._ratios["train"], sampled, time.perf_counter() - start, self.accelerator.num_processes)
         self._keep_completions(sampled, rollout)
+        if is_sampled is not None:
+            return mix_sampled_rows(batches, sampled_batches(sampled, [window]), is_sampled, self.data_collator)
         return sampled_batches(sampled, batches)
 
     def _noise(self, num_rows: int, *key) -> torch.Tensor:
@@ -146,21 +129,22 @@ class SampledSteps(Trainer):
             out_of_memory_advised("sampling"),
         ):
             collective = self.accelerator.num_processes > 1 and forwards_are_collective(student, *self._teacher.inner)
+            agree = agree_on_maximum(self.accelerator) if collective else None
             is_gpu = self.accelerator.device.type == "cuda"
             settings = CopySettings.of(student, self.args, self.accelerator.mixed_precision, is_gpu)
             if settings.is_needed:
                 student = self._sampling_copy.of(student, settings)
-            num_places = self._places(student, prompts)
+            num_places = self.args.rollout_batch_size
+            at_once = min(num_places or len(prompts), len(prompts))
+            if self._teacher.inner and at_once > 1:  # fewer, if only those fit
+                counted = Window(at_once, len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts))
+                num_places = places_now(student, self._teacher.inner[0], Machine.of(self.accelerator), counted)
             teacher = self._teacher.participant(
                 window, self._args_of_step.teacher_sampling(), self.vocab_size, self.accelerator
             )
             with failing_at_the_end(teacher, self._teacher) if collective else nullcontext():
                 return interleaved_sample(
-                    LocalParticipant(
-                        student,
-                        self._args_of_step.student_sampling(),
-                        vocab_size=self.vocab_size,
-                    ),
+                    LocalParticipant(student, self._args_of_step.student_sampling(), vocab_size=self.vocab_size),
                     teacher,
                     prompts,
                     mask,
@@ -168,29 +152,5 @@ class SampledSteps(Trainer):
                     max_new_tokens=self.args.max_new_tokens,
                     eos_token_ids=self.eos_token_ids,
                     noise=noise,
-                    execution=Execution(
-                        self._draft_length,
-                        num_places,
-                        agree_on_maximum(self.accelerator) if collective else None,
-                        self._rounds,
-                        observe=observe,
-                    ),
+                    execution=Execution(self._draft_length, num_places, agree, self._rounds, observe=observe),
                 )
-
-    def _places(self, student: nn.Module, prompts: torch.Tensor) -> int | None:
-        """How many responses to `prompts` (B, P) are written at once: as configured, or fewer if only those fit."""
-        num_places = min(self.args.rollout_batch_size or len(prompts), len(prompts))
-        if not self._teacher.inner or num_places < 2:
-            return self.args.rollout_batch_size
-        window = Window(num_places, len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts))
-        return places_now(student, self._teacher.inner[0], Machine.of(self.accelerator), window)
-
-    def _sample_fixed_prompts(self, rollout: str) -> Rollout:
-        """The same few prompts with the same noise whenever completions are kept, on the first process: what differs is the student."""
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-        num_rows = self.args.log_fixed_prompts if self.accelerator.is_main_process else 0
-        rows = list(dataset.take(max(num_rows, 1)))
-        num_rows, batch = min(num_rows, len(rows)), self.data_collator(rows)
-        window = {name: values[:num_rows].to(self.args.device) for name, values in merge_prompts([batch]).items()}
-        return self._write(window, rollout, self._noise(num_rows, "fixed prompts"))

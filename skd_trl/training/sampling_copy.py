@@ -110,7 +110,30 @@ class SamplingCopy:
         """
         student = getattr(student, "_orig_mod", student)  # what `torch_compile` was given
         if self._student is not student or self._settings != settings:
-            self._copy(student, settings)
+            if _has_own_forwards(student):
+                option = "merge_adapter" if settings.merges_adapter else "sampling_copy"
+                raise ValueError(
+                    f"{option}=True cannot copy this {type(student).__name__}: modules in it have a forward that was set on the object, "
+                    f"and a copy would run the original's. Leave {option} None, or give the model as it was loaded."
+                )
+            merged, others = plain_layers(student) if settings.merges_adapter else ({}, {})
+            self._merged = [(layer, plain_layer(layer, settings.dtype)) for layer in merged.values()]
+            # What is in here is not copied by deepcopy but taken for the copy.
+            copies: dict[int, Any] = {id(layer): plain for layer, plain in self._merged}
+            self._pairs = []
+            for weight in _outside(student, merged):
+                own = weight
+                if _has_own_memory(weight, settings.dtype):
+                    own = nn.Parameter(weight.detach().to(settings.dtype, copy=True), requires_grad=False)
+                    self._pairs.append((own, weight))
+                copies[id(weight)] = own
+            self._model = copy.deepcopy(student, copies)
+            vars(self._model).pop("forward", None)  # accelerate's, which runs the original under autocast
+            if others:
+                named = "; ".join(f"{name} ({reason})" for name, reason in list(others.items())[:5])
+                logger.warning(
+                    f"{len(others)} of the adapter's layers are sampled with unmerged, and cost time: {named}."
+                )
             self._student, self._settings = student, settings
         for own, weight in self._pairs:
             own.copy_(weight)
@@ -118,30 +141,6 @@ class SamplingCopy:
             for layer, plain in self._merged:
                 write_weight(layer, plain)
         return self._model
-
-    def _copy(self, student: nn.Module, settings: CopySettings) -> None:
-        if _has_own_forwards(student):
-            option = "merge_adapter" if settings.merges_adapter else "sampling_copy"
-            raise ValueError(
-                f"{option}=True cannot copy this {type(student).__name__}: modules in it have a forward that was set on the object, "
-                f"and a copy would run the original's. Leave {option} None, or give the model as it was loaded."
-            )
-        merged, others = plain_layers(student) if settings.merges_adapter else ({}, {})
-        self._merged = [(layer, plain_layer(layer, settings.dtype)) for layer in merged.values()]
-        # What is in here is not copied by deepcopy but taken for the copy.
-        copies: dict[int, Any] = {id(layer): plain for layer, plain in self._merged}
-        self._pairs = []
-        for weight in _outside(student, merged):
-            own = weight
-            if _has_own_memory(weight, settings.dtype):
-                own = nn.Parameter(weight.detach().to(settings.dtype, copy=True), requires_grad=False)
-                self._pairs.append((own, weight))
-            copies[id(weight)] = own
-        self._model = copy.deepcopy(student, copies)
-        vars(self._model).pop("forward", None)  # accelerate's, which runs the original under autocast
-        if others:
-            named = "; ".join(f"{name} ({reason})" for name, reason in list(others.items())[:5])
-            logger.warning(f"{len(others)} of the adapter's layers are sampled with unmerged, and cost time: {named}.")
 
 
 def copied_bytes(student: nn.Module, settings: CopySettings) -> int:

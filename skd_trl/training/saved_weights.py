@@ -85,7 +85,11 @@ def check_saved(student: nn.Module, directory: str) -> None:
         `RuntimeError`: if there are fewer numbers in the files than were trained.
     """
     trained = {id(p): getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.requires_grad}
-    num_trained, saved = sum(trained.values()), _sizes_in(directory)
+    num_trained, saved = sum(trained.values()), []
+    # A model's own files, or those of adapters, which may be in folders of their names.
+    for file in [*Path(directory).glob("*.safetensors"), *Path(directory).glob("*/adapter_model.safetensors")]:
+        with safe_open(file, "pt") as tensors:
+            saved += [prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]
     if sum(saved) < num_trained:
         raise RuntimeError(
             f"{num_trained:,} numbers of the student were trained, and the weights in {directory} are {len(saved)} tensors of "
@@ -95,13 +99,3 @@ def check_saved(student: nn.Module, directory: str) -> None:
     logger.info(
         f"{directory}: {len(saved)} tensors of {sum(saved):,} numbers, with all {num_trained:,} that were trained."
     )
-
-
-def _sizes_in(directory: str) -> list[int]:
-    """The sizes of all tensors of a saved model, or of the adapters, which may be in folders of their names."""
-    files = [*Path(directory).glob("*.safetensors"), *Path(directory).glob("*/adapter_model.safetensors")]
-    sizes = []
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            sizes += [prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]
-    return sizes

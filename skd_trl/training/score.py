@@ -107,8 +107,8 @@ def score(
     vocab_size = min(model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1)
     if not 1 <= options.top_k <= vocab_size:
         raise ValueError(f"top_k={options.top_k} is outside 1..{vocab_size}, the tokens there are; choose one within.")
-    _begin(directory, _manifest(dataset, model, tokenizer, options))
-    features = Features({**dataset.features, **WRITTEN})
+    _begin(directory, dataset, model, tokenizer, options)
+    features, rules = Features({**dataset.features, **WRITTEN}), _rules(model, tokenizer, vocab_size, options)
     num_scored, num_left_out = 0, 0
     for block in range(process[0], -(-len(dataset) // options.rows_per_file), process[1]):
         file = directory / f"scores-{block:06d}.parquet"
@@ -116,8 +116,13 @@ def score(
             continue
         start = block * options.rows_per_file
         numbers = range(start, min(start + options.rows_per_file, len(dataset)))
-        rows = _tokenized(dataset.select(numbers), start, tokenizer, _rules(model, tokenizer, vocab_size, options))
-        scored: list[dict[str, Any]] = []
+        rows, scored = [], []
+        for number, row in zip(numbers, dataset.select(numbers), strict=True):
+            (result,) = tokenize_row(row, tokenizer=tokenizer, rules=rules)
+            if not result["problem"]:
+                rows.append({**dict(row), "result": result})
+            elif result["problem"] not in LEFT_OUT:  # those are rows whose prompts are too long
+                raise ValueError(f"Row {number} cannot be scored: {result['detail']} Change or remove it.")
         for first in range(0, len(rows), options.batch_size):
             scored += _scored(rows[first : first + options.batch_size], model, tokenizer, vocab_size, options.top_k)
         table = Dataset.from_dict({name: [row[name] for row in scored] for name in features}, features=features)
@@ -131,9 +136,10 @@ def score(
     return num_scored
 
 
-def _manifest(dataset: Dataset, model, tokenizer, options: ScoreOptions) -> dict[str, Any]:
+def _begin(directory: Path, dataset: Dataset, model, tokenizer, options: ScoreOptions) -> None:
+    """Writes what a directory is begun with, or compares it with what it was begun with."""
     ends = json.dumps([dataset[0], dataset[len(dataset) - 1]], default=str, sort_keys=True)
-    return {
+    manifest = {
         "model": get_config_model_id(model.config) or type(model).__name__,
         "dtype": str(model.dtype),
         "tokenizer": vocabulary_digest(tokenizer),
@@ -141,10 +147,6 @@ def _manifest(dataset: Dataset, model, tokenizer, options: ScoreOptions) -> dict
         "first_and_last_row": hashlib.sha256(ends.encode()).hexdigest()[:16],
         "options": asdict(options),
     }
-
-
-def _begin(directory: Path, manifest: dict[str, Any]) -> None:
-    """Writes what a directory is begun with, or compares it with what it was begun with."""
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / MANIFEST
     if not file.exists():
@@ -186,18 +188,6 @@ def _rules(model, tokenizer, vocab_size: int, options: ScoreOptions) -> RowRules
         max_teacher_prompt_length=None if positions is None else positions - 1,
         max_teacher_text_length=positions,
     )
-
-
-def _tokenized(rows: Dataset, start: int, tokenizer, rules: RowRules) -> list[dict[str, Any]]:
-    """The rows with their ids; those whose prompts are too long are left out."""
-    tokenized = []
-    for number, row in enumerate(rows, start=start):
-        (result,) = tokenize_row(row, tokenizer=tokenizer, rules=rules)
-        if not result["problem"]:
-            tokenized.append({**dict(row), "result": result})
-        elif result["problem"] not in LEFT_OUT:
-            raise ValueError(f"Row {number} cannot be scored: {result['detail']} Change or remove it.")
-    return tokenized
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ none of them moves: responses are sampled and learned from before the optimizer 
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,7 +44,13 @@ def self_teacher(student: nn.Module, kind: str) -> PreTrainedModel:
         return _copy_sharing(student, [p for p in parameters if not p.requires_grad]).requires_grad_(False)
     if not has_adapter:
         return _copy_sharing(student, []).requires_grad_(False)
-    teacher = _without_adapter(_copy_sharing(student, parameters))
+    teacher: Any = _copy_sharing(student, parameters)
+    # `unload` would leave the trained copy of a module in modules_to_save in its place.
+    for name, module in list(teacher.named_modules()):
+        if hasattr(module, "original_module"):
+            parent, _, child = name.rpartition(".")
+            setattr(teacher.get_submodule(parent), child, module.original_module)
+    teacher = teacher.unload()
     if trained := [name for name, p in teacher.named_parameters() if p.requires_grad]:
         raise ValueError(
             f"teacher_model_kind='base' is the student without its adapter, but weights of the model itself are trained too "
@@ -56,15 +63,6 @@ def self_teacher(student: nn.Module, kind: str) -> PreTrainedModel:
 def _copy_sharing(model: nn.Module, shared: Iterable[nn.Parameter]) -> PreTrainedModel:
     """A copy of the module around the same `shared` parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in shared})  # type: ignore[return-value]
-
-
-def _without_adapter(model) -> PreTrainedModel:
-    # `unload` would leave the trained copy of a module in modules_to_save in its place.
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "original_module"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.original_module)
-    return model.unload()
 
 
 def check_self_teacher(kind: str, accelerator: Accelerator, student: nn.Module) -> None:

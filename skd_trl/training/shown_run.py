@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from .._compat import get_config_model_id
+from ..data.batches import merge_prompts
 from ..sampling.rollout import Rollout
 from .completions import (
     completion_records,
@@ -60,8 +61,15 @@ class ShownRun(Trainer):
             return
         records = completion_records(sampled, self.processing_class, step)
         if self.args.log_fixed_prompts:
-            again = self._sample_fixed_prompts(rollout)
-            records = completion_records(again, self.processing_class, step, is_fixed=True) + records
+            # The same few prompts with the same noise every time, on the first process: what differs is the student.
+            dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+            dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+            num_rows = self.args.log_fixed_prompts if self.accelerator.is_main_process else 0
+            rows = list(dataset.take(max(num_rows, 1)))
+            num_rows, prompts = min(num_rows, len(rows)), merge_prompts([self.data_collator(rows)])
+            window = {name: values[:num_rows].to(self.args.device) for name, values in prompts.items()}
+            fixed = self._write(window, rollout, self._noise(num_rows, "fixed prompts"))
+            records = completion_records(fixed, self.processing_class, step, is_fixed=True) + records
         records = sorted(gather_object(records), key=lambda record: not record["is_fixed"])
         if self.accelerator.is_main_process:
             writers = (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks)
@@ -69,28 +77,25 @@ class ShownRun(Trainer):
                 save_completions(records, self.args.output_dir, step)
                 print_completions(records, self.args.num_completions_to_print, step)
                 send_completions(records, step, self.args.report_to, next(filter(None, writers), None))
-            except (
-                Exception
-            ) as error:  # a full disk, a closed console, a tracker out of reach: no reason to lose a run
+            except Exception as error:
+                # A full disk, a closed console, a tracker out of reach: no reason to lose a run.
                 logger.warning(f"Step {step}: its completions could not be kept or shown ({error}). Training goes on.")
 
     def create_model_card(self, *args, **kwargs):
         """As [`~transformers.Trainer.create_model_card`], with what this distillation was."""
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            section = describe_distillation(self, self._describe_teacher())
-            add_distillation(Path(self.args.output_dir) / "README.md", section)
-
-    def _describe_teacher(self) -> str:
-        """Who the teacher was, for people."""
+        if not self.is_world_process_zero():
+            return
         if self._is_recorded:
-            return "recorded scores"
-        if self._is_served:
+            teacher = "recorded scores"
+        elif self._is_served:
             top_k = f"its {self.args.teacher_top_k} most probable tokens"
             signal = top_k if self.args.teacher_signal == "top_k" else "its last hidden states"
-            return f"{self._teacher.scorer.model} behind a server, {signal}"
-        if self.args.teacher_model_kind is not None:
-            return f"the student itself ({self.args.teacher_model_kind})"
-        sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]
-        names = [f"{name}: " for name in self._teacher_names] or [""]
-        return ", ".join(name + source for name, source in zip(names, sources, strict=True))
+            teacher = f"{self._teacher.scorer.model} behind a server, {signal}"
+        elif self.args.teacher_model_kind is not None:
+            teacher = f"the student itself ({self.args.teacher_model_kind})"
+        else:
+            sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]
+            names = [f"{name}: " for name in self._teacher_names] or [""]
+            teacher = ", ".join(name + source for name, source in zip(names, sources, strict=True))
+        add_distillation(Path(self.args.output_dir) / "README.md", describe_distillation(self, teacher))

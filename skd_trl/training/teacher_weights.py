@@ -34,31 +34,24 @@ OF_CONFIG = ("trust_remote_code", "revision", "subfolder", "cache_dir", "token",
 
 
 def load_teacher(name: str, args: "SKDConfig") -> PreTrainedModel:
-    """The teacher `name`, whole and on the device where it will run; or, if it will be spread, a stand-in for it."""
+    """The teacher `name`, whole and on the device where it will run; or, if it will be spread, a stand-in for it.
+
+    Raises:
+        `ValueError`: also for a model that is no causal language model.
+    """
     machine, kwargs = machine_of(args), loading_options(args)
-    with (
-        deepspeed_configuration(None),
-        _environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"),
-        _other_kinds_refused(name),
-    ):
-        if machine.engine in ("DEEPSPEED", "FSDP") and _can_wait(name, kwargs):
-            stand_in = _stand_in(name, kwargs)
-            if shards_teacher(args.shard_teacher, stand_in, machine):
-                return stand_in
-        elif args.shard_teacher:
-            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-        device = torch.device(args.teacher_device or machine.device)
-        if device.type != "cpu":
-            kwargs.setdefault("device_map", {"": str(device)})
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-
-
-@contextmanager
-def _other_kinds_refused(name: str) -> Iterator[None]:
-    """`ValueError` by its kind for a model that is no causal language model; transformers lists all that are."""
     try:
-        yield
+        with deepspeed_configuration(None), _environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            stand_in = _stand_in(name, kwargs) if machine.engine in ("DEEPSPEED", "FSDP") else None
+            if stand_in is not None and shards_teacher(args.shard_teacher, stand_in, machine):
+                return stand_in
+            device = torch.device(args.teacher_device or machine.device)
+            is_read_on_host = stand_in is None and args.shard_teacher  # the engine spreads it from there
+            if device.type != "cpu" and not is_read_on_host:
+                kwargs.setdefault("device_map", {"": str(device)})
+            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except ValueError as error:
+        # For another kind of model transformers' message lists all that it would load.
         kind = re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", str(error))
         if kind is None:
             raise
@@ -69,15 +62,41 @@ def _other_kinds_refused(name: str) -> Iterator[None]:
 
 
 def load_in_shards(stand_in: PreTrainedModel, args: "SKDConfig", accelerator: Accelerator) -> PreTrainedModel:
-    """The teacher that `stand_in` is for, spread over the processes of `accelerator`; collective."""
+    """The teacher that `stand_in` is for, spread over the processes of `accelerator`; collective.
+
+    Under FSDP2 it is read by the main process alone, and sent to the others tensor by tensor; the modules are split before there are
+    weights.
+    """
     assert is_stand_in(stand_in)
     name, kwargs = stand_in.name_or_path, loading_options(args)
-    if accelerator.distributed_type == "FSDP":
-        return _load_by_layers(name, kwargs, accelerator)
-    hidden_size = stand_in.config.get_text_config().hidden_size
-    settings = teacher_settings(accelerator.state.deepspeed_plugin.deepspeed_config, hidden_size, shard=True)
-    with deepspeed_configuration(settings):  # transformers then splits each tensor as it is made
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    if accelerator.distributed_type != "FSDP":
+        hidden_size = stand_in.config.get_text_config().hidden_size
+        settings = teacher_settings(accelerator.state.deepspeed_plugin.deepspeed_config, hidden_size, shard=True)
+        with deepspeed_configuration(settings):  # transformers then splits each tensor as it is made
+            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    # What transformers calls efficient: but for the first process of each machine, weights are on the meta device.
+    with _environment(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    weights = model.state_dict() if accelerator.is_main_process else {}
+    buffers = dict(model.named_buffers())
+    model = model.to("meta")
+    model.tie_weights()
+    split_by_layers(model, accelerator)
+    is_offloaded = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    model.to_empty(device="cpu" if is_offloaded else accelerator.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=is_offloaded)
+    set_model_state_dict(model, weights, options=options)
+    for key, buffer in model.named_buffers():  # those that no file holds
+        if accelerator.is_main_process:
+            whole = buffers[key].to(accelerator.device)
+        else:
+            whole = torch.empty_like(buffer, device=accelerator.device)
+        dist.broadcast(whole, src=0)
+        buffer.copy_(whole)
+    return model
 
 
 def check_teacher_device(args: "SKDConfig") -> None:
@@ -127,20 +146,17 @@ def loading_options(args: "SKDConfig") -> dict[str, Any]:
     return kwargs
 
 
-def _can_wait(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether the model is one that can be read in shards: no adapter, no quantised weights, no placement of the user's."""
+def _stand_in(name: str, kwargs: dict[str, Any]) -> PreTrainedModel | None:
+    """The model without its weights: configuration, modules and sizes. `None` for one that cannot be read in shards: that has an
+    adapter, quantised weights or a placement of the user's."""
     if kwargs.get("quantization_config") is not None or kwargs.get("device_map") is not None:
-        return False
+        return None
     if is_peft_available() and find_adapter_config_file(name, revision=kwargs.get("revision")) is not None:
-        return False
-    config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in OF_CONFIG if key in kwargs})
-    return getattr(config, "quantization_config", None) is None
-
-
-def _stand_in(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The model without its weights: configuration, modules and sizes."""
+        return None
     own = {key: kwargs[key] for key in OF_CONFIG if key in kwargs}
     config = AutoConfig.from_pretrained(name, **own)
+    if getattr(config, "quantization_config", None) is not None:
+        return None
     making = {key: kwargs[key] for key in ("attn_implementation", "trust_remote_code") if key in kwargs}
     dtype = kwargs.get("dtype", "auto")
     making["dtype"] = config.dtype or torch.float32 if dtype == "auto" else dtype
@@ -152,34 +168,6 @@ def _stand_in(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
         pass  # it has none
     model.is_stand_in = True
     return model.eval()
-
-
-def _load_by_layers(name: str, kwargs: dict[str, Any], accelerator: Accelerator) -> PreTrainedModel:
-    """Read by the main process alone, and sent to the others tensor by tensor; FSDP2 splits the modules before there are weights."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    # What transformers calls efficient: but for the first process of each machine, weights are on the meta device.
-    with _environment(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    weights = model.state_dict() if accelerator.is_main_process else {}
-    buffers = dict(model.named_buffers())
-    model = model.to("meta")
-    model.tie_weights()
-    split_by_layers(model, accelerator)
-    is_offloaded = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
-    model.to_empty(device="cpu" if is_offloaded else accelerator.device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=is_offloaded)
-    set_model_state_dict(model, weights, options=options)
-    for key, buffer in model.named_buffers():  # those that no file holds
-        whole = (
-            buffers[key].to(accelerator.device)
-            if accelerator.is_main_process
-            else torch.empty_like(buffer, device=accelerator.device)
-        )
-        dist.broadcast(whole, src=0)
-        buffer.copy_(whole)
-    return model
 
 
 @contextmanager

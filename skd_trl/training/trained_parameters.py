@@ -6,7 +6,6 @@ loss to its end and move no weight. So the graph of one small forward is followe
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
@@ -20,13 +19,24 @@ def check_trained_parameters(student: PreTrainedModel) -> int:
     Raises:
         `ValueError`: if there are none, with how to get some.
     """
-    wanted = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    count = len(wanted) if is_sharded(student) or not wanted else len(_reached(student))
-    if count == 0:
+    trained = {parameter for parameter in student.parameters() if parameter.requires_grad}
+    if trained and not is_sharded(student):
+        input_ids = torch.tensor([[1, 2]], device=student.device)
+        plain_attention = attention_implementation(student, sampling_attention(student))
+        with torch.enable_grad(), eval_mode(student), plain_attention, without_router_logits(student):
+            logits = student(input_ids=input_ids, use_cache=False).logits
+        waiting, nodes = [logits.grad_fn], {None}
+        while waiting:
+            node = waiting.pop()
+            if node not in nodes:
+                nodes.add(node)
+                waiting += [child for child, _ in node.next_functions]
+        trained &= {getattr(node, "variable", None) for node in nodes}  # the leaves of the graph
+    if not trained:
         raise ValueError(
             f"There is nothing to train: the student's loss reaches no parameter that requires a gradient. {_way_out(student)}"
         )
-    return count
+    return len(trained)
 
 
 def describe_lost_updates(student: PreTrainedModel, accelerator: Accelerator) -> str | None:
@@ -46,24 +56,6 @@ def describe_lost_updates(student: PreTrainedModel, accelerator: Accelerator) ->
         "model_init_kwargs) and leave bf16=True, which computes in bf16 all the same; or train an adapter, or with DeepSpeed, "
         "which keep weights in float32 for the optimizer."
     )
-
-
-def _reached(student: PreTrainedModel) -> set[nn.Parameter]:
-    """The parameters that want a gradient and are leaves of the graph of the logits of two tokens."""
-    input_ids = torch.tensor([[1, 2]], device=student.device)
-    plain_attention = attention_implementation(student, sampling_attention(student))
-    with torch.enable_grad(), eval_mode(student), plain_attention, without_router_logits(student):
-        logits = student(input_ids=input_ids, use_cache=False).logits
-    parameters, found = set(student.parameters()), set()
-    waiting, seen = [logits.grad_fn], {None}
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        found |= {getattr(node, "variable", None)} & parameters
-        waiting += [child for child, _ in node.next_functions]
-    return found
 
 
 def _way_out(student: PreTrainedModel) -> str:
