@@ -1,6 +1,5 @@
 """The parameters of a configuration in its docstring, written from the help of its fields: each option is explained in one place."""
 
-import dataclasses
 import inspect
 import re
 from typing import TypeVar
@@ -23,14 +22,9 @@ def explained(cls: Config) -> Config:
         if not field.metadata.get("help"):
             raise TypeError(f"{cls.__name__}.{name} has no help in its metadata.")
         default = "" if field.default is None else f", defaults to `{field.default!r}`"
-        lines += [f"    {name} (`{_type_name(field)}`, *optional*{default}):", f"        {field.metadata['help']}"]
+        # Such as `int` or `str`: without modules, and without the `None` that "optional" says.
+        names = field.type.__name__ if isinstance(field.type, type) else re.sub(r"\b(\w+\.)+", "", str(field.type))
+        type_name = " or ".join(part for part in names.split(" | ") if part != "None")
+        lines += [f"    {name} (`{type_name}`, *optional*{default}):", f"        {field.metadata['help']}"]
     cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Args:", *lines])
     return cls
-
-
-def _type_name(field: dataclasses.Field) -> str:
-    """Such as `int` or `str`, without the `None` that "optional" says."""
-    if isinstance(field.type, type):
-        return field.type.__name__
-    names = re.sub(r"\b(\w+\.)+", "", str(field.type))  # without the modules
-    return " or ".join(part for part in names.split(" | ") if part != "None")

@@ -62,10 +62,11 @@ def make_idea(field: IdeaField, config: Any) -> Any:
             )
         return entry
     own = {parameter: getattr(config, name) for parameter, name in field.parameters.items() if parameter in takes}
+    takes_anything = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(entry).parameters.values())
     for parameter in kwargs:
         if parameter in field.parameters and parameter in takes:
             raise ValueError(f"{where}: {parameter} is set by {field.parameters[parameter]}.")
-        if parameter not in takes and not _takes_anything(entry):
+        if parameter not in takes and not takes_anything:
             raise ValueError(
                 f"{where}: unexpected {parameter!r}; {_name(field, config)} takes {_listed(takes, field)}."
             )
@@ -203,10 +204,6 @@ def _signature(field: IdeaField, entry: Any) -> dict[str, inspect.Parameter]:
     except ValueError as error:  # some of what is written in C
         message = f"{field.name}={describe(entry)!r}: {error}, so its parameters are not known. Wrap it in a function."
         raise ValueError(message) from error
-
-
-def _takes_anything(entry: Any) -> bool:
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(entry).parameters.values())
 
 
 def _name(field: IdeaField, config: Any) -> str:

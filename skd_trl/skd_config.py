@@ -322,7 +322,11 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
                         f"rollout={self.rollout!r} and lmbda={self.lmbda}. Set rollout='interleaved', or leave it at "
                         f"{default_of(self, name)!r}."
                     )
-        if self.replaced_loss == "nll" and not self._replaces:
+        if (
+            self.replaced_loss == "nll"
+            and "teacher" not in self.rollouts
+            and not (ACCEPT in self._ideas and make_idea(ACCEPT, self).judges)
+        ):
             raise ValueError(
                 f"replaced_loss='nll' would have no effect: the teacher replaces no token with rollout={self.rollout!r}, "
                 f"accept={describe(self.accept)!r} and lmbda={self.lmbda}. Set rollout='interleaved' and a rule that judges, or "
@@ -366,11 +370,6 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     def _ideas(self) -> list[IdeaField]:
         """The fields whose ideas this run uses."""
         return [ACCEPT, DIVERGENCE] if "interleaved" in self.rollouts else [DIVERGENCE]
-
-    @property
-    def _replaces(self) -> bool:
-        """Whether the teacher writes any token of a response."""
-        return "teacher" in self.rollouts or ("interleaved" in self.rollouts and make_idea(ACCEPT, self).judges)
 
     def student_sampling(self) -> SamplingParams:
         return SamplingParams(temperature=self.temperature, top_p=self.student_top_p)

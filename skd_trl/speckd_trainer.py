@@ -120,27 +120,15 @@ class SpecKDTrainer(SKDTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         step = self.state.global_step
         batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._add_uniforms(batches, step, self.accelerator.process_index)
+        # The noise that the gates ask for, token by token in the order of the rows, however they are cut into batches.
+        for name, num_uniforms in self._num_uniforms.items():
+            generator = keyed_generator(name, self.args.seed, step, self.accelerator.process_index)
+            for batch in batches:
+                num_labels = int((batch[Key.LABELS] != IGNORE_INDEX).sum())
+                batch[name] = torch.rand((num_labels, num_uniforms), generator=generator)
         if batches and (self.args.gate_normalizer != "all" or self._gate.select is not None):
             num_tokens = self._weigh_window(batches, num_tokens)
         return batches, num_tokens
-
-    def _add_uniforms(self, batches: list[dict], *key: int | str) -> None:
-        """The noise that the gates ask for, token by token in the order of the rows, however they are cut into batches."""
-        for name, num_uniforms in self._num_uniforms.items():
-            generator = keyed_generator(name, self.args.seed, *key)
-            for batch in batches:
-                num_tokens = int((batch[Key.LABELS] != IGNORE_INDEX).sum())
-                batch[name] = torch.rand((num_tokens, num_uniforms), generator=generator)
-
-    def _add_uniforms_of_evaluation(self, batch: dict) -> None:
-        """The same for a batch of an evaluation: a row's noise depends on its place alone, as that of a response sampled for it does."""
-        lengths = (batch[Key.LABELS] != IGNORE_INDEX).sum(dim=1).tolist()
-        places = batch[Key.PLACE].tolist() if Key.PLACE in batch else range(len(lengths))
-        for name, num_uniforms in self._num_uniforms.items():
-            generators = [keyed_generator(name, self.args.seed, "evaluation", place) for place in places]
-            pairs = zip(lengths, generators, strict=True)
-            batch[name] = torch.cat([torch.rand((length, num_uniforms), generator=own) for length, own in pairs])
 
     @property
     def _num_uniforms(self) -> dict[str, int]:
@@ -169,7 +157,18 @@ class SpecKDTrainer(SKDTrainer):
             batches, weights.weight.split(sizes), weights.accepted.split(sizes), strict=True
         ):
             batch[Key.GATE_WEIGHT], batch[Key.GATE_ACCEPTED] = weight, accepted
-        return self._divisor(weights, num_tokens)
+        if self.args.gate_normalizer == "all":
+            return num_tokens
+        total = weights.accepted.sum() if self.args.gate_normalizer == "accepted" else weights.weight.sum()
+        if self.args.average_tokens_across_devices:
+            total = self.accelerator.reduce(total.float(), reduction="sum")
+        if total > 0:
+            return total
+        logger.warning(
+            f"Step {self.state.global_step + 1}: the gate rejected every token, so there is nothing to normalise by; the "
+            "step divides by all response tokens."
+        )
+        return num_tokens
 
     @torch.no_grad()
     def _weights(self, gate: Gate, student_hidden, teacher: TeacherSignal, facts: ResponseFacts) -> GateWeights:
@@ -184,20 +183,6 @@ class SpecKDTrainer(SKDTrainer):
                 chunk_size=self.args.loss_chunk_size,
                 population=lambda scores: gather_rows(scores, self.accelerator),
             )
-
-    def _divisor(self, weights: GateWeights, num_tokens: torch.Tensor) -> torch.Tensor:
-        if self.args.gate_normalizer == "all":
-            return num_tokens
-        total = weights.accepted.sum() if self.args.gate_normalizer == "accepted" else weights.weight.sum()
-        if self.args.average_tokens_across_devices:
-            total = self.accelerator.reduce(total.float(), reduction="sum")
-        if total > 0:
-            return total
-        logger.warning(
-            f"Step {self.state.global_step + 1}: the gate rejected every token, so there is nothing to normalise by; the "
-            "step divides by all response tokens."
-        )
-        return num_tokens
 
     # The loss
 
@@ -214,7 +199,14 @@ class SpecKDTrainer(SKDTrainer):
 
     def _distillation_loss(self, student_hidden, teacher, inputs, tokens: ResponseTokens) -> DistillationLoss:
         if Key.GATE_WEIGHT not in inputs and not self.model.training:
-            self._add_uniforms_of_evaluation(inputs)  # of the last step's gate
+            # The noise of an evaluation, for the last step's gate: a row's depends on its place alone, as that of a response sampled
+            # for it does.
+            lengths = (inputs[Key.LABELS] != IGNORE_INDEX).sum(dim=1).tolist()
+            places = inputs[Key.PLACE].tolist() if Key.PLACE in inputs else range(len(lengths))
+            for name, num_uniforms in self._num_uniforms.items():
+                generators = [keyed_generator(name, self.args.seed, "evaluation", place) for place in places]
+                pairs = zip(lengths, generators, strict=True)
+                inputs[name] = torch.cat([torch.rand((length, num_uniforms), generator=own) for length, own in pairs])
         outcome = super()._distillation_loss(student_hidden, teacher, inputs, tokens)
         if self._compared_gate is not None:
             facts = self._facts(inputs, tokens, Key.COMPARED_UNIFORMS)

@@ -27,7 +27,15 @@ class HeadGradients:
         `weight` 0 have none: with `skip_zeros`, and where they are many enough to pay for a copy of the others, the products
         leave them out."""
         if self.head.module is not None:
-            self._add_through_module(rows, hidden, raw, raw_gradient)
+            parameters = self.head.trainable_parameters()
+            hidden_gradient, *gradients = torch.autograd.grad(
+                raw, [hidden, *parameters], raw_gradient, allow_unused=True
+            )
+            if self.hidden is not None:
+                self.hidden[rows] = hidden_gradient
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    self._sum_of(parameter).add_(gradient)
             return
         matrix, bias = self.prepared.weight, self.head.bias
         assert matrix is not None and self.head.weight is not None
@@ -38,32 +46,20 @@ class HeadGradients:
                 where, hidden, raw_gradient = rows.start + weighed, hidden[weighed], raw_gradient[weighed]
         if self.hidden is not None:
             self.hidden[where] = (raw_gradient @ matrix).to(self.hidden.dtype)
-        if id(self.head.weight) in self.trained:
-            self._add_product(self.head.weight, raw_gradient.T, hidden.to(raw_gradient.dtype))
+        whole = self.head.weight
+        if id(whole) in self.trained:
+            # A head is the largest tensor there is: each pass over it that can be saved is saved. Rows beyond V have no gradient.
+            left, right = raw_gradient.T, hidden.to(raw_gradient.dtype)
+            if id(whole) not in self.sums and len(left) == len(whole):
+                self.sums[id(whole)] = (left @ right).to(_sum_type(whole))
+            elif left.dtype == _sum_type(whole):
+                self._sum_of(whole)[: len(left)].addmm_(left, right)
+            else:
+                # Each product in the model's type, at its speed; only the sum over chunks needs more digits.
+                self._sum_of(whole)[: len(left)] += left @ right
         if bias is not None and id(bias) in self.trained:
             sum_ = self._sum_of(bias)
             sum_[: len(matrix)] += raw_gradient.sum(0, dtype=sum_.dtype)
-
-    def _add_through_module(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor) -> None:
-        parameters = self.head.trainable_parameters()
-        hidden_gradient, *gradients = torch.autograd.grad(raw, [hidden, *parameters], raw_gradient, allow_unused=True)
-        if self.hidden is not None:
-            self.hidden[rows] = hidden_gradient
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                self._sum_of(parameter).add_(gradient)
-
-    def _add_product(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
-        """Adds left @ right (V, H) to the gradient of `parameter`, whose rows beyond V have none. A head is the largest
-        tensor there is: each pass over it that can be saved is saved."""
-        is_whole, sum_ = len(left) == len(parameter), self.sums.get(id(parameter))
-        if sum_ is None and is_whole:
-            self.sums[id(parameter)] = (left @ right).to(_sum_type(parameter))
-        elif left.dtype == _sum_type(parameter):
-            self._sum_of(parameter)[: len(left)].addmm_(left, right)
-        else:
-            # Each product in the model's type, at its speed; only the sum over chunks needs more digits.
-            self._sum_of(parameter)[: len(left)] += left @ right
 
     def _sum_of(self, parameter: Tensor) -> Tensor:
         if id(parameter) not in self.sums:

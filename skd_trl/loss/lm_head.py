@@ -19,12 +19,8 @@ from transformers import PreTrainedModel
 
 
 # Gemma's, recurrent_gemma's, xlstm's.
-_SOFTCAPS = (
-    # `logits_scaling` divides in granite's family (and minicpm3's, before a head without bias), but multiplies here.
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-)  # gemma's, recurrent_gemma's, xlstm's
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# `logits_scaling` divides in granite's family (and minicpm3's, before a head without bias), but multiplies here.
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax", "hyperclovax_vision_v2")
 
 
@@ -72,8 +68,15 @@ class LMHead:
             name = type(model).__name__
             raise ValueError(f"{name} has no output embeddings, that is no head. Pass a causal language model.")
         config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        multiplies = config.model_type in _MULTIPLIES_BY_LOGITS_SCALING
         softcaps = (getattr(config, name, None) for name in _SOFTCAPS)
-        shaping = {"scale": _logit_scale(config), "softcap": next(filter(None, softcaps), None)}
+        shaping = {
+            "scale": scale * scaling if multiplies else scale / scaling,
+            "softcap": next(filter(None, softcaps), None),
+        }
         # Subclasses with another forward (quantized, adapters) are more than weight and bias. FSDP's subclass,
         # made on the fly, keeps nn.Linear's forward.
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
@@ -95,7 +98,9 @@ class LMHead:
         if self.module is not None:
             return replace(self, vocab_size=vocab_size)
         assert self.weight is not None  # a head is either its module or its tensors
-        dtype = _compute_dtype(self.weight)
+        dtype, device_type = self.weight.dtype, self.weight.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
         bias = None if self.bias is None else self.bias[:vocab_size].to(dtype)
         return LMHead(self.weight[:vocab_size].to(dtype), bias, self.scale, self.softcap)
 
@@ -168,15 +173,3 @@ def head_module(model: PreTrainedModel) -> nn.Module | None:
     if module.disable_adapters or not active:
         return module.original_module
     return module.modules_to_save[active[0]]
-
-
-def _logit_scale(config) -> float:
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    return scale * scaling if config.model_type in _MULTIPLIES_BY_LOGITS_SCALING else scale / scaling
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    device_type = weight.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype

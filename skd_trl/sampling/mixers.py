@@ -124,17 +124,19 @@ def _find_mixers(model: nn.Module) -> list[Mixer]:
     touched: dict[nn.Module, dict[StatePlace, None]] = {}
     running: list[nn.Module] = []
 
-    def touch(*places: StatePlace) -> None:
+    def touch(kinds: tuple[str, ...], owner: int, index: int | None = None) -> None:
         if running:
+            places = (StatePlace(kind, owner, index) for kind in kinds)
             touched.setdefault(running[-1], {}).update(dict.fromkeys(places))
 
     cache = new_cache(model)
     for number, layer in enumerate(cache.layers):
         for kind in ("conv_states", "recurrent_states", "has_previous_state"):
             if hasattr(layer, kind):
-                setattr(layer, kind, _Watched(getattr(layer, kind), partial(_touch_layer, touch, number)))
+                own_touch = partial(touch, ("conv_states", "recurrent_states"), number)
+                setattr(layer, kind, _Watched(getattr(layer, kind), own_touch))
     if hasattr(cache, "linear_cache"):
-        cache.linear_cache = _WatchedList(cache.linear_cache, lambda i: touch(StatePlace("linear_cache", i, None)))
+        cache.linear_cache = _WatchedList(cache.linear_cache, partial(touch, ("linear_cache",)))
 
     def start(module: nn.Module, *_) -> None:
         running.append(module)
@@ -147,26 +149,18 @@ def _find_mixers(model: nn.Module) -> list[Mixer]:
         handles.append(module.register_forward_pre_hook(start))
         handles.append(module.register_forward_hook(stop, always_call=True))
     device, num_rows = next(model.parameters()).device, 3
+    keeping = {"use_cache": True, cache_argument(model): cache}
     before = {module: dict(module.__dict__) for module in model.modules()}
     try:
         # Two forwards: the second one on what the first has left.
         for position in range(2):
             tokens = torch.full((num_rows, 1), 3, device=device)
-            model(
-                input_ids=tokens,
-                position_ids=torch.full_like(tokens, position),
-                use_cache=True,
-                **{cache_argument(model): cache},
-            )
+            model(input_ids=tokens, position_ids=torch.full_like(tokens, position), **keeping)
     finally:
         for handle in handles:
             handle.remove()
         own = _states_on_modules(model, before, num_rows)
     return [Mixer(module, tuple(places)) for module, places in touched.items()] + own
-
-
-def _touch_layer(touch: Callable, layer: int, index: int) -> None:
-    touch(StatePlace("conv_states", layer, index), StatePlace("recurrent_states", layer, index))
 
 
 class _Watched(dict):

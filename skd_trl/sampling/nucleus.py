@@ -94,8 +94,14 @@ class Nucleus:
         self.fitting.append(is_outside[..., -1:])
         if not sampling.top_k:
             self._keep(Uncut(probs, least))
-        # In the vocabulary's order, in which the plain draw counts.
-        ids, order = self._sort(ids)
+        # In the vocabulary's order, in which the plain draw counts. One more id, 0, takes an index that no probability decided
+        # (where these are no numbers: the loss says so). All draws of a round use the same memory.
+        shape = (2, *ids.shape[:-1], ids.shape[-1] + 1)
+        if self._sorted is None or self._sorted.shape != shape:
+            self._sorted = ids.new_zeros(shape)
+        values, order = self._sorted[..., :-1]
+        torch.sort(ids, dim=-1, out=(values, order))
+        ids = self._sorted[0]
         cumulative = _without(ordered, is_outside).gather(-1, order).cumsum(-1, dtype=torch.float64)
         index = torch.searchsorted(cumulative, target(cumulative[..., -1:], uniforms), right=True)
         return ids.gather(-1, index).squeeze(-1)
@@ -116,16 +122,6 @@ class Nucleus:
         least = least_of(ordered, sampling.top_p)
         self.fitting.append(ordered[..., -1:] < least)
         return Uncut(probs, least, ids)
-
-    def _sort(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ids` (..., C) in ascending order and one more, 0, (..., C + 1), which takes an index that no probability decided (they are no
-        numbers: the loss says so); and their order (..., C). All draws of a round use the same memory."""
-        shape = (2, *ids.shape[:-1], ids.shape[-1] + 1)
-        if self._sorted is None or self._sorted.shape != shape:
-            self._sorted = ids.new_zeros(shape)
-        values, order = self._sorted
-        torch.sort(ids, dim=-1, out=(values[..., :-1], order[..., :-1]))
-        return values, order[..., :-1]
 
     def _keep(self, uncut: Uncut) -> None:
         if self.drawn is not None:

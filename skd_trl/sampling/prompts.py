@@ -20,9 +20,13 @@ class Prompts:
         if ids.ndim != 2 or ids.shape != mask.shape:
             raise ValueError(f"prompt_ids {tuple(ids.shape)} and prompt_mask {tuple(mask.shape)} must both be (B, P).")
         self.ids, self.lengths = ids, mask.sum(dim=1)
-        wanted = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - self.lengths[:, None]
-        is_wrong = (mask.bool() != wanted).any(dim=1)
-        of_all = [(ids * mask).max(), self._num_shared()] if ids.numel() else []
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        is_wrong = (mask.bool() != (columns >= ids.shape[1] - self.lengths[:, None])).any(dim=1)
+        of_all = []
+        if ids.numel():
+            tokens = self.tokens(torch.arange(len(ids), device=ids.device), 0, ids.shape[1])
+            is_shared = (tokens == tokens[:1]).all(dim=0) & (columns < self.lengths.amin() - 1)
+            of_all = [(ids * mask).max(), is_shared.long().cumprod(dim=0).sum()]
         facts = torch.cat([self.lengths, is_wrong.long(), *(fact[None] for fact in of_all)])
         host_facts: list[int] = facts.tolist()  # the one wait for the device
         self.host_lengths, wrong_rows = host_facts[: len(ids)], host_facts[len(ids) : 2 * len(ids)]
@@ -65,9 +69,3 @@ class Prompts:
         """The tokens (1, Q) that all prompts begin with, such as a template's system turn. The last token of a prompt never
         counts: it is the first input of the first round."""
         return self.tokens(torch.zeros(1, dtype=torch.long, device=self.ids.device), 0, self.num_shared)
-
-    def _num_shared(self) -> torch.Tensor:
-        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
-        tokens = self.ids.gather(1, (columns + (len(columns) - self.lengths)[:, None]).clamp(max=len(columns) - 1))
-        is_shared = (tokens == tokens[:1]).all(dim=0) & (columns < self.lengths.amin() - 1)
-        return is_shared.long().cumprod(dim=0).sum()

@@ -126,22 +126,19 @@ class SeveralTeachers(Participant):
                 self._give_up(place)
         self.rounds: list[tuple[LocalParticipant, torch.Tensor]] = []
         for i, teacher in enumerate(self.teachers):
-            places = self._packed(i)
+            # The rows that it keeps lie side by side in its cache from now on.
+            place_of = {p.place: place for place, p in self.places.items() if p.teacher == i}
+            gaps = [gap for gap in range(len(place_of)) if gap not in place_of]
+            for source, gap in zip([own for own in place_of if own >= len(place_of)], gaps, strict=True):
+                teacher.move_row(source, gap)
+                place_of[gap] = place = place_of.pop(source)
+                self.places[place] = replace(self.places[place], place=gap)
+                self.free[i] = (self.free[i] - {gap}) | {source}
+            places = [place_of[own] for own in sorted(place_of)]
             own = [self.places[place] for place in places]
             if own:
                 teacher.begin_round([(row.own_prompt, written[row.prompt]) for row in own], len(own), num_draft)
             self.rounds.append((teacher, torch.tensor(places, dtype=torch.long, device=self.device)))
-
-    def _packed(self, teacher: int) -> list[int]:
-        """The places of a teacher's rows, in the order in which they lie side by side in its cache from now on."""
-        own = {p.place: place for place, p in self.places.items() if p.teacher == teacher}
-        gaps = [place for place in range(len(own)) if place not in own]
-        for source, gap in zip([place for place in own if place >= len(own)], gaps, strict=True):
-            self.teachers[teacher].move_row(source, gap)
-            place = own.pop(source)
-            own[gap], self.places[place] = place, replace(self.places[place], place=gap)
-            self.free[teacher] = (self.free[teacher] - {gap}) | {source}
-        return [own[place] for place in sorted(own)]
 
     def begin_block(self, inputs: torch.Tensor, columns: torch.Tensor) -> None:
         for teacher, places in self.rounds:

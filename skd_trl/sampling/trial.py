@@ -66,17 +66,15 @@ def run_trial(model: nn.Module, padding: str | None = "right", num_shared: int =
         noise.append((beginning - alone[: len(beginning)]).abs().max())
         sizes.append(alone.abs().max())
     error, own = (float(torch.stack(values).max() / torch.stack(sizes).max()) for values in (errors, noise))
-    rounding = max(torch.finfo(dtype).eps for dtype in _types(model, trial.finished[0][1][0])) ** 0.5
+    # The types that it computes in: that of its hidden states, of autocast, and of quantised layers. These (bitsandbytes' 4 bits, HQQ)
+    # round their inputs to a `compute_dtype` of theirs and return the type that they were given.
+    state = trial.finished[0][1][0]
+    types = {state.dtype} | {getattr(module, "compute_dtype", None) for module in model.modules()}
+    if torch.is_autocast_enabled(state.device.type):
+        types.add(torch.get_autocast_dtype(state.device.type))
+    floating = (dtype for dtype in types if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    rounding = max(torch.finfo(dtype).eps for dtype in floating) ** 0.5
     return Proof(error, max(rounding, min(8 * own, 0.1)), padding)
-
-
-def _types(model: nn.Module, hidden: torch.Tensor) -> set[torch.dtype]:
-    """The types that `model` computes in: that of its hidden states, of autocast, and of quantised layers. These (bitsandbytes' 4 bits,
-    HQQ) round their inputs to a `compute_dtype` of theirs and return the type that they were given."""
-    types = {hidden.dtype} | {getattr(module, "compute_dtype", None) for module in model.modules()}
-    if torch.is_autocast_enabled(hidden.device.type):
-        types.add(torch.get_autocast_dtype(hidden.device.type))
-    return {dtype for dtype in types if isinstance(dtype, torch.dtype) and dtype.is_floating_point}
 
 
 class Trial:

@@ -17,7 +17,7 @@ import torch
 
 from ..sampling.served_hidden_states import HiddenStatesScorer
 from ..sampling.top_judgement import Scores
-from .routes import ROUTES, Http, Route, ServerInfo, ServerRefusal
+from .routes import ROUTES, Http, Route, ServerRefusal
 from .wire import Head
 
 
@@ -76,7 +76,14 @@ class TeacherClient(HiddenStatesScorer):
         # One for the questions of a route, and one for replicas, which wait for those: in one pool they could wait for one another.
         self.threads, self.askers = (ThreadPoolExecutor(max_workers=NUM_CONNECTIONS) for _ in range(2))
         self.replicas = [Replica(url.rstrip("/"), self._find_route(url.rstrip("/"))) for url in urls]
-        self.info = _same_info(self.replicas)
+        first = self.replicas[0]
+        for replica in self.replicas:
+            if replica.route.info != first.route.info:
+                raise ValueError(
+                    f"The servers do not serve the same teacher: {first.url} says {first.route.info}, and {replica.url} says "
+                    f"{replica.route.info}. Start all replicas with the same model and options."
+                )
+        self.info = first.route.info
         self.model, self.vocab_size, self.max_length = self.info.model, self.info.vocab_size, self.info.max_length  # type: ignore[assignment]
         if self.info.top_k is not None and self.info.top_k < top_k:
             raise ValueError(
@@ -98,8 +105,11 @@ class TeacherClient(HiddenStatesScorer):
 
     def hidden_states(self, texts: Sequence[Sequence[int]], num_scored: int, keys: Sequence[int]) -> torch.Tensor:
         def ask(route: Route, share: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
-            states = route.hidden_states(share, num_scored)
-            _check_hidden_states(states, (len(share), max(num_scored, 1)))
+            states, shape = route.hidden_states(share, num_scored), (len(share), max(num_scored, 1))
+            if states.shape[:2] != shape:
+                raise ValueError(f"The answer has shape {tuple(states.shape)}, and {(*shape, 'H')} was asked for.")
+            if not states.isfinite().all():
+                raise ValueError("The answer holds NaN or infinity: the teacher's weights or its kernels are broken.")
             return (states,)
 
         return self._answers(texts, keys, ask)[0]
@@ -146,8 +156,14 @@ class TeacherClient(HiddenStatesScorer):
 
         def ask(replica: Replica, share: list[int]) -> str:
             try:
-                if replica.has_failed:
-                    self._check_is_same(replica)
+                if replica.has_failed:  # a server that comes back may have been started with something else
+                    found = type(replica.route).find(self.http, replica.url, self.threads)
+                    said = None if found is None else found.info
+                    if said != replica.route.info:
+                        raise ServerRefusal(
+                            f"The server at {replica.url} has come back as another one: it said {replica.route.info} before, and says "
+                            f"{said} now. Start it with the same model and options, and resume from the last checkpoint."
+                        )
                 answer = question(replica.route, [texts[index] for index in share])
                 replica.has_failed = False
             except ServerRefusal:
@@ -161,16 +177,6 @@ class TeacherClient(HiddenStatesScorer):
 
         jobs = [self.askers.submit(ask, awake[which], share) for which, share in shares.items()]
         return "; ".join(failure for job in jobs if (failure := job.result()))
-
-    def _check_is_same(self, replica: Replica) -> None:
-        """A server that comes back may have been started with something else."""
-        now = type(replica.route).find(self.http, replica.url, self.threads)
-        said = None if now is None else now.info
-        if said != replica.route.info:
-            raise ServerRefusal(
-                f"The server at {replica.url} has come back as another one: it said {replica.route.info} before, and says {said} "
-                "now. Start it with the same model and options, and resume from the last checkpoint."
-            )
 
     def _find_route(self, url: str) -> Route:
         """The first route that the server has, waiting for one that is still starting."""
@@ -190,24 +196,6 @@ class TeacherClient(HiddenStatesScorer):
                     ) from error
             time.sleep(pause)
             pause = min(2 * pause, self.patience.longest_pause)
-
-
-def _same_info(replicas: list[Replica]) -> ServerInfo:
-    first = replicas[0]
-    for replica in replicas:
-        if replica.route.info != first.route.info:
-            raise ValueError(
-                f"The servers do not serve the same teacher: {first.url} says {first.route.info}, and {replica.url} says "
-                f"{replica.route.info}. Start all replicas with the same model and options."
-            )
-    return first.route.info
-
-
-def _check_hidden_states(states: torch.Tensor, shape: tuple[int, int]) -> None:
-    if states.shape[:2] != shape:
-        raise ValueError(f"The answer has shape {tuple(states.shape)}, and {(*shape, 'H')} was asked for.")
-    if not states.isfinite().all():
-        raise ValueError("The answer holds NaN or infinity: the teacher's weights or its kernels are broken.")
 
 
 def _check_scores(scores: Scores, shape: tuple[int, int], top_k: int) -> None:

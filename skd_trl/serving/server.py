@@ -110,11 +110,9 @@ class Scoring:
         if num_scored == 0:
             output = await self._run(text, {"logprobs": top_k})
             return _positions(output.outputs[0].logprobs, 0, 1, top_k, is_judged=False)
-        output = await self._run(text, {"prompt_logprobs": top_k, "skip_reading_prefix_cache": False})
         first = len(text) - num_scored  # predicted at the position before it
-        if (output.num_cached_tokens or 0) > first - 1:
-            self.num_repeated += 1
-            output = await self._run(text, {"prompt_logprobs": top_k, "skip_reading_prefix_cache": True})
+        options = {"prompt_logprobs": top_k, "skip_reading_prefix_cache": False}
+        output = await self._run(text, options, first_asked=first - 1)
         return _positions(output.prompt_logprobs, first, len(text), top_k, is_judged=True)
 
     async def why_no_hidden_states(self) -> str:
@@ -133,11 +131,14 @@ class Scoring:
         Raises `ValueError` where there are none."""
         if reason := await self.why_no_hidden_states():
             raise ValueError(f"This server gives no hidden states: {reason}.")
-        keys = [uuid4().hex for _ in texts]
+        keys, runs = [uuid4().hex for _ in texts], []
+        for text, key in zip(texts, keys, strict=True):
+            # The worker keeps the states of these positions under `key`.
+            stop = len(text) if num_scored == 0 else len(text) - 1
+            first = stop - max(num_scored, 1)
+            runs.append(self._run(text, {"extra_args": {ASKED: [key, first, stop]}}, first_asked=first))
         try:
-            await asyncio.gather(
-                *(self._compute(text, num_scored, key) for text, key in zip(texts, keys, strict=True))
-            )
+            await asyncio.gather(*runs)
         finally:
             answers = await self.engine.collective_rpc("skd_take_hidden_states", args=(keys,))
         states = load(next(filter(None, answers)))
@@ -145,26 +146,22 @@ class Scoring:
             raise RuntimeError(f"The engine did not compute the asked positions of texts of {missing} tokens.")
         return torch.stack([states[key] for key in keys])
 
-    async def _compute(self, text: Sequence[int], num_scored: int, key: str) -> None:
-        """Has the engine compute the text, and its worker keep the states of the asked positions under `key`."""
-        first, stop = (len(text) - 1, len(text)) if num_scored == 0 else (len(text) - num_scored - 1, len(text) - 1)
-        output = await self._run(text, {"extra_args": {ASKED: [key, first, stop]}})
-        if (output.num_cached_tokens or 0) > first:
-            self.num_repeated += 1
-            await self._run(text, {"extra_args": {ASKED: [key, first, stop]}, "skip_reading_prefix_cache": True})
-
     async def head(self) -> bytes:
         """The head, packed. Raises `ValueError` as `hidden_states` does."""
         if reason := await self.why_no_hidden_states():
             raise ValueError(f"This server gives no hidden states: {reason}.")
         return next(filter(None, await self.engine.collective_rpc("skd_head")))
 
-    async def _run(self, text: Sequence[int], options: dict[str, Any]):
+    async def _run(self, text: Sequence[int], options: dict[str, Any], first_asked: int | None = None):
+        """Has the engine compute the text: once more without the prefix cache where position `first_asked` came from there."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, flat_logprobs=True, **options)
         outputs = [o async for o in self.engine.generate({"prompt_token_ids": list(text)}, params, uuid4().hex)]
-        return outputs[-1]
+        if first_asked is None or (outputs[-1].num_cached_tokens or 0) <= first_asked:
+            return outputs[-1]
+        self.num_repeated += 1
+        return await self._run(text, {**options, "skip_reading_prefix_cache": True})
 
 
 def _positions(logprobs, start: int, stop: int, top_k: int, is_judged: bool) -> tuple[torch.Tensor, ...]:
@@ -179,11 +176,6 @@ def _positions(logprobs, start: int, stop: int, top_k: int, is_judged: bool) -> 
         log_probs.append(logprobs.logprobs[best])
     ids, order = torch.tensor(ids).sort(dim=-1)
     return ids, torch.tensor(log_probs).gather(-1, order), torch.tensor(own_log_probs), torch.tensor(own_ranks)
-
-
-async def _awaited(value: Any) -> Any:
-    """What older versions of vLLM return from a coroutine and newer ones at once."""
-    return await value if inspect.isawaitable(value) else value
 
 
 def make_app(scoring: Scoring, options: Namespace):
@@ -220,7 +212,9 @@ def make_app(scoring: Scoring, options: Namespace):
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, list[int]]:
         check_key(request)
-        tokenizer = await _awaited(scoring.engine.get_tokenizer())
+        tokenizer = scoring.engine.get_tokenizer()
+        if inspect.isawaitable(tokenizer):  # in older versions of vLLM
+            tokenizer = await tokenizer
         return {"tokens": tokenizer.encode((await request.json())["prompt"])}
 
     @app.post(SCORE_ROUTE)
