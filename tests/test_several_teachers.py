@@ -263,6 +263,8 @@ def test_teachers_may_be_named_with_paths_in_the_configuration(tmp_path):
 def test_what_several_teachers_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Row 1.*its `teacher_id` is 'third'; the teachers are first, second"):
         make(tmp_path, [ROWS[0], {**ROWS[1], "teacher_id": "third"}])
+    with pytest.raises(ValueError, match="cannot be turned into tokens.*Row 1.*has the role 'nobody'"):
+        make(tmp_path, [ROWS[0], {**ROWS[1], "messages": [{"role": "nobody", "content": "?"}]}])
     with pytest.raises(ValueError, match="has no `teacher_id`"):
         make(tmp_path, [{"messages": row["messages"]} for row in ROWS])
     with pytest.raises(ValueError, match="teacher_model_name_or_path beside them"):

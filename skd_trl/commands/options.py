@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,9 @@ class Command:
             print(self.help_text(topic[0] if topic and not topic[0].startswith("-") else None))
             raise SystemExit(0)
         # Before values are checked: a missing one may be due to an option that is not understood.
-        self._refuse([argument for argument in arguments if argument.startswith("--") and not self._has(argument)])
+        known = {"config", *self._fields(), *(f"no_{name}" for name in self._fields())}
+        given = [argument for argument in arguments if argument.startswith("--")]
+        self._refuse([one for one in given if one.partition("=")[0].removeprefix("--").replace("-", "_") not in known])
         parser = self.parser()
         parser.set_defaults(**defaults)
         with self.one_line_errors():
@@ -63,10 +66,6 @@ class Command:
             )
         self._refuse(of_line if self.shares_files else of_file + of_line)
         return tuple(parsed)
-
-    def _has(self, argument: str) -> bool:
-        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        return name == "config" or name in self._fields() or name.removeprefix("no_") in self._fields()
 
     def _refuse(self, unknown: list[str]) -> None:
         names = [argument.partition("=")[0].removeprefix("--") for argument in unknown if argument.startswith("--")]
@@ -79,7 +78,8 @@ class Command:
 
     def fail(self, message: str) -> NoReturn:
         """Ends the process with exit code 2 and one line."""
-        raise SystemExit(_error(self.prog, message))
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
 
     @contextmanager
     def one_line_errors(self) -> Iterator[None]:
@@ -89,7 +89,13 @@ class Command:
         except (ValueError, TypeError, OSError, ImportError, argparse.ArgumentError, yaml.YAMLError) as error:
             if os.environ.get("SKD_TRACEBACK"):
                 raise
-            raise SystemExit(_error(self.prog, _message(error))) from None
+            message = str(error) or type(error).__name__
+            # JSON's and YAML's own words do not say what they are about.
+            if isinstance(error, json.JSONDecodeError):
+                message = f"{error.doc!r} is no JSON: {error}. Names and texts have double quotes, such as '{{\"alpha\": 0.25}}'."
+            elif isinstance(error, yaml.YAMLError):
+                message = f"the file named by --config is no YAML: {' '.join(str(error).split())}"
+            self.fail(message)
 
     # Help
 
@@ -204,31 +210,13 @@ def _group_of(cls: type, field: dataclasses.Field) -> str:
 def _names(group: str, fields: Iterable[dataclasses.Field], width: int) -> list[str]:
     names = [field.name for field in fields]
     shown = [name for name in USUAL if name in names][: SHORTENED[group]] if group in SHORTENED else names
-    rest = len(names) - len(shown)
-    text = " ".join(shown) + (f" ... and {rest} more" if rest else "")
+    text = " ".join(shown) + (f" ... and {len(names) - len(shown)} more" if len(shown) < len(names) else "")
     return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
 
 
 def _explained(field: dataclasses.Field, width: int) -> str:
     text = " ".join(str(field.metadata.get("help", "")).split())
-    default = field.default if field.default is not dataclasses.MISSING else None
-    if default not in (None, "", dataclasses.MISSING):
-        text += f" [{default}]"
-    head = f"  --{field.name}"
-    return "\n".join([head, *textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")])
-
-
-def _message(error: Exception) -> str:
-    """An error in words: JSON's and YAML's own do not say what they were about."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.doc!r} is no JSON: {error}. Names and texts have double quotes, such as '{{\"alpha\": 0.25}}'."
-    if isinstance(error, yaml.YAMLError):
-        return f"the file named by --config is no YAML: {' '.join(str(error).split())}"
-    return str(error) or type(error).__name__
-
-
-def _error(prog: str, message: str) -> int:
-    import sys
-
-    print(f"{prog}: error: {message}", file=sys.stderr)
-    return 2
+    if field.default not in (None, "", dataclasses.MISSING):
+        text += f" [{field.default}]"
+    lines = textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join([f"  --{field.name}", *lines])

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 IGNORE_INDEX = -100
@@ -76,7 +77,7 @@ class DataCollatorForDistillation:
 
     Returns (of a call):
         `dict`: `input_ids`, `attention_mask`, `labels` (B, S), `prompts`, `prompt_attention_mask` (B, P), all
-        `torch.long`; recorded scores of rows that have them; `teacher_prompts` and `teacher_prompt_attention_mask` where a row has `teacher_prompt_ids`; `teacher_index` (B,) where there are several teachers; and for
+        `torch.long`; recorded scores of rows that have them, right-padded with 0; `teacher_prompts` and `teacher_prompt_attention_mask` where a row has `teacher_prompt_ids`; `teacher_index` (B,) where there are several teachers; and for
         streamed rows `skipped_rows` (B,): how many unusable rows were passed over before each.
     """
 
@@ -116,7 +117,15 @@ class DataCollatorForDistillation:
             own = [row.get("teacher_prompt_ids") or row["prompt_ids"] for row in rows]
             batch[Key.TEACHER_PROMPTS], batch[Key.TEACHER_PROMPT_ATTENTION_MASK] = self._left_padded(own)
         if Key.TEACHER_TOP_IDS in rows[0]:
-            batch |= _scores(rows, max(len(row["response_ids"]) for row in rows))
+            k = max((len(ids) for row in rows for ids in row[Key.TEACHER_TOP_IDS]), default=1)
+            for name, shape, dtype in (
+                (Key.TEACHER_TOP_IDS, (-1, k), torch.long),
+                (Key.TEACHER_TOP_LOG_PROBS, (-1, k), torch.float32),
+                (Key.TEACHER_LABEL_LOG_PROBS, (-1,), torch.float32),
+            ):
+                # In this shape a row without a response fits beside the others.
+                scores = [torch.as_tensor(row[name], dtype=dtype).reshape(shape) for row in rows]
+                batch[name] = pad_sequence(scores, batch_first=True)
         for name in (Key.TEACHER_INDEX, Key.SKIPPED_ROWS):
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.long)
@@ -130,22 +139,6 @@ class DataCollatorForDistillation:
             ids[i, num_columns - len(prompt) :] = torch.as_tensor(prompt)
             mask[i, num_columns - len(prompt) :] = 1
         return ids, mask
-
-
-def _scores(rows: list[dict[str, Any]], num_positions: int) -> dict[str, torch.Tensor]:
-    """The recorded scores of rows, right-padded with 0."""
-    k = max((len(ids) for row in rows for ids in row[Key.TEACHER_TOP_IDS]), default=1)
-    shape = (len(rows), num_positions)
-    scores: dict[str, torch.Tensor] = {
-        Key.TEACHER_TOP_IDS: torch.zeros((*shape, k), dtype=torch.long),
-        Key.TEACHER_TOP_LOG_PROBS: torch.zeros((*shape, k)),
-        Key.TEACHER_LABEL_LOG_PROBS: torch.zeros(shape),
-    }
-    for i, row in enumerate(rows):
-        for name, values in scores.items():
-            if len(row["response_ids"]) > 0:
-                values[i, : len(row["response_ids"])] = torch.as_tensor(row[name], dtype=values.dtype)
-    return scores
 
 
 def teacher_prompts_of(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

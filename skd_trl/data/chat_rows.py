@@ -5,7 +5,7 @@ end-of-sequence token (`boundary.py`). What the row's answer holds is looked for
 out what it does not know, and that is noted, or refused where nothing of the answer is left.
 """
 
-from collections.abc import Callable
+from contextlib import suppress
 
 from .boundary import EMPTY_REASONING, answer_start, continuation_ids, end_at_eos, ids_after, rendered_ids
 from .conversations import NOT_TRAINED, UnusableRow, is_answer
@@ -110,7 +110,11 @@ def _note_what_is_lost(prompt, answer, full_text, response_text, notes, *, rende
     """Whether anything of the answer is left in what was rendered; what is not, is noted."""
     held = held_by(answer)
     missing = missing_from(response_text, held)
-    if missing == held.keys() and any(full_text == _rendered_with(content, prompt, render) for content in ("", None)):
+    empty_answers = []
+    for content in ("", None) if missing == held.keys() else ():
+        with suppress(UnusableRow):  # a template may fail on one of them
+            empty_answers.append(render([*prompt, {"role": "assistant", "content": content}]))
+    if full_text in empty_answers:
         if rules.needs_response:
             raise UnusableRow(
                 "lost_answer",
@@ -120,10 +124,3 @@ def _note_what_is_lost(prompt, answer, full_text, response_text, notes, *, rende
         return False
     notes += [f"lost_{kind}" for kind in held if kind in missing]
     return True
-
-
-def _rendered_with(content: str | None, prompt: list[dict], render: Callable[..., str]) -> str | None:
-    try:
-        return render([*prompt, {"role": "assistant", "content": content}])
-    except UnusableRow:
-        return None

@@ -79,30 +79,29 @@ def _turn(turn: Any, where: str) -> dict:
             turn[name] = turn.pop(other)
     if not isinstance(turn.get("role"), str):
         raise UnusableRow("unreadable", f"{where} has no `role` with text, but the keys {sorted(turn)}.")
+    content = turn.get("content")
+    if not isinstance(content, str | list | None):
+        raise UnusableRow("unreadable", f"{where} has a {type(content).__name__} as content. Turn it into text.")
+    if isinstance(content, list):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        for part in parts:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if not isinstance(part, dict) or kind not in TEXT_TYPES or not isinstance(part.get("text"), str):
+                raise UnusableRow(
+                    "unreadable",
+                    f"{where} holds a part of type {kind!r} without text. Only text is supported: remove the part or the row.",
+                )
+        content = [{"type": "text", "text": part["text"]} for part in parts] or ""
     name = turn["role"].strip().lower()
-    content = _content(turn.get("content"), where)
     if name in CALL_ROLES:
         return {"role": "assistant", "content": None, "tool_calls": _calls(as_text(content) or "{}", where)}
     calls = [call for key in CALL_KEYS for call in _calls(turn.pop(key, None), where)]
     # Some templates ask whether a key is there.
-    turn |= {name: value for name, value in (("content", content), ("tool_calls", calls)) if name in turn or calls}
+    if calls:
+        turn |= {"content": content, "tool_calls": calls}
+    elif "content" in turn:
+        turn["content"] = content
     return {**turn, "role": ROLES.get(name, turn["role"])}
-
-
-def _content(content: Any, where: str) -> str | list[dict] | None:
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise UnusableRow("unreadable", f"{where} has a {type(content).__name__} as content. Turn it into text.")
-    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if not isinstance(part, dict) or kind not in TEXT_TYPES or not isinstance(part.get("text"), str):
-            raise UnusableRow(
-                "unreadable",
-                f"{where} holds a part of type {kind!r} without text. Only text is supported: remove the part or the row.",
-            )
-    return [{"type": "text", "text": part["text"]} for part in parts] or ""
 
 
 def _calls(given: Any, where: str) -> list[dict]:
@@ -112,8 +111,10 @@ def _calls(given: Any, where: str) -> list[dict]:
             calls = json.loads(given.strip() or "[]")
         except ValueError:
             pass
-    calls = [calls] if isinstance(calls, dict) else calls or []
-    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+    if not isinstance(calls, list):
+        calls = [calls] if calls or isinstance(calls, dict) else []
+    functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
+    if not all(isinstance(function, dict) and "name" in function for function in functions):
         raise UnusableRow(
             "unreadable",
             f'{where} has a call that is not of the form {{"name": ..., "arguments": ...}}, as a dict or as JSON. Write it so, '
@@ -121,11 +122,6 @@ def _calls(given: Any, where: str) -> list[dict]:
         )
     wrapped = [{"type": "function", "function": {**call, "arguments": call.get("arguments", {})}} for call in calls]
     return [call if "function" in call else wrap for call, wrap in zip(calls, wrapped, strict=True)]
-
-
-def _is_call(value: Any) -> bool:
-    function = value.get("function", value) if isinstance(value, dict) else None
-    return isinstance(function, dict) and "name" in function
 
 
 def as_text(content: str | list[dict] | None) -> str:

@@ -110,12 +110,15 @@ def prepare_dataset(
         desc=f"Tokenizing {name} dataset",
     )
     usable = report(tokenized, len(dataset), rules, name)
+    columns = [*COLUMNS, *_extra_columns(rules)]
+    longest = pc.max(pc.list_value_length(tokenized.data.column("teacher_prompt_ids")))  # type: ignore[attr-defined]
+    if not longest.as_py():
+        columns.remove("teacher_prompt_ids")
     if length_column is not None:
         lengths = [len(p) + len(r) for p, r in zip(tokenized["prompt_ids"], tokenized["response_ids"], strict=True)]
         tokenized = tokenized.add_column(length_column, lengths)
-    columns = [name for name in COLUMNS if name != "teacher_prompt_ids" or _longest(tokenized, name) > 0]
-    columns += _extra_columns(rules)
-    tokenized = tokenized.select_columns([*columns, *([length_column] if length_column else [])])
+        columns.append(length_column)
+    tokenized = tokenized.select_columns(columns)
     return tokenized if len(usable) == len(tokenized) else tokenized.select(usable)
 
 
@@ -159,10 +162,6 @@ def num_scored_tokens(dataset: Dataset | IterableDataset, name: str) -> int:
             "all. Cut them to the smallest."
         )
     return lengths[0]
-
-
-def _longest(dataset: Dataset, column: str) -> int:
-    return pc.max(pc.list_value_length(dataset.data.column(column))).as_py() or 0  # type: ignore[attr-defined]
 
 
 def _narrowed(rules: RowRules, tokenizer: PreTrainedTokenizerBase) -> RowRules:

@@ -11,6 +11,7 @@ Shapes: T response tokens, k known tokens.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,27 +78,36 @@ def scores_of(row: dict[str, Any], result: dict[str, Any], num_ids: int | None) 
         )
     ids, log_probs = ids[: len(response_ids)], log_probs[: len(response_ids)]
     _check_values(ids, log_probs, num_ids)
-    labels = _label_log_probs(row, ids, log_probs, np.asarray(response_ids, dtype=np.int64))
+    is_label = ids == np.asarray(response_ids, dtype=np.int64)[:, None]
+    given = row.get("teacher_label_log_probs")
+    if given is not None:
+        labels = np.asarray(given, dtype=np.float32)[: len(response_ids)]
+        if len(labels) < len(response_ids) or np.isnan(labels).any():
+            raise UnusableRow(
+                "bad_scores", f"its `teacher_label_log_probs` has {len(given)} entries, or NaN among them."
+            )
+    elif not is_label.any(-1).all():
+        place = int(np.argmin(is_label.any(-1)))
+        raise UnusableRow(
+            "bad_scores",
+            f"token {place} of its response is not among the {ids.shape[-1]} scored there, and it has no `teacher_label_log_probs`.",
+        )
+    else:
+        labels = np.where(is_label, log_probs, 0).sum(-1, dtype=np.float32)
     return {**dict(zip(SCORES, (ids, log_probs, labels), strict=True)), "response_ids": response_ids}
 
 
 def _check_texts(row: dict[str, Any], result: dict[str, Any]) -> None:
-    read = {
-        "prompt": (row.get("scored_prompt_ids"), result["teacher_prompt_ids"] or result["prompt_ids"]),
-        "response": (row.get("scored_response_ids"), result["response_ids"]),
-    }
-    for name, (scored, own) in read.items():
-        if scored is None:
+    own = {"prompt": result["teacher_prompt_ids"] or result["prompt_ids"], "response": result["response_ids"]}
+    for name, ids in own.items():
+        if row.get(f"scored_{name}_ids") is None:
             continue
-        scored = list(scored)[: len(own)] if name == "response" else list(scored)
-        if scored != list(own):
-            place = next(
-                (i for i, pair in enumerate(zip(scored, own, strict=False)) if pair[0] != pair[1]),
-                min(len(scored), len(own)),
-            )
+        scored = list(row[f"scored_{name}_ids"])[: len(ids) if name == "response" else None]
+        if scored != list(ids):
+            place = len(os.path.commonprefix([scored, list(ids)]))
             raise UnusableRow(
                 "unlike_scores",
-                f"the teacher read another {name}: token {place} differs ({len(scored)} tokens scored, {len(own)} to be trained on).",
+                f"the teacher read another {name}: token {place} differs ({len(scored)} tokens scored, {len(ids)} to be trained on).",
             )
 
 
@@ -118,23 +128,3 @@ def _check_values(ids: np.ndarray, log_probs: np.ndarray, num_ids: int | None) -
             f"its scores name the id {ids.max() if ids.min() >= 0 else ids.min()}; the last that can be used is "
             f"{'not known' if num_ids is None else num_ids - 1}.",
         )
-
-
-def _label_log_probs(row: dict[str, Any], ids: np.ndarray, log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Given, or found among the k."""
-    given = row.get("teacher_label_log_probs")
-    if given is not None:
-        values = np.asarray(given, dtype=np.float32)[: len(labels)]
-        if len(values) < len(labels) or np.isnan(values).any():
-            raise UnusableRow(
-                "bad_scores", f"its `teacher_label_log_probs` has {len(given)} entries, or NaN among them."
-            )
-        return values
-    is_label = ids == labels[:, None]
-    if not is_label.any(-1).all():
-        place = int(np.argmin(is_label.any(-1)))
-        raise UnusableRow(
-            "bad_scores",
-            f"token {place} of its response is not among the {ids.shape[-1]} scored there, and it has no `teacher_label_log_probs`.",
-        )
-    return np.where(is_label, log_probs, 0).sum(-1, dtype=np.float32)

@@ -56,31 +56,26 @@ class _StreamTokenizer:
         self.counts: Counter[str] = Counter()
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        row = {key: values[0] for key, values in batch.items()}
-        usable = [result for result in tokenize_row(row, **self.arguments) if self._is_usable(result, indices[0])]
-        columns: dict[str, list] = {column: [result[column] for result in usable] for column in self.columns}
-        return columns | {"skipped_rows": [result["skipped_rows"] for result in usable]}
-
-    def _is_usable(self, result: dict[str, Any], row: int) -> bool:
-        """Logs what is to be said of a result. A usable one is given the number of those that were not since the one before."""
-        rules = self.arguments["rules"]
-        for note in result["notes"]:
-            self._log(note, f"row {row} of the {self.name} stream: {NOTES[note].format(limits=rules)}")
-        if not result["problem"]:
-            result["skipped_rows"], self.num_pending = self.num_pending, 0
-            return True
-        self.num_pending += 1
-        problem, detail = result["problem"], result["detail"]
-        message = f"skipped row {row} of the {self.name} stream: {detail}"
-        if problem == "long_prompt":
-            message += f" max_prompt_length is {rules.max_prompt_length}."
-        self._log(problem, message)
-        if self.num_pending >= MAX_CONSECUTIVE_SKIPS:
-            raise ValueError(
-                f"The last {self.num_pending} rows of the {self.name} stream were all unusable ({dict(self.counts)} "
-                f"so far). The last one: {detail}"
-            )
-        return False
+        """Logs what is to be said of the results. A usable one is given the number of those that were not since the one before."""
+        row, rules = {key: values[0] for key, values in batch.items()}, self.arguments["rules"]
+        where, usable = f"row {indices[0]} of the {self.name} stream", []
+        for result in tokenize_row(row, **self.arguments):
+            for note in result["notes"]:
+                self._log(note, f"{where}: {NOTES[note].format(limits=rules)}")
+            problem, detail = result["problem"], result["detail"]
+            if not problem:
+                usable.append(result | {"skipped_rows": self.num_pending})
+                self.num_pending = 0
+                continue
+            self.num_pending += 1
+            limit = f" max_prompt_length is {rules.max_prompt_length}." if problem == "long_prompt" else ""
+            self._log(problem, f"skipped {where}: {detail}{limit}")
+            if self.num_pending >= MAX_CONSECUTIVE_SKIPS:
+                raise ValueError(
+                    f"The last {self.num_pending} rows of the {self.name} stream were all unusable ({dict(self.counts)} "
+                    f"so far). The last one: {detail}"
+                )
+        return {column: [result[column] for result in usable] for column in (*self.columns, "skipped_rows")}
 
     def _log(self, reason: str, message: str) -> None:
         self.counts[reason] += 1

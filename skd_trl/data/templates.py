@@ -84,14 +84,9 @@ def habits_of(tokenizer: PreTrainedTokenizerBase, template: str) -> TemplateHabi
             parts = "needed"
             break
     prints_null = "None" in render(mark, None) and "None" not in render(mark, "")
-    fails_on_null, arguments = _habits_with_calls(render_turns)
-    return TemplateHabits(parts, prints_null or fails_on_null, arguments)
 
-
-def _habits_with_calls(render_turns: Callable[[list[dict]], str]) -> tuple[bool, str]:
-    """Whether it fails on calls beside a null content, and how it wants their arguments."""
-    as_dict = {HALVES[0]: HALVES[1]}
-    rendered = {}
+    # Whether it fails on calls beside a null content, and how it wants their arguments.
+    as_dict, rendered = {HALVES[0]: HALVES[1]}, {}
     for content, form in itertools.product(("", None), ("dict", "text")):
         function = {"name": "skd", "arguments": as_dict if form == "dict" else json.dumps(as_dict)}
         calls = [{"id": "skdcall00", "type": "function", "function": function}]
@@ -105,14 +100,21 @@ def _habits_with_calls(render_turns: Callable[[list[dict]], str]) -> tuple[bool,
     )
     takes_dict = HALVES[0] in dict_text and f"'{HALVES[0]}'" not in dict_text
     takes_text = HALVES[0] in text_text and f'\\"{HALVES[0]}' not in text_text
-    if dict_text == text_text or not (takes_dict or takes_text):
-        return fails_on_null, "either"
-    return fails_on_null, "dict" if takes_dict else "text"
+    arguments = "dict" if takes_dict else "text" if takes_text else "either"
+    return TemplateHabits(parts, prints_null or fails_on_null, "either" if dict_text == text_text else arguments)
 
 
 def _shaped(turn: dict, habits: TemplateHabits) -> dict:
     if turn.get("tool_calls") and habits.arguments != "either":
-        turn = {**turn, "tool_calls": [_with_arguments(call, habits.arguments) for call in turn["tool_calls"]]}
+        calls = []
+        for call in turn["tool_calls"]:
+            arguments = call["function"].get("arguments")
+            if habits.arguments == "text" and isinstance(arguments, dict):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            elif habits.arguments == "dict" and isinstance(arguments, str):
+                arguments = _parsed(arguments or "{}")
+            calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+        turn = {**turn, "tool_calls": calls}
     if "content" not in turn:
         return turn
     content = turn["content"]
@@ -123,16 +125,6 @@ def _shaped(turn: dict, habits: TemplateHabits) -> dict:
     if isinstance(content, str) and habits.parts == "needed":
         content = [{"type": "text", "text": content}]
     return {**turn, "content": content}
-
-
-def _with_arguments(call: dict, form: str) -> dict:
-    """The call with its arguments as a dict, or as JSON text. Text that is no JSON of a dict stays."""
-    arguments = call["function"].get("arguments")
-    if form == "text" and isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    if form == "dict" and isinstance(arguments, str):
-        arguments = _parsed(arguments or "{}")
-    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _parsed(text: str) -> Any:
@@ -148,17 +140,15 @@ def held_by(turn: dict) -> dict[str, list[str]]:
     """The texts that a turn holds, by kind: `reasoning`, `text`, `calls`. What is blank is left out."""
     before, _, text = as_text(turn.get("content")).rpartition("</think>")
     reasoning = [before, *(turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str))]
-    calls = [piece for call in turn.get("tool_calls") or [] for piece in _texts_of_call(call)]
+    calls: list[str] = []
+    for call in turn.get("tool_calls") or []:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        arguments = function.get("arguments")
+        arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
+        calls += [str(function.get("name") or ""), *_leaves(arguments)]
     held = {"reasoning": reasoning, "text": [text], "calls": calls}
     held = {kind: [piece for piece in pieces if _squeezed(piece)] for kind, pieces in held.items()}
     return {kind: pieces for kind, pieces in held.items() if pieces}
-
-
-def _texts_of_call(call: Any) -> Iterator[str]:
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    yield str(function.get("name") or "")
-    arguments = function.get("arguments")
-    yield from _leaves(_parsed(arguments) if isinstance(arguments, str) else arguments)
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -55,66 +55,52 @@ def tokenize_row(
     """
     try:
         encoders = _encoders(row, tokenizer, rules, formatting_func)
+        results = [_result(encode, row, rules, len(encoders)) for encode in encoders]
     except UnusableRow as problem:
-        return [_unusable(problem)]
-    results = [_result(encode, rules) for encode in encoders]
-    if rules.teacher_names:
-        results = [_with_teacher_index(row, result, rules.teacher_names) for result in results]
-    if rules.needs_scores:
-        results = [_with_scores(row, result, rules, len(results)) for result in results]
+        results = [_unusable(problem)]
+    names, index = rules.teacher_names, -1
+    if row.get("teacher_id") in names:
+        index = names.index(row["teacher_id"])
+    elif "prompt_ids" in row and row.get("teacher_index") in range(len(names)):  # a prepared row
+        index = row["teacher_index"]
+    elif names:
+        found = f"its `teacher_id` is {row['teacher_id']!r}" if "teacher_id" in row else "it has no `teacher_id`"
+        unknown = UnusableRow("unknown_teacher", f"{found}; the teachers are {', '.join(names)}.")
+        results = [result if result["problem"] else _unusable(unknown) for result in results]
     for number, result in enumerate(results, start=1):
+        if names:
+            result["teacher_index"] = -1 if result["problem"] else index
         if result["problem"] and len(results) > 1:
             result["detail"] = f"answer {number} of {len(results)}: {result['detail']}"
     return results
 
 
-def _result(encode: Encoder, rules: RowRules) -> dict[str, Any]:
+def _result(encode: Encoder, row: dict[str, Any], rules: RowRules, num_answers: int) -> dict[str, Any]:
     notes: list[str] = []
     try:
         prompt_ids, response_ids, teacher_prompt_ids = encode(notes)
-        _check(prompt_ids, response_ids, rules)
-        _check_ids([*prompt_ids, *response_ids, *teacher_prompt_ids], rules)
-    except UnusableRow as problem:
-        return _unusable(problem)
-    limit = rules.max_response_length
-    if limit is not None and len(response_ids) > limit:
-        notes.append("cut_response")
-        response_ids = response_ids[:limit]
-    rooms = [
-        longest - len(ids)
-        for longest, ids in (
+        _check(prompt_ids, response_ids, teacher_prompt_ids, rules)
+        limit = rules.max_response_length
+        if limit is not None and len(response_ids) > limit:
+            notes.append("cut_response")
+            response_ids = response_ids[:limit]
+        longest = (
             (rules.max_text_length, prompt_ids),
             (rules.max_teacher_text_length, teacher_prompt_ids or prompt_ids),
         )
-        if longest is not None
-    ]
-    room = min(rooms, default=None)
-    if room is not None and len(response_ids) > room:
-        notes.append("cut_text")
-        response_ids = response_ids[:room]
-    if not rules.reads_response:
-        notes = [note for note in notes if note in NOTES_OF_PROMPTS]
-    elif not response_ids:
-        notes.append("to_sample")
-    ids = {"prompt_ids": prompt_ids, "response_ids": response_ids, "teacher_prompt_ids": teacher_prompt_ids}
-    return {**ids, "problem": "", "detail": "", "notes": notes}
-
-
-def _with_teacher_index(row: dict[str, Any], result: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    if result["problem"] or row.get("teacher_id") in names:
-        return result | {"teacher_index": -1 if result["problem"] else names.index(row["teacher_id"])}
-    if "prompt_ids" in row and row.get("teacher_index") in range(len(names)):  # a prepared row
-        return result | {"teacher_index": row["teacher_index"]}
-    found = f"its `teacher_id` is {row['teacher_id']!r}" if "teacher_id" in row else "it has no `teacher_id`"
-    problem = UnusableRow("unknown_teacher", f"{found}; the teachers are {', '.join(names)}.")
-    return _unusable(problem) | {"teacher_index": -1}
-
-
-def _with_scores(row: dict[str, Any], result: dict[str, Any], rules: RowRules, num_results: int) -> dict[str, Any]:
-    try:
-        if result["problem"]:
+        room = min((length - len(ids) for length, ids in longest if length is not None), default=None)
+        if room is not None and len(response_ids) > room:
+            notes.append("cut_text")
+            response_ids = response_ids[:room]
+        if not rules.reads_response:
+            notes = [note for note in notes if note in NOTES_OF_PROMPTS]
+        elif not response_ids:
+            notes.append("to_sample")
+        ids = {"prompt_ids": prompt_ids, "response_ids": response_ids, "teacher_prompt_ids": teacher_prompt_ids}
+        result = {**ids, "problem": "", "detail": "", "notes": notes}
+        if not rules.needs_scores:
             return result
-        if num_results > 1:
+        if num_answers > 1:
             raise UnusableRow(
                 "form",
                 "it has scores of one response, and several answers. Give one row for each answer, or every_answer=False.",
@@ -144,12 +130,12 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
         given = list(row["prompt_ids"] or []), list(row["response_ids"] or [])
         if "teacher_prompt_ids" in row:
             return [lambda notes: (*given, list(row["teacher_prompt_ids"] or []))]
-        return [_with_teacher(lambda notes: given, row, None, tokenizer, rules)]
+        return [partial(_with_teacher, lambda notes: given, row, None, tokenizer, rules)]
     if "input_ids" in row:
         examples = _split_tokenized(row, rules)
         _refuse_one_for_several(row, examples)
         encoders = [partial(_cut_tokenized, *example, tokenizer, rules) for example in examples]
-        return [_with_teacher(encode, row, None, tokenizer, rules) for encode in encoders]
+        return [partial(_with_teacher, encode, row, None, tokenizer, rules) for encode in encoders]
     if media := sorted(MEDIA_COLUMNS & row.keys()):
         raise UnusableRow("form", f"it has a column {media[0]!r}. Only text is supported: remove the column.")
     for column in ("messages", "conversations"):
@@ -173,7 +159,7 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
     if isinstance(row["prompt"], str):
         refuse_system_column(row)
         encode = partial(_encode_text, row["prompt"], row.get("completion"), tokenizer, rules)
-        return [_with_teacher(encode, row, row["prompt"], tokenizer, rules)]
+        return [partial(_with_teacher, encode, row, row["prompt"], tokenizer, rules)]
     if isinstance(row.get("completion"), str) and row["completion"]:
         raise UnusableRow("unreadable", "its prompt is a conversation and its completion is plain text: use one form.")
     prompt = with_system_column(row, turns_of(row["prompt"], "prompt"))
@@ -181,30 +167,26 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
     return _chat_encoders(row, examples_of_completion(prompt, completion, rules), tokenizer, rules)
 
 
-def _with_teacher(encode: PairEncoder, row, prompt: str | list[dict] | None, tokenizer, rules: RowRules) -> Encoder:
-    """`encode` and what the teacher reads, if that is not the `prompt`."""
-
-    def encode_both(notes: list[str]) -> tuple[list[int], list[int], list[int]]:
-        own = encode(notes)
-        other = teacher_row(row, prompt, rules.teacher_prompt_template)
-        if other is None:
-            return *own, []
-        try:
-            (encode_teacher,) = _encoders(other, tokenizer, replace(rules, needs_response=False), None)
-            teacher_prompt_ids = encode_teacher([])[0]
-        except UnusableRow as problem:
-            raise UnusableRow(problem.kind, f"of what its teacher reads: {problem}") from problem
-        if not teacher_prompt_ids:
-            raise UnusableRow("no_teacher_prompt", "what its teacher reads has no tokens.")
-        limit = rules.max_teacher_prompt_length
-        if limit is not None and len(teacher_prompt_ids) > limit:
-            raise UnusableRow(
-                "long_teacher_prompt",
-                f"its teacher's prompt has {len(teacher_prompt_ids)} tokens, and there is room for {limit}.",
-            )
-        return *own, teacher_prompt_ids
-
-    return encode_both
+def _with_teacher(encode: PairEncoder, row, prompt, tokenizer, rules, notes) -> tuple[list[int], list[int], list[int]]:
+    """What `encode` gives and what the teacher reads, if that is not the `prompt`."""
+    own = encode(notes)
+    other = teacher_row(row, prompt, rules.teacher_prompt_template)
+    if other is None:
+        return *own, []
+    try:
+        (encode_teacher,) = _encoders(other, tokenizer, replace(rules, needs_response=False), None)
+        teacher_prompt_ids = encode_teacher([])[0]
+    except UnusableRow as problem:
+        raise UnusableRow(problem.kind, f"of what its teacher reads: {problem}") from problem
+    if not teacher_prompt_ids:
+        raise UnusableRow("no_teacher_prompt", "what its teacher reads has no tokens.")
+    limit = rules.max_teacher_prompt_length
+    if limit is not None and len(teacher_prompt_ids) > limit:
+        raise UnusableRow(
+            "long_teacher_prompt",
+            f"its teacher's prompt has {len(teacher_prompt_ids)} tokens, and there is room for {limit}.",
+        )
+    return *own, teacher_prompt_ids
 
 
 def _refuse_one_for_several(row: dict[str, Any], examples: list) -> None:
@@ -216,7 +198,7 @@ def _refuse_one_for_several(row: dict[str, Any], examples: list) -> None:
         )
 
 
-def _check(prompt_ids: list[int], response_ids: list[int], rules: RowRules) -> None:
+def _check(prompt_ids: list[int], response_ids: list[int], teacher_prompt_ids: list[int], rules: RowRules) -> None:
     if not prompt_ids:
         raise UnusableRow("no_prompt", "its prompt has no tokens.")
     limit = rules.max_prompt_length
@@ -224,11 +206,9 @@ def _check(prompt_ids: list[int], response_ids: list[int], rules: RowRules) -> N
         raise UnusableRow("long_prompt", f"its prompt has {len(prompt_ids)} tokens.")
     if rules.needs_response and not response_ids:
         raise UnusableRow("no_response", "it has no reference response.")
-
-
-def _check_ids(ids: list[int], rules: RowRules) -> None:
-    if rules.num_ids is None or not ids:
+    if rules.num_ids is None:
         return
+    ids = [*prompt_ids, *response_ids, *teacher_prompt_ids]
     for i in (min(ids), max(ids)):
         if not 0 <= i < rules.num_ids:
             raise UnusableRow("unknown_id", f"it has the id {i}; the last that can be used is {rules.num_ids - 1}.")
@@ -293,4 +273,6 @@ def _chat_encoders(row, examples: list[Example], tokenizer, rules) -> list[Encod
     tool_names = [str(function.get("name") or "") for function in functions]
     encode = partial(encode_chat, render=render, tool_names=tool_names, tokenizer=tokenizer, rules=rules)
     _refuse_one_for_several(row, examples)
-    return [_with_teacher(partial(encode, *example), row, example[0], tokenizer, rules) for example in examples]
+    return [
+        partial(_with_teacher, partial(encode, *example), row, example[0], tokenizer, rules) for example in examples
+    ]

@@ -99,18 +99,24 @@ def check_vocabularies(
     change how text is split; they are warned about.
     """
     sizes = [model.config.get_text_config().vocab_size for model in (student_model, teacher_model)]
-    shared_size = shared_vocab_size(student_model, teacher_model)
     found = f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}."
-    if teacher_tokenizer is None:
-        teacher_tokenizer = _load_tokenizer(teacher_model, **loading)
-    difference = None if teacher_tokenizer is None else describe_tokenizer_difference(tokenizer, teacher_tokenizer)
-    if difference is not None:
+    path = getattr(teacher_model.config, "_name_or_path", None)
+    if teacher_tokenizer is None and path:
+        try:
+            loaded = AutoTokenizer.from_pretrained(path, **loading)
+        except Exception as error:  # whatever a folder without a tokenizer, a missing hub or a missing package raises
+            logger.info(f"No tokenizer could be loaded from {path!r}: {error}")
+        else:
+            # Some classes (Qwen2, Gemma, GPT-2) come up empty in a folder that holds a model and no tokenizer.
+            is_empty = loaded.get_vocab().keys() <= {*loaded.all_special_tokens, *loaded.get_added_vocab()}
+            teacher_tokenizer = None if is_empty else loaded
+    if teacher_tokenizer is not None and (difference := describe_tokenizer_difference(tokenizer, teacher_tokenizer)):
         raise ValueError(
             f"The student and the teacher have different tokenizers: {difference}. Their next-token distributions are "
             f"over different tokens and cannot be compared. {_advice()}"
         )
     # Ids beyond the student's own head (Gemma 3's image token) are in no text that it can read.
-    missing = sorted((i, token) for token, i in tokenizer.get_vocab().items() if shared_size <= i < sizes[0])
+    missing = sorted((i, token) for token, i in tokenizer.get_vocab().items() if min(sizes) <= i < sizes[0])
     if missing:
         raise ValueError(
             f"{found} The student's tokenizer has {len(missing)} tokens that the teacher lacks (first: id "
@@ -135,20 +141,6 @@ def _advice() -> str:
         "Use a teacher of the student's family with the same tokenizer, or `trl.experimental.gold.GOLDTrainer`, which "
         "is made for pairs with different tokenizers."
     )
-
-
-def _load_tokenizer(model: PreTrainedModel, **loading: Any) -> PreTrainedTokenizerBase | None:
-    path = getattr(model.config, "_name_or_path", None)
-    if not path:
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **loading)
-    except Exception as error:  # whatever a folder without a tokenizer, a missing hub or a missing package raises
-        logger.info(f"No tokenizer could be loaded from {path!r}: {error}")
-        return None
-    # Some classes (Qwen2, Gemma, GPT-2) come up empty in a folder that holds a model and no tokenizer.
-    is_empty = tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    return None if is_empty else tokenizer
 
 
 def describe_tokenizer_difference(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:

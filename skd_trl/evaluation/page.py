@@ -67,10 +67,8 @@ def shown_prompts(fixed: pd.DataFrame) -> Iterator[dict]:
     """The prompts that were sampled again and again, each with what was written at some of the steps."""
     steps = chosen_steps(fixed)
     for prompt, rows in fixed.groupby("prompt", sort=False):
-        samples = [
-            {"step": row["step"], **shown_sample(row)} for row in rows.to_dict("records") if row["step"] in steps
-        ]
-        yield {"prompt": prompt, "samples": samples}
+        records = rows[rows["step"].isin(steps)].to_dict("records")
+        yield {"prompt": prompt, "samples": [{"step": row["step"], **shown_sample(row)} for row in records]}
 
 
 def shown_steps(completions: pd.DataFrame) -> Iterator[dict]:

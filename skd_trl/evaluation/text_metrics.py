@@ -38,7 +38,7 @@ def text_metrics(named: Iterable[str | TextMetric] | None = None) -> dict[str, T
     installed.
 
     Raises:
-        `ValueError`: for a name that is not one, and for ROUGE without rouge-score.
+        `ValueError`: for a name that is not one, or not of a function, and for ROUGE without rouge-score.
     """
     is_installed = importlib.util.find_spec("rouge_score") is not None
     metrics: dict[str, TextMetric] = {}
@@ -48,7 +48,23 @@ def text_metrics(named: Iterable[str | TextMetric] | None = None) -> dict[str, T
             continue
         if metric == "rouge" and not is_installed:
             raise ValueError("The metric 'rouge' needs the package rouge-score: pip install rouge-score.")
-        metrics[metric.rpartition(":")[2]] = TEXT_METRICS.get(metric) or _imported(metric)
+        module, _, function = metric.partition(":")
+        if not function and metric not in TEXT_METRICS:
+            raise ValueError(
+                f"metric {metric!r} is unknown; choose one of {', '.join(TEXT_METRICS)}, or name your own function as 'module:function'."
+            )
+        try:
+            found: Any = TEXT_METRICS.get(metric) or getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"metric {metric!r} cannot be imported: {error}. Name a function as 'module:function', with the module installed "
+                "or in the current folder."
+            ) from error
+        if not callable(found):
+            raise ValueError(
+                f"metric {metric!r} is a {type(found).__name__}; give a function of predictions and targets."
+            )
+        metrics[metric.rpartition(":")[2]] = found
     return metrics
 
 
@@ -68,21 +84,3 @@ def scored(
             column[rows] = np.stack([np.asarray(values, dtype=np.float64), np.ones(len(rows))], axis=1)
             columns[f"{key}_{suffix}"] = column
     return columns
-
-
-def _imported(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(
-            f"metric {name!r} is unknown; choose one of {', '.join(TEXT_METRICS)}, or name your own function as 'module:function'."
-        )
-    try:
-        metric = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"metric {name!r} cannot be imported: {error}. Name a function as 'module:function', with the module installed "
-            "or in the current folder."
-        ) from error
-    if not callable(metric):
-        raise ValueError(f"metric {name!r} is a {type(metric).__name__}; give a function of predictions and targets.")
-    return metric
