@@ -381,9 +381,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
     def _enter_step(self, step: int, num_steps: int) -> None:
         """Sets what the configuration's schedules, and callbacks, say of an optimizer step (0 is the first)."""
         self._attributes = {name: getattr(self, name) for name in FOLLOWED_ATTRIBUTES}
-        self._args_of_step = follow_attributes(
-            self.args, self.args.at(step, num_steps), self._attributes, self._given_attributes
-        )
+        args = self.args.at(step, num_steps)
+        self._args_of_step = follow_attributes(self.args, args, self._attributes, self._given_attributes)
         self.divergence = self._args_of_step.make_divergence()
 
     def _prepare_inputs(self, inputs):

@@ -191,11 +191,9 @@ class SpecKDTrainer(SKDTrainer):
         return replace(facts, uniforms=inputs[noise].to(facts.labels.device)) if noise in inputs else facts
 
     def _gate_for(self, inputs) -> Gate | GateWeights:
-        return (
-            GateWeights(inputs[Key.GATE_WEIGHT], inputs[Key.GATE_ACCEPTED])
-            if Key.GATE_WEIGHT in inputs
-            else self._gate
-        )
+        if Key.GATE_WEIGHT in inputs:
+            return GateWeights(inputs[Key.GATE_WEIGHT], inputs[Key.GATE_ACCEPTED])
+        return self._gate
 
     def _distillation_loss(self, student_hidden, teacher, inputs, tokens: ResponseTokens) -> DistillationLoss:
         if Key.GATE_WEIGHT not in inputs and not self.model.training:

@@ -6,7 +6,6 @@ rows with a prompt over its limit are left out and counted. `streams.py` has tho
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pyarrow.compute as pc
@@ -86,7 +85,7 @@ def prepare_dataset(
             f"The {name} data set is a {type(dataset).__name__}. Give a `datasets.Dataset` or `IterableDataset`: one "
             "split of a DatasetDict, or `Dataset.from_list(rows)`."
         )
-    rules = _narrowed(rules, tokenizer)
+    rules = rules.narrowed(tokenizer)
     arguments = {"tokenizer": tokenizer, "rules": rules, "formatting_func": formatting_func}
     if rules.needs_scores:
         _check_scores(dataset, tokenizer, name)
@@ -162,16 +161,6 @@ def num_scored_tokens(dataset: Dataset | IterableDataset, name: str) -> int:
             "all. Cut them to the smallest."
         )
     return lengths[0]
-
-
-def _narrowed(rules: RowRules, tokenizer: PreTrainedTokenizerBase) -> RowRules:
-    """The rules with a prompt limit that leaves room for a token of the response, and without ids that are no tokens."""
-    longest, num_ids = rules.max_prompt_length, rules.num_ids
-    if rules.max_text_length is not None:
-        longest = min(longest or rules.max_text_length, rules.max_text_length - 1)
-    if num_ids is not None:
-        num_ids = min(num_ids, max(tokenizer.get_vocab().values()) + 1)
-    return replace(rules, max_prompt_length=longest, num_ids=num_ids)
 
 
 def _tokenize_rows(batch: dict[str, list], indices: list[int], **arguments: Any) -> dict[str, list]:

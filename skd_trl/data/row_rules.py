@@ -1,7 +1,9 @@
 """How rows of a data set become ids: limits, and what is asked of a row. `tokenization.py` follows it, `dataset.py` names it in messages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from .teacher_prompts import DEFAULT_TEMPLATE
 
@@ -47,3 +49,12 @@ class RowRules:
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
     version: int = 6
+
+    def narrowed(self, tokenizer: PreTrainedTokenizerBase) -> "RowRules":
+        """The same with a prompt limit that leaves room for a token of the response, and without ids that are no tokens."""
+        longest, num_ids = self.max_prompt_length, self.num_ids
+        if self.max_text_length is not None:
+            longest = min(longest or self.max_text_length, self.max_text_length - 1)
+        if num_ids is not None:
+            num_ids = min(num_ids, max(tokenizer.get_vocab().values()) + 1)
+        return replace(self, max_prompt_length=longest, num_ids=num_ids)

@@ -57,8 +57,6 @@ def render_page(run: "Run") -> str:
 def chosen_steps(completions: pd.DataFrame) -> list[int]:
     """Up to `MAX_STEPS` of the saved steps, evenly spread with the first and the last."""
     steps = sorted(completions["step"].unique())
-    if not steps:
-        return []
     index = np.unique(np.linspace(0, len(steps) - 1, min(MAX_STEPS, len(steps))).round().astype(int))
     return [int(steps[i]) for i in index]
 

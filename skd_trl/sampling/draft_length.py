@@ -158,9 +158,8 @@ class AutoDraftLength(DraftLength):
     def load_state_dict(self, state: dict) -> None:
         self.num_rounds = state["num_rounds"]
         self.num_judged, self.num_accepted = state["num_judged"], state["num_accepted"]
-        self.student.load_state_dict(state["student"])
-        self.teacher.load_state_dict(state["teacher"])
-        self.going_back.load_state_dict(state.get("going_back", []))  # older checkpoints have none
+        for name in ("student", "teacher", "going_back"):  # of which older checkpoints lack the last
+            getattr(self, name).load_state_dict(state.get(name, []))
 
     def c(self, num_rows: int) -> float:
         """The teacher's step in units of the student's, for this many rows."""

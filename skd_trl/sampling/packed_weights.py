@@ -136,11 +136,9 @@ def is_packable(weight: torch.Tensor) -> bool:
 
 def packed_bytes(model: torch.nn.Module, without: torch.nn.Module | None = None) -> int:
     """What packed copies of all weights of a `model` take that products are made with, but those that another model has too."""
-    others = () if without is None else without.parameters()
-    counted = {id(weight) for weight in others}
-    linear = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    found = sum(weight.nbytes for weight in linear if is_packable(weight) and id(weight) not in counted)
-    return min(found, allowed_bytes())
+    linear = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    linear -= set() if without is None else set(without.parameters())
+    return min(sum(weight.nbytes for weight in linear if is_packable(weight)), allowed_bytes())
 
 
 def allowed_bytes() -> int:

@@ -243,9 +243,7 @@ class LocalParticipant(Participant):
 
     def prefill(self, forwards: list[Callable[[], None]], num_forwards: int) -> None:
         # Those that wait do so first: the longest forwards of all ranks then meet.
-        for _ in range(num_forwards - len(forwards)):
-            self.idle()
-        for forward in forwards:
+        for forward in [self.idle] * (num_forwards - len(forwards)) + forwards:
             forward()
 
     def move_row(self, source: int, target: int) -> None:

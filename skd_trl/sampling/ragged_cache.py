@@ -208,17 +208,15 @@ class RaggedLayer(CacheLayerMixin):
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """The keys (N, L, size) by which indexed attention chooses what it sees, kept as the others are."""
         if self.indexer_keys is None:
-            _, _, size = indexer_key_states.shape
-            self.indexer_keys = indexer_key_states.new_zeros(self.num_rows, self.num_slots, size)
+            size = self.num_rows, self.num_slots, indexer_key_states.shape[-1]
+            self.indexer_keys = indexer_key_states.new_zeros(size)
         self.indexer_keys[self.window.index, self.window.positions] = indexer_key_states.to(self.indexer_keys.dtype)
         return self.indexer_keys[self.window.rows, : self.window.num_slots_in_use]
 
     def move_row(self, source: int, target: int) -> None:
-        if self.is_initialized:
-            self.keys[target] = self.keys[source]
-            self.values[target] = self.values[source]
-        if self.indexer_keys is not None:
-            self.indexer_keys[target] = self.indexer_keys[source]
+        for states in (self.keys, self.values, self.indexer_keys):
+            if states is not None:
+                states[target] = states[source]
 
     def spread_first_row(self, num_slots: int) -> None:
         if self.is_initialized:

@@ -122,7 +122,10 @@ class Rounds:
         try:
             yield
         finally:
-            if not self.has_fixed_shapes or self._bytes_kept() > self._bytes_allowed(device):
+            held = sum(decoder.num_bytes for decoder in self.decoders.values())
+            is_cuda = device.type == "cuda"
+            most = torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE if is_cuda else float("inf")
+            if not self.has_fixed_shapes or held > most:
                 self.release()
 
     def products(self, device: torch.device):
@@ -205,15 +208,6 @@ class Rounds:
         self.decoders[name] = decoder = RaggedDecoder(model, num_rows, num_slots, compile)
         decoder.have_weights_moved()
         return decoder
-
-    def _bytes_kept(self) -> int:
-        return sum(decoder.num_bytes for decoder in self.decoders.values())
-
-    @staticmethod
-    def _bytes_allowed(device: torch.device) -> float:
-        if device.type != "cuda":
-            return float("inf")
-        return torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE
 
     # One round
 

@@ -220,9 +220,8 @@ class GenerateRoute(StockRoute):
 
     def _of_text(self, text, num_scored, top_k):
         said = answered(self._ask(text, {"prompt_logprobs": top_k})).json()
-        rows = [
-            _of_entry(said["prompt_logprobs"][i], text[i], top_k) for i in range(len(text) - num_scored, len(text))
-        ]
+        start = len(text) - num_scored
+        rows = [_of_entry(said["prompt_logprobs"][i], text[i], top_k) for i in range(start, len(text))]
         return tuple(torch.cat(values) for values in zip(*rows, strict=True))
 
     def _ask(self, text, options) -> requests.Response:

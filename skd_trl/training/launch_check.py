@@ -8,7 +8,7 @@ from ..skd_config import SKDConfig
 from .distributed import check_connected, check_engine, check_head
 from .engine_settings import check_processes, check_settings
 from .findings import Finding, Verdict, finding_of
-from .trained_parameters import check_trained_parameters, describe_lost_updates
+from .trained_parameters import describe_lost_updates, reached_parameters
 
 
 def check_launch(
@@ -18,7 +18,7 @@ def check_launch(
     then."""
     return [
         finding_of("engine", _check_engine, student, teacher, args, accelerator),
-        finding_of("trained parameters", _check_trained, student),
+        finding_of("trained parameters", reached_parameters, student),
         finding_of("precision", _check_precision, student, accelerator),
     ]
 
@@ -35,10 +35,6 @@ def _check_engine(
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     engine = "without an engine that shards" if kind in ("NO", "MULTI_CPU", "MULTI_GPU") else f"under {kind}"
     return Verdict.GOOD, f"{accelerator.num_processes} process(es) {engine}."
-
-
-def _check_trained(student: PreTrainedModel) -> tuple[Verdict, str]:
-    return Verdict.GOOD, f"The loss reaches {check_trained_parameters(student)} parameters of the student."
 
 
 def _check_precision(student: PreTrainedModel, accelerator: Accelerator) -> tuple[Verdict, str]:

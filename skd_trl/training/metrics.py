@@ -27,15 +27,14 @@ class RatioMetrics:
         self.reset()
 
     def reset(self) -> None:
-        self.sums: dict[str, list] = {}
+        self.sums: dict[str, tuple] = {}
 
     def add(self, name: str, numerator: torch.Tensor | float, denominator: torch.Tensor | float = 1.0) -> None:
         """Adds to the sums of `name`; tensors are scalars and are not waited for."""
         if name not in self.names:
             raise KeyError(f"{name!r} is not one of the declared metrics {self.names}.")
-        sums = self.sums.setdefault(name, [0.0, 0.0])
-        sums[0] = sums[0] + numerator
-        sums[1] = sums[1] + denominator
+        before = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = before[0] + numerator, before[1] + denominator
 
     def add_mean(self, name: str, values: torch.Tensor) -> None:
         """Adds values whose mean is the metric, e.g. one per token."""

@@ -1,4 +1,4 @@
-"""The checks of a pair of models, by topic: `PAIR_CHECKS`. A new one is a function of a `Pair` and a line there.
+"""The checks of a pair of models, by topic: `PAIR_CHECKS`, in the order of this file. A new one is a function of a `Pair` with a topic.
 
 A check that runs models runs those of `Pair.running()`, and ends with `Pair.later()` if one was left out.
 """
@@ -27,7 +27,7 @@ from .limits import room_for_prompts
 from .models import pad_token_id
 from .padding_check import check_padding
 from .router_logits import describe_left_out_loss
-from .trained_parameters import check_trained_parameters
+from .trained_parameters import reached_parameters
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,15 @@ class Pair:
         return {name: model for name, model in self.models.items() if name not in self.waiting}
 
 
+PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {}
+
+
+def pair_check(topic: str):
+    """Puts a check under its topic."""
+    return lambda check: PAIR_CHECKS.setdefault(topic, check)
+
+
+@pair_check("placement")
 def _check_placement(pair: Pair) -> tuple[Verdict, str]:
     if pair.teacher is pair.student:
         check_one_device("The student", pair.student)
@@ -99,6 +108,7 @@ def _check_placement(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, "Two models that share no weights, each on one device."
 
 
+@pair_check("adapters")
 def _check_adapters(pair: Pair) -> tuple[Verdict, str]:
     adapters = [pair.peft_config, *(getattr(model, "active_peft_config", None) for model in pair.models.values())]
     for adapter in adapters:
@@ -109,12 +119,14 @@ def _check_adapters(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, f"{', '.join(kinds) or 'None'}; no adapter adds tokens."
 
 
+@pair_check("trained parameters")
 def _check_trained_parameters(pair: Pair) -> tuple[Verdict, str]:
     if pair.peft_config is not None:
         return Verdict.UNCHECKED, "The trainer puts an adapter into the student, and looks at what that trains."
-    return Verdict.GOOD, f"The loss reaches {check_trained_parameters(pair.student)} parameters of the student."
+    return reached_parameters(pair.student)
 
 
+@pair_check("sampling")
 def _check_sampling(pair: Pair) -> tuple[Verdict, str]:
     if not pair.args.samples:
         return Verdict.UNCHECKED, "No step of this run samples responses (rollout='dataset' or lmbda=0)."
@@ -134,6 +146,7 @@ def _check_sampling(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, f"Hidden states on the sampler's cache are those without a cache: {figures}."
 
 
+@pair_check("vocabulary")
 def _check_vocabulary(pair: Pair) -> tuple[Verdict, str]:
     loading: Any = pair.args.teacher_model_init_kwargs or {}
     doubt = check_vocabularies(
@@ -148,6 +161,7 @@ def _check_vocabulary(pair: Pair) -> tuple[Verdict, str]:
     return (Verdict.GOOD, shared) if doubt is None else (Verdict.WARNING, doubt)
 
 
+@pair_check("ends of sequence")
 def _check_ends(pair: Pair) -> tuple[Verdict, str]:
     ids = end_of_sequence_ids(pair.student, pair.teacher, pair.tokenizer)
     if not ids:
@@ -163,6 +177,7 @@ def _check_ends(pair: Pair) -> tuple[Verdict, str]:
     )
 
 
+@pair_check("room for prompts")
 def _check_room(pair: Pair) -> tuple[Verdict, str]:
     room = room_for_prompts(pair.args, pair.student, pair.teacher)
     beside = f"beside max_new_tokens={pair.args.max_new_tokens}" if pair.args.samples else "and their references"
@@ -171,6 +186,7 @@ def _check_room(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, f"Prompts of up to {room} tokens {beside}; rows with longer ones are left out."
 
 
+@pair_check("padding")
 def _check_padding(pair: Pair) -> tuple[Verdict, str]:
     for name, model in pair.models.items():
         if is_sharded(model):
@@ -184,6 +200,7 @@ def _check_padding(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, f"A row's hidden states do not depend on what follows it (difference {max(errors):.1e})."
 
 
+@pair_check("heads")
 def _check_heads(pair: Pair) -> tuple[Verdict, str]:
     for name, model in pair.models.items():
         if is_sharded(model):
@@ -207,23 +224,10 @@ def _check_heads(pair: Pair) -> tuple[Verdict, str]:
     return Verdict.GOOD, "The logits that the loss makes from hidden states are the models' own."
 
 
+@pair_check("experts")
 def _check_experts(pair: Pair) -> tuple[Verdict, str]:
     left_out = describe_left_out_loss(pair.student, pair.args.router_aux_loss_coef)
     return (Verdict.GOOD, "The divergence is the whole loss.") if left_out is None else (Verdict.WARNING, left_out)
-
-
-PAIR_CHECKS: dict[str, Callable[[Pair], tuple[Verdict, str]]] = {
-    "placement": _check_placement,
-    "adapters": _check_adapters,
-    "trained parameters": _check_trained_parameters,
-    "sampling": _check_sampling,
-    "vocabulary": _check_vocabulary,
-    "ends of sequence": _check_ends,
-    "room for prompts": _check_room,
-    "padding": _check_padding,
-    "heads": _check_heads,
-    "experts": _check_experts,
-}
 
 
 # Those that run the models.

@@ -97,11 +97,8 @@ class RecordedTeacher(Teacher):
         raise NotImplementedError("Recorded scores are of given responses; the configuration refuses to sample.")
 
     def signal(self, batch, tokens) -> TopLogProbs:
-        return TopLogProbs(
-            tokens.pick(batch[Key.TEACHER_TOP_IDS]),
-            tokens.pick(batch[Key.TEACHER_TOP_LOG_PROBS]),
-            tokens.pick(batch[Key.TEACHER_LABEL_LOG_PROBS]),
-        )
+        names = Key.TEACHER_TOP_IDS, Key.TEACHER_TOP_LOG_PROBS, Key.TEACHER_LABEL_LOG_PROBS
+        return TopLogProbs(*(tokens.pick(batch[name]) for name in names))
 
     def keep(self, batch, tokens, signal) -> None:
         """It is in the batch."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
 from .distributed import is_sharded
+from .findings import Verdict
 from .router_logits import without_router_logits
 
 
@@ -37,6 +38,11 @@ def check_trained_parameters(student: PreTrainedModel) -> int:
             f"There is nothing to train: the student's loss reaches no parameter that requires a gradient. {_way_out(student)}"
         )
     return len(trained)
+
+
+def reached_parameters(student: PreTrainedModel) -> tuple[Verdict, str]:
+    """The finding that there is something to train. Raises as `check_trained_parameters`."""
+    return Verdict.GOOD, f"The loss reaches {check_trained_parameters(student)} parameters of the student."
 
 
 def describe_lost_updates(student: PreTrainedModel, accelerator: Accelerator) -> str | None:
