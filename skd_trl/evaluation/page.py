@@ -65,7 +65,7 @@ def shown_prompts(fixed: pd.DataFrame) -> Iterator[dict]:
     """The prompts that were sampled again and again, each with what was written at some of the steps."""
     steps = chosen_steps(fixed)
     for prompt, rows in fixed.groupby("prompt", sort=False):
-        records = rows[rows["step"].isin(steps)].to_dict("records")
+        records = rows.loc[rows["step"].isin(steps)].to_dict("records")
         yield {"prompt": prompt, "samples": [{"step": row["step"], **shown_sample(row)} for row in records]}
 
 
