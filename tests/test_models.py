@@ -15,7 +15,8 @@ from tiny import ARCHITECTURES, byte_tokenizer, save_models, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from skd_trl.training.trained_parameters import check_trained_parameters, describe_lost_updates
+from skd_trl.training.findings import Verdict
+from skd_trl.training.trained_parameters import check_trained_parameters, lost_updates
 
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -459,6 +460,8 @@ def test_one_layer_in_16_bits_is_warned_about_with_its_share(tmp_path, caplog):
     student.lm_head.to(torch.float16).requires_grad_(True)
     student.model.norm.requires_grad_(True)
     accelerator = make_trainer(tmp_path).accelerator
-    warning = describe_lost_updates(student, accelerator)
+    verdict, warning = lost_updates(student, accelerator)
     share = student.lm_head.weight.numel() / (student.lm_head.weight.numel() + 32)
-    assert warning.startswith(f"{share:.0%} of the weights that are trained are float16")
+    assert verdict == Verdict.WARNING and warning.startswith(
+        f"{share:.0%} of the weights that are trained are float16"
+    )

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -129,11 +130,10 @@ def _shaped(turn: dict, habits: TemplateHabits) -> dict:
 
 def _parsed(text: str) -> Any:
     """What JSON text of a dict holds; other text as it is."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, dict) else text
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    return text
 
 
 def held_by(turn: dict) -> dict[str, list[str]]:

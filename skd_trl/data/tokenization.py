@@ -134,7 +134,7 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
     if "input_ids" in row:
         examples = _split_tokenized(row, rules)
         _refuse_one_for_several(row, examples)
-        encoders = [partial(_cut_tokenized, *example, tokenizer, rules) for example in examples]
+        encoders = [partial(_ended, *example, tokenizer, rules) for example in examples]
         return [partial(_with_teacher, encode, row, None, tokenizer, rules) for encode in encoders]
     if media := sorted(MEDIA_COLUMNS & row.keys()):
         raise UnusableRow("form", f"it has a column {media[0]!r}. Only text is supported: remove the column.")
@@ -236,7 +236,7 @@ def _split_tokenized(row: dict[str, Any], rules: RowRules) -> list[tuple[list[in
     return [(ids[:start], ids[start:end]) for start, end in (runs if rules.every_answer else runs[-1:])]
 
 
-def _cut_tokenized(prompt_ids, response_ids, tokenizer, rules, notes) -> tuple[list[int], list[int]]:
+def _ended(prompt_ids, response_ids, tokenizer, rules, notes) -> tuple[list[int], list[int]]:
     return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
 
 
@@ -253,7 +253,7 @@ def _encode_text(prompt, completion, tokenizer, rules, notes) -> tuple[list[int]
     if not set(response_ids) & set(rules.eos_token_ids):
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(rules.eos_token_ids), None)
         response_ids = response_ids if eos is None else [*response_ids, eos]
-    return prompt_ids, end_at_eos(response_ids, rules.eos_token_ids, tokenizer=tokenizer, notes=notes)
+    return _ended(prompt_ids, response_ids, tokenizer, rules, notes)
 
 
 def _text_ids(text: str, tokenizer) -> list[int]:

@@ -6,7 +6,7 @@ never the distribution of the responses. This module knows no trainer and no con
 Shapes: B prompts, N rows being written, P prompt, T response (at most `max_new_tokens`), G draft, V vocabulary.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from .nucleus import CANDIDATES, CANDIDATES_ON_CPU, Nucleus
 from .participants import LocalParticipant, Participant, Setting
 from .prompts import Prompts
 from .rollout import Rollout
-from .rounds import Rounds, Same, Signal
+from .rounds import Rounds, Signal, by_value
 from .rows import Rows
 
 
@@ -187,26 +187,9 @@ def run_round(
     device = rows.owner.device
     precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     key = (
-        num_rows, num_draft, rows.max_new_tokens, _by_value(accept), nucleus.level, precision, student.round_key(), teacher.round_key(),
+        num_rows, num_draft, rows.max_new_tokens, by_value(accept), nucleus.level, precision, student.round_key(), teacher.round_key(),
     )  # fmt: skip
     return rows.rounds.run(key, play, device)
-
-
-def _by_value(rule: AcceptanceRule) -> Hashable:
-    """A rule as part of a key. One whose own class says which are equal, as a dataclass does, by value (one that holds a list by its
-    repr). A class that only inherits `==` does not compare what it adds: then the class and what the rule holds, numbers by value and
-    all else as the object that it is."""
-    own = vars(type(rule))
-    if "__eq__" in own:
-        try:
-            hash(rule)
-            return rule
-        except TypeError:
-            return (type(rule), repr(rule)) if "__repr__" in own else Same(rule)
-    if any(getattr(kind, "__slots__", ()) for kind in type(rule).__mro__):
-        return Same(rule)
-    held = vars(rule).items()
-    return type(rule), *((name, x if isinstance(x, bool | int | float | str) else Same(x)) for name, x in held)
 
 
 def interleave_round(

@@ -82,6 +82,23 @@ class Same:
         return id(self.value)
 
 
+def by_value(rule: object) -> Hashable:
+    """A rule as part of a key. One whose own class says which are equal, as a dataclass does, by value (one that holds a list by its
+    repr). A class that only inherits `==` does not compare what it adds: then the class and what the rule holds, numbers by value and
+    all else as the object that it is."""
+    own = vars(type(rule))
+    if "__eq__" in own:
+        try:
+            hash(rule)
+            return rule
+        except TypeError:
+            return (type(rule), repr(rule)) if "__repr__" in own else Same(rule)
+    if any(getattr(kind, "__slots__", ()) for kind in type(rule).__mro__):
+        return Same(rule)
+    held = vars(rule).items()
+    return type(rule), *((name, x if isinstance(x, bool | int | float | str) else Same(x)) for name, x in held)
+
+
 class Rounds:
     """Runs rounds, and keeps between calls of [`~skd_trl.interleaved_sample`] what captured or compiled ones belong to: give the
     same object to every call with the same models.

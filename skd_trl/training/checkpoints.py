@@ -16,8 +16,7 @@ from ..skd_config import SKDConfig
 
 def save_draft_length(policy: DraftLength, checkpoint: str, accelerator: Accelerator, args: SKDConfig) -> None:
     """Writes `draft_length_{rank}.json` into a checkpoint, if the policy of this process has learned anything."""
-    state = policy.state_dict()
-    if state:
+    if state := policy.state_dict():
         file = _file(checkpoint, accelerator)
         file.parent.mkdir(parents=True, exist_ok=True)  # this process may be here before the first
         file.write_text(json.dumps({"measured_on": _circumstances(accelerator, args), "state": state}))

@@ -8,7 +8,7 @@ from ..skd_config import SKDConfig
 from .distributed import check_connected, check_engine, check_head
 from .engine_settings import check_processes, check_settings
 from .findings import Finding, Verdict, finding_of
-from .trained_parameters import describe_lost_updates, reached_parameters
+from .trained_parameters import lost_updates, reached_parameters
 
 
 def check_launch(
@@ -19,7 +19,7 @@ def check_launch(
     return [
         finding_of("engine", _check_engine, student, teacher, args, accelerator),
         finding_of("trained parameters", reached_parameters, student),
-        finding_of("precision", _check_precision, student, accelerator),
+        finding_of("precision", lost_updates, student, accelerator),
     ]
 
 
@@ -35,8 +35,3 @@ def _check_engine(
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     engine = "without an engine that shards" if kind in ("NO", "MULTI_CPU", "MULTI_GPU") else f"under {kind}"
     return Verdict.GOOD, f"{accelerator.num_processes} process(es) {engine}."
-
-
-def _check_precision(student: PreTrainedModel, accelerator: Accelerator) -> tuple[Verdict, str]:
-    lost = describe_lost_updates(student, accelerator)
-    return (Verdict.GOOD, "The optimizer moves weights in fp32.") if lost is None else (Verdict.WARNING, lost)

@@ -45,18 +45,19 @@ def reached_parameters(student: PreTrainedModel) -> tuple[Verdict, str]:
     return Verdict.GOOD, f"The loss reaches {check_trained_parameters(student)} parameters of the student."
 
 
-def describe_lost_updates(student: PreTrainedModel, accelerator: Accelerator) -> str | None:
-    """What to say of trained weights in 16 bits that an optimizer moves as they are; `None` if there are none. bf16 has three digits:
+def lost_updates(student: PreTrainedModel, accelerator: Accelerator) -> tuple[Verdict, str]:
+    """The finding on trained weights in 16 bits that an optimizer moves as they are. bf16 has three digits:
     a step below a 500th of a weight, as learning rates for fine-tuning make it, is rounded away."""
     kind, precision = accelerator.distributed_type, accelerator.mixed_precision
+    good = Verdict.GOOD, "The optimizer moves weights in fp32."
     if kind == "DEEPSPEED" or (kind == "FSDP" and precision != "no"):  # they keep weights in fp32 for the optimizer
-        return None
+        return good
     trained = [p for p in student.parameters() if p.requires_grad]
     small = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
     if not small:
-        return None
+        return good
     share = sum(p.numel() for p in small) / sum(p.numel() for p in trained)
-    return (
+    return Verdict.WARNING, (
         f"{share:.0%} of the weights that are trained are {str(small[0].dtype).removeprefix('torch.')}: most steps at usual learning "
         "rates are smaller than their rounding, and are lost. Load the student in float32 (dtype=torch.float32, or leave dtype out of "
         "model_init_kwargs) and leave bf16=True, which computes in bf16 all the same; or train an adapter, or with DeepSpeed, "
