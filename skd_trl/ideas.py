@@ -96,7 +96,6 @@ def check_used(config: Any, used: Iterable[IdeaField]) -> None:
     Raises:
         `ValueError`: naming the field and the ideas that it belongs to.
     """
-    used = list(used)
     owners: dict[str, list[tuple[IdeaField, str]]] = {}
     for field in used:
         for parameter, name in field.parameters.items():

@@ -87,11 +87,9 @@ def asks_for_lengths(args: Any) -> bool:
 def check_inherited_options(args: Any) -> None:
     """Raises `ValueError`, naming the field, if an inherited option asks for what this trainer does not do."""
     for name, (neutral, advice) in NOT_FOLLOWED.items():
-        value = getattr(args, name, neutral[0])
-        if value not in neutral:
+        if (value := getattr(args, name, neutral[0])) not in neutral:
             raise ValueError(f"{name}={value!r} would have no effect here. {advice}")
-    others = set(args.dataset_kwargs or {}) - {"skip_prepare_dataset"}
-    if others:
+    if others := set(args.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
         raise ValueError(
             f"dataset_kwargs holds {', '.join(map(repr, sorted(others)))}, which would have no effect here: rows become tokens as the "
             "chat template and the tokenizer say. Leave it out; chat_template_kwargs are given to the template."

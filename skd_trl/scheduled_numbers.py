@@ -49,8 +49,7 @@ class ScheduledNumbers:
             is_given = parameter in (getattr(self, name) or {}) if parameter else not is_default(self, name)
             if path in (self.schedules or {}) and is_given and schedules[path].start != numbers[path].value:
                 raise ValueError(
-                    f"schedules: {path!r} starts at {schedules[path].start}, and {path} is {numbers[path].value}. Leave one of "
-                    "them out."
+                    f"schedules: {path!r} starts at {schedules[path].start}, and {path} is {numbers[path].value}. Leave one of them out."
                 )
         return schedules
 

@@ -122,18 +122,14 @@ class Command:
         if self.example and topic is None:
             lines += ["", *self.example.splitlines()]
         lines += [""] if topic is None else []
-        for name, fields in groups.items():
-            if topic in (None, "all", name):
-                lines += [""] if topic is not None else []
-                lines += [f"{name}: {TITLES.get(name, '')}".rstrip(": ")]
-                lines += (
-                    _names(name, fields, width) if topic is None else [_explained(field, width) for field in fields]
-                )
+        chosen = groups if topic in (None, "all") else {topic: groups[topic]}
+        for name, fields in chosen.items():
+            lines += [""] if topic is not None else []
+            lines += [f"{name}: {TITLES.get(name, '')}".rstrip(": ")]
+            lines += _names(name, fields, width) if topic is None else [_explained(field, width) for field in fields]
         if topic is None:
-            lines += [
-                "",
-                f"`{self.prog} --help GROUP` explains a group, `--help OPTION` an option, `--help all` everything.",
-            ]
+            more = f"`{self.prog} --help GROUP` explains a group, `--help OPTION` an option, `--help all` everything."
+            lines += ["", more]
         return "\n".join(lines)
 
 

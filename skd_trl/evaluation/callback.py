@@ -7,6 +7,7 @@ run them.
 import json
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,18 +115,14 @@ class HeldOutEvaluation(TrainerCallback):
         start, decoding = time.perf_counter(), self.evaluation.decoding
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1 and (is_sharded(self.student) or is_sharded(self.teacher)):
-            decoding = Decoding(**{**vars(decoding), "agree": agree_on_maximum(accelerator)})
+            decoding = replace(decoding, agree=agree_on_maximum(accelerator))
         if not self.teacher_responses:
             self.teacher_responses = generate(
                 self.teacher, self.data.prompt_ids, decoding=decoding, description="teacher: greedy text"
             )
+        evaluation = replace(self.evaluation, decoding=decoding)
         scores = evaluate(
-            self.student,
-            self.teacher,
-            self.data,
-            self.teacher_responses,
-            evaluation=Evaluation(**{**vars(self.evaluation), "decoding": decoding}),
-            name=name,
+            self.student, self.teacher, self.data, self.teacher_responses, evaluation=evaluation, name=name
         )
         seconds = self.seconds.get(f"evaluation_{name}", 0.0) + time.perf_counter() - start
         self.seconds[f"evaluation_{name}"] = round(seconds, 1)

@@ -129,11 +129,10 @@ def _svg(history: list[dict], panel: Panel, curves: list[Curve], number: int) ->
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
     for colour, variable in VARIABLES.items():
         svg = re.sub(re.escape(colour), variable, svg, flags=re.IGNORECASE)
-    # matplotlib leaves black out where it is SVG's default.
-    svg = re.sub(r"<svg ", '<svg role="img" aria-hidden="true" fill="currentColor" ', svg, count=1)
+    # From the element on, without the file's head. matplotlib leaves black out where it is SVG's default.
+    svg = re.sub(r"\A.*?<svg ", '<svg role="img" aria-hidden="true" fill="currentColor" ', svg, flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
 

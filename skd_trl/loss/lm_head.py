@@ -72,16 +72,13 @@ class LMHead:
         scale *= getattr(config, "lm_head_multiplier", None) or 1.0
         scaling = getattr(config, "logits_scaling", None) or 1.0
         multiplies = config.model_type in _MULTIPLIES_BY_LOGITS_SCALING
-        softcaps = (getattr(config, name, None) for name in _SOFTCAPS)
-        shaping = {
-            "scale": scale * scaling if multiplies else scale / scaling,
-            "softcap": next(filter(None, softcaps), None),
-        }
+        scale = scale * scaling if multiplies else scale / scaling
+        softcap = next(filter(None, (getattr(config, name, None) for name in _SOFTCAPS)), None)
         # Subclasses with another forward (quantized, adapters) are more than weight and bias. FSDP's subclass,
         # made on the fly, keeps nn.Linear's forward.
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            return cls(weight=module.weight, bias=module.bias, **shaping)
-        return cls(weight=None, module=module, **shaping)
+            return cls(weight=module.weight, bias=module.bias, scale=scale, softcap=softcap)
+        return cls(weight=None, module=module, scale=scale, softcap=softcap)
 
     def parameters(self) -> list[Tensor]:
         """All tensors the head is made of: what has to be whole (gathered from its shards) around the loss."""

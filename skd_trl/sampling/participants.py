@@ -183,11 +183,9 @@ class LocalParticipant(Participant):
                 self.rounds.packed.forget_trained(self.model)
 
     def admit(self, places: list[int], prompts: list[int]) -> list[Callable[[], None]]:
-        forwards = []
-        if self.is_new and prompts:
-            forwards += self._share_beginning()
-        self.is_new = self.is_new and not prompts
+        forwards = self._share_beginning() if self.is_new and prompts else []
         if prompts:
+            self.is_new = False
             index, which = (torch.tensor(x, dtype=torch.long, device=self.device) for x in (places, prompts))
             self.last_of_prompt[index] = self.prompts.ids[which, -1]
             self.start[index] = self.prompts.lengths[which] - 1
@@ -199,8 +197,7 @@ class LocalParticipant(Participant):
         else:
             groups = prefill_groups(lengths, cost_of_forward(self.device))
         for group in groups:
-            num_tokens = max(lengths[j] for j in group)
-            if num_tokens > 0:
+            if num_tokens := max(lengths[j] for j in group):
                 of_group = ([values[j] for j in group] for values in (places, prompts))
                 forwards.append(partial(self._fill, *of_group, num_tokens))
         return forwards
@@ -208,24 +205,19 @@ class LocalParticipant(Participant):
     def _share_beginning(self) -> list[Callable[[], None]]:
         """One forward over what all prompts begin with, if that costs less than running it for each of them."""
         tokens = self.prompts.shared_beginning()
+        num_shared = tokens.shape[1]
         # What follows on a state cannot be padded: a forward for each length.
         num_more = len(set(self.prompts.host_lengths)) if self.proof.padding == "left" else 1
-        if (len(self.prompts) - 1) * tokens.shape[1] < num_more * cost_of_forward(self.device):
+        saves = (len(self.prompts) - 1) * num_shared >= num_more * cost_of_forward(self.device)
+        if not saves or not self.proof.continues:
             return []
-        if not self.proof.continues:
-            return []
-        self.num_shared = tokens.shape[1]
+        self.num_shared = num_shared
 
         def forward():
-            positions = torch.arange(self.num_shared, device=self.device)[None]
-            self.decoder(
-                tokens,
-                positions,
-                num_slots_in_use=self.num_shared,
-                without_logits=True,
-                reading=Reading(is_beginning=True),
-            )
-            self.decoder.spread_first_row(self.num_shared)
+            positions = torch.arange(num_shared, device=self.device)[None]
+            reading = Reading(is_beginning=True)
+            self.decoder(tokens, positions, num_slots_in_use=num_shared, without_logits=True, reading=reading)
+            self.decoder.spread_first_row(num_shared)
 
         return [forward]
 

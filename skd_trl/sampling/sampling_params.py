@@ -74,9 +74,8 @@ def draw_from_probs(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
     blocks = probs.unflatten(-1, (-1, width))  # (..., K, W)
     # In fp64, whose scan is as good as monotone: in fp32 a parallel one is not.
     edges = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (..., K), where blocks end
-    left = torch.addcmul(
-        edges, below_one(uniforms)[..., None], edges[..., -1:], value=-1
-    )  # from the target to these ends
+    # From the target to these ends.
+    left = torch.addcmul(edges, below_one(uniforms)[..., None], edges[..., -1:], value=-1)
     # Counted among all but the last: what is no number is in the vocabulary then.
     block = (left[..., :-1] <= 0).sum(-1, keepdim=True)
     inside = blocks.gather(-2, block[..., None].expand(*block.shape, width)).squeeze(-2)

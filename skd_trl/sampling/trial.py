@@ -143,14 +143,9 @@ class Trial:
         if self.decoder.states is not None:
             self.decoder.states.begin_round(num_tokens)
         hidden = []
-        for column in range(num_tokens) if by_step else (slice(None),):
-            columns = slice(column, column + 1) if by_step else column
-            step = column if by_step else 0
-            hidden.append(
-                self.decoder(
-                    block[:, columns], at[:, columns], num_slots_in_use=num_slots, reading=Reading(step=step)
-                )[0]
-            )
+        width = 1 if by_step else num_tokens
+        for step, part in enumerate(zip(block.split(width, dim=1), at.split(width, dim=1), strict=True)):
+            hidden.append(self.decoder(*part, num_slots_in_use=num_slots, reading=Reading(step=step))[0])
         states = torch.cat(hidden, dim=1)
         for place, count in enumerate(kept):
             self.texts[place] += tokens[place][:count]

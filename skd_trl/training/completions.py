@@ -66,10 +66,8 @@ def token_texts(
         with_token = text(ids[start : position + 1])
         is_whole = not with_token.endswith(INCOMPLETE) or position + 1 - read >= MAX_TOKENS_OF_CHARACTER
         texts.append(with_token[len(known) :] if is_whole or position + 1 == len(ids) else "")
-        if proposal == token or proposal < 0:
-            proposed.append(texts[-1])
-        else:
-            proposed.append(text([*ids[start:position], proposal])[len(known) :])
+        is_other = proposal >= 0 and proposal != token
+        proposed.append(text([*ids[start:position], proposal])[len(known) :] if is_other else texts[-1])
         if is_whole:
             start, read = read, position + 1
     return texts, proposed
@@ -162,10 +160,7 @@ def send_completions(records: list[dict], step: int, report_to: list[str], tenso
 
 def with_prompt_texts(dataset, tokenizer: PreTrainedTokenizerBase):
     """A prepared data set with its prompts as texts in a column `prompt`, as the tokenizer would read them again: where callbacks of
-    TRL look for them.
-
-    Raises:
-        `ValueError`: for what is not one data set in memory.
+    TRL look for them. Raises `ValueError` for what is not one data set in memory.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(

@@ -21,15 +21,14 @@ def take_off_patches(model: nn.Module) -> None:
         return
     modules = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]  # type: ignore[operator]
     for module in modules:
-        original = module.__dict__.pop("_original_forward", None)
+        forward = module.__dict__.pop("forward", None)
+        forward = module.__dict__.pop("_original_forward", forward)
         module.__dict__.pop("_is_accelerate_prepared", None)
-        forward = original if original is not None else module.__dict__.get("forward")
         function = getattr(forward, "__func__", forward)
         # TRL's patch (or an earlier version's of this package) holds the forward before it in its closure.
         while inspect.isfunction(function) and "original_forward" in function.__code__.co_freevars:
             forward = inspect.getclosurevars(function).nonlocals["original_forward"]
             function = getattr(forward, "__func__", forward)
-        module.__dict__.pop("forward", None)
         # The class's forward, and what its decorators wrap: accelerate unwraps down to that (`keep_fp32_wrapper=False`).
         own: list[Callable] = [type(module).forward]
         while hasattr(own[-1], "__wrapped__"):

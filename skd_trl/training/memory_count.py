@@ -86,9 +86,7 @@ def fake(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tensors = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            shape = getattr(tensor, "ds_shape", tensor.shape)
-            if isinstance(tensor, DTensor):
-                shape = tensor.size()
+            shape = tensor.size() if isinstance(tensor, DTensor) else getattr(tensor, "ds_shape", tensor.shape)
             dtype = (
                 torch.bfloat16 if tensor.is_floating_point() and tensor.element_size() > most_bytes else tensor.dtype
             )
@@ -128,22 +126,21 @@ def sampling_bytes(
 ) -> tuple[dict[str, int], int]:
     """Bytes of a window's sampling by part, and those of one more place. With `casts` the student samples with weights of two
     bytes a number."""
-    places, draft = window.num_places, window.num_draft_tokens
-    slots = window.longest_prompt + window.max_new_tokens + draft - 1
+    places, draft, longest = window.num_places, window.num_draft_tokens, window.longest_prompt
+    slots = longest + window.max_new_tokens + draft - 1
     few = min(places, 2)  # quick, and nothing but caches, masks, logits and activations grows with them
+    rows = min(places, max(1, MOST_TOKENS // longest))
     caches, logits, of_blocks, of_prompts = 0, 0, 0, 0
     for model, block, kept, most in ((student, 1, draft, 2 if casts else 8), (teacher, draft, draft, 8)):
         cache, of_block, of_logits = _decoder(model, machine, few, slots, block, most)
         caches += cache * places // few
         logits += of_logits * kept * places // (block * few)
         of_blocks = max(of_blocks, of_block * places // few)
-        rows = min(places, max(1, MOST_TOKENS // window.longest_prompt))
-        filled = _decoder(model, machine, rows, window.longest_prompt, window.longest_prompt, most, True)
-        of_prompts = max(of_prompts, filled[1])
+        of_prompts = max(of_prompts, _decoder(model, machine, rows, longest, longest, most, True)[1])
     # Prompts are read before a round, whose logits are given back at its end.
     in_round = {"logits of a draft": logits, "a forward": of_blocks}
     worse = {"prompts": of_prompts} if of_prompts > logits + of_blocks else in_round
-    grows = of_prompts if places * window.longest_prompt <= MOST_TOKENS else 0  # else prompts take turns
+    grows = of_prompts if places * longest <= MOST_TOKENS else 0  # else prompts take turns
     return {"caches": caches, **worse}, (caches + max(logits + of_blocks, grows)) // places
 
 

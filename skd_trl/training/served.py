@@ -255,11 +255,9 @@ def at_response_tokens(
     answers = [values.new_empty((len(tokens.labels), *values.shape[1:])) for values in none]
     where = tokens.rows.cpu()
     with ThreadPoolExecutor(max(len(groups), 1)) as threads:
-        jobs = {
-            length: threads.submit(ask, [texts[row] for row in rows], length, rows) for length, rows in groups.items()
-        }
-        for length, rows in groups.items():
-            for values, answer in zip(answers, jobs[length].result(), strict=True):
+        said = threads.map(ask, ([texts[row] for row in rows] for rows in groups.values()), groups, groups.values())
+        for rows, of_rows in zip(groups.values(), said, strict=True):
+            for values, answer in zip(answers, of_rows, strict=True):
                 for index, row in enumerate(rows):
                     values[where == row] = answer[index].to(values.dtype)
     return [values.to(tokens.labels.device) for values in answers]

@@ -8,7 +8,7 @@ holds more than its share and one tensor, but the main process, which reads the 
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,10 +162,8 @@ def _stand_in(name: str, kwargs: dict[str, Any]) -> PreTrainedModel | None:
     making["dtype"] = config.dtype or torch.float32 if dtype == "auto" else dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **making)
-    try:
+    with suppress(OSError):  # it has none
         model.generation_config = GenerationConfig.from_pretrained(name, **own)
-    except OSError:
-        pass  # it has none
     model.is_stand_in = True
     return model.eval()
 
