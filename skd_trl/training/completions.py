@@ -160,8 +160,7 @@ def send_completions(records: list[dict], step: int, report_to: list[str], tenso
 
 def with_prompt_texts(dataset, tokenizer: PreTrainedTokenizerBase):
     """A prepared data set with its prompts as texts in a column `prompt`, as the tokenizer would read them again: where callbacks of
-    TRL look for them. Raises `ValueError` for what is not one data set in memory.
-    """
+    TRL look for them. Raises `ValueError` for what is not one data set in memory."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"A callback looks for prompts in an evaluation set that is a {type(dataset).__name__}; it needs one Dataset. Give the "
