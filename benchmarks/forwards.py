@@ -9,6 +9,7 @@ Shapes: N rows, Q new tokens of each, L slots.
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,7 +76,9 @@ class Forwards:
         """Seconds of all of them by phase, each kind alone (the shorter of two); backwards are counted to that phase."""
         found = Counter()
         alone: dict[tuple, tuple[float, float]] = {}
-        with self.packed.products(torch.device("cpu")):
+        with ExitStack() as stack:
+            for model in self.models.values():
+                stack.enter_context(self.packed.products(model))
             for name in self.models:
                 for _ in range(PAYS_AFTER + 1):  # then the weights are packed
                     self._run(Call("", name, 4, 1, 16, False), clock)

@@ -14,7 +14,6 @@ from skd_trl.sampling.packed_weights import PAYS_AFTER, PackedWeights, packed_by
 from skd_trl.sampling.rounds import Rounds
 
 
-CPU = torch.device("cpu")
 MANY = 10**9
 
 
@@ -26,7 +25,7 @@ def layer_of(inputs=256, outputs=512, bias=False, dtype=torch.float32):
 def used(packed, layer, num_rows=4, times=PAYS_AFTER + 1):
     """The last of some products, and what float64 says of it."""
     x = torch.randn(num_rows, layer.in_features, dtype=layer.weight.dtype)
-    with torch.no_grad(), packed.products(CPU):
+    with torch.no_grad(), packed.products(layer):
         for _ in range(times):
             y = layer(x)
     bias = None if layer.bias is None else layer.bias.double()
@@ -75,7 +74,7 @@ def test_a_weight_that_has_changed_is_multiplied_as_it_is_now(change, times):
 
 def test_a_change_in_place_is_seen_within_one_time_too():
     packed, layer, x = PackedWeights(MANY), layer_of(), torch.randn(4, 256)
-    with torch.no_grad(), packed.products(CPU):
+    with torch.no_grad(), packed.products(layer):
         for _ in range(PAYS_AFTER + 1):
             layer(x)
         layer.weight.mul_(3)
@@ -95,6 +94,19 @@ def test_copies_go_with_their_weights_and_those_of_trained_weights_when_told():
     assert len(packed.copies) == 0
 
 
+def test_a_weight_that_an_engine_has_freed_is_forgotten_and_packed_again_when_it_is_back():
+    packed, layer = PackedWeights(MANY), layer_of()
+    used(packed, layer)
+    storage, numbers = layer.weight.untyped_storage(), layer.weight.detach().clone()
+    storage.resize_(0)
+    with packed.products(torch.nn.Linear(1, 1)):
+        assert len(packed.copies) == 0
+    storage.resize_(numbers.nbytes)
+    layer.weight.copy_(numbers)
+    check_close(*used(packed, layer))
+    assert packed.num_bytes == layer.weight.nbytes
+
+
 def test_copies_take_no_more_than_they_may():
     first, second = layer_of(), layer_of()
     packed = PackedWeights(first.weight.nbytes + 1)
@@ -106,13 +118,21 @@ def test_copies_take_no_more_than_they_may():
     assert packed_bytes(model, without=first) == first.weight.nbytes
 
 
-@pytest.mark.parametrize("what", ["gradients", "autocast", "a sharded weight", "another type", "another device"])
+@pytest.mark.parametrize(
+    "what", ["gradients", "autocast", "a sharded weight", "another type", "another device", "another model"]
+)
 def test_what_packing_is_not_for_is_left_as_it_is(what):
     packed, layer, original = PackedWeights(MANY), layer_of(), functional.linear
     x = torch.randn(4, 256)
     if what == "another device":
-        with packed.products(torch.device("meta")):
+        with packed.products(layer.to("meta")):
             assert functional.linear is original
+        return
+    if what == "another model":
+        with torch.no_grad(), packed.products(layer_of()):
+            for _ in range(PAYS_AFTER + 2):
+                layer(x)
+        assert packed.num_bytes == 0
         return
     if what == "a sharded weight":
         layer.weight.ds_id = 0
@@ -123,13 +143,13 @@ def test_what_packing_is_not_for_is_left_as_it_is(what):
     with (
         torch.set_grad_enabled(what == "gradients"),
         torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"),
-        packed.products(CPU),
+        packed.products(layer),
     ):
         for _ in range(PAYS_AFTER + 2):
             y = layer(x)
         expected = original(x, layer.weight)
     torch.testing.assert_close(y, expected)
-    assert len(packed.copies) == 0 and functional.linear is original
+    assert packed.num_bytes == 0 and functional.linear is original
     if what == "gradients":
         y.sum().backward()
         assert layer.weight.grad is not None

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import few_rows
+from .ragged_cache import is_sharded
 
 
 _linear = functional.linear
@@ -34,7 +36,7 @@ NUM_LOOKED_AT = 32
 
 
 @dataclass
-class _Copy:
+class Copy:
     """What is known of a weight: as it was (`address`, PyTorch's count of changes, some numbers), how often it was used, and its copy."""
 
     address: int
@@ -42,6 +44,13 @@ class _Copy:
     numbers: torch.Tensor
     num_uses: int = 0
     packed: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> "Copy":
+        return cls(weight.data_ptr(), weight._version, _some_numbers(weight))
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        return (self.address, self.version) == (weight.data_ptr(), weight._version)
 
 
 class PackedWeights:
@@ -58,15 +67,20 @@ class PackedWeights:
         self.is_proved: bool | None = None  # whether a packed product was right, once one was tried
 
     @contextmanager
-    def products(self, device: torch.device):
-        """While this lasts, `torch.nn.functional.linear` is [`linear`] on a CPU. Weights may change between two such times, not inside one
-        unless by PyTorch's own in-place operations."""
-        if device.type != "cpu" or functional.linear is not _linear:
+    def products(self, model: nn.Module):
+        """While this lasts, `torch.nn.functional.linear` is [`linear`], which packs the weights of `model` where it is whole and on a CPU;
+        such times may lie in one another. Weights may change between two of them, in one only by PyTorch's own in-place operations."""
+        for weight, copy in list(self.copies.items()):
+            is_there = weight.untyped_storage().nbytes() >= weight.nbytes  # not freed by an engine that gathers it
+            if not is_there or not torch.equal(copy.numbers, _some_numbers(weight)):
+                del self.copies[weight]
+        own = [] if is_sharded(model) else [weight for weight in model.parameters() if is_packable(weight)]
+        for weight in own:
+            if weight not in self.copies:
+                self.copies[weight] = Copy.of(weight)
+        if not own or functional.linear is not _linear:
             yield
             return
-        for weight, copy in list(self.copies.items()):
-            if not torch.equal(copy.numbers, _some_numbers(weight)):
-                del self.copies[weight]
         functional.linear = self.linear
         try:
             yield
@@ -77,12 +91,12 @@ class PackedWeights:
         """`input` (..., I), `weight` (O, I), `bias` (O,): what `torch.nn.functional.linear` gives, up to rounding, (..., O)."""
         if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
             return _linear(input, weight, bias)
-        if not is_packable(weight) or input.dtype != weight.dtype or input.numel() == 0:
+        if weight not in self.copies or input.dtype != weight.dtype or input.numel() == 0:
             return few_rows.linear(input, weight, bias)
         num_rows = input.numel() // input.shape[-1]
         gains_by_order = num_rows <= 2 and few_rows.gains(num_rows, *weight.shape)
         is_best_as_it_is = weight.dtype == torch.float32 and (num_rows == 1 or gains_by_order)
-        packed = None if is_best_as_it_is else self._packed(weight)
+        packed = None if is_best_as_it_is else self.packed(weight)
         if packed is None:
             return few_rows.linear(input, weight, bias)
         output = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
@@ -91,7 +105,25 @@ class PackedWeights:
             self.is_proved = bool((output - expected).abs().max() <= 0.02 * expected.abs().max())
         return output if self.is_proved else _linear(input, weight, bias)
 
-    def forget_trained(self, model: torch.nn.Module) -> None:
+    def packed(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The copy of a known `weight`, if it has paid, fits, and works."""
+        copy = self.copies[weight]
+        if not copy.is_of(weight):
+            copy = self.copies[weight] = Copy.of(weight)
+        copy.num_uses += 1
+        is_due = copy.num_uses == PAYS_AFTER + 1 and self.is_proved is not False
+        if is_due and self.num_bytes + weight.nbytes <= self.most_bytes:
+            try:
+                copy.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LIKELY_ROWS)
+            except (
+                AttributeError,
+                NotImplementedError,
+                RuntimeError,
+            ):  # a PyTorch without oneDNN, or with another one
+                self.is_proved = False
+        return copy.packed
+
+    def forget_trained(self, model: nn.Module) -> None:
         """Gives back the copies of a model's weights that are trained: the next optimizer step changes them."""
         for weight in model.parameters():
             if weight.requires_grad:
@@ -102,41 +134,22 @@ class PackedWeights:
         """What the copies take."""
         return sum(weight.nbytes for weight, copy in self.copies.items() if copy.packed is not None)
 
-    def _packed(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """The copy of `weight`, if it has paid, fits, and works."""
-        copy = self.copies.get(weight)
-        if copy is None or (copy.address, copy.version) != (weight.data_ptr(), weight._version):
-            copy = self.copies[weight] = _Copy(weight.data_ptr(), weight._version, _some_numbers(weight))
-        copy.num_uses += 1
-        if copy.num_uses == PAYS_AFTER + 1 and self.is_proved is not False:
-            if self.num_bytes + weight.nbytes <= self.most_bytes:
-                try:
-                    copy.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LIKELY_ROWS)
-                except (
-                    AttributeError,
-                    NotImplementedError,
-                    RuntimeError,
-                ):  # a PyTorch without oneDNN, or with another one
-                    self.is_proved = False
-        return copy.packed
-
 
 def is_packable(weight: torch.Tensor) -> bool:
-    """Whether a weight can have a packed copy: a whole, plain one, in fp32 or bf16 on a CPU, that does not come and go."""
+    """Whether a weight can have a packed copy: a plain one, in fp32 or bf16 on a CPU."""
     return (
-        type(weight) is torch.nn.Parameter
+        type(weight) is nn.Parameter
         and weight.ndim == 2
         and weight.numel() >= LEAST_NUMBERS
         and weight.dtype in (torch.float32, torch.bfloat16)
         and weight.device.type == "cpu"
         and weight.is_contiguous()
-        and not hasattr(weight, "ds_id")
     )
 
 
-def packed_bytes(model: torch.nn.Module, without: torch.nn.Module | None = None) -> int:
+def packed_bytes(model: nn.Module, without: nn.Module | None = None) -> int:
     """What packed copies of all weights of a `model` take that products are made with, but those that another model has too."""
-    linear = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
     linear -= set() if without is None else set(without.parameters())
     return min(sum(weight.nbytes for weight in linear if is_packable(weight)), allowed_bytes())
 

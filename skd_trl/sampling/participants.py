@@ -175,7 +175,7 @@ class LocalParticipant(Participant):
             self.decoder.states.forget_beginning()
         self.is_new = True
         try:
-            with eval_mode(self.model), self.rounds.products(self.device):
+            with eval_mode(self.model), self.rounds.products(self.model):
                 yield
         finally:
             del self.decoder

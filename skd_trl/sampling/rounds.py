@@ -145,9 +145,9 @@ class Rounds:
             if not self.has_fixed_shapes or held > most:
                 self.release()
 
-    def products(self, device: torch.device):
-        """The time in which a CPU multiplies with packed copies of weights; what is compiled has products of its compiler."""
-        return nullcontext() if self.compile else self.packed.products(device)
+    def products(self, model: nn.Module):
+        """The time in which a CPU multiplies with packed copies of a model's weights; what is compiled has products of its compiler."""
+        return nullcontext() if self.compile else self.packed.products(model)
 
     @property
     def has_fixed_shapes(self) -> bool:

@@ -69,8 +69,8 @@ class SampledSteps(Trainer):
     def _teacher_signal(self, batch: dict[str, torch.Tensor], tokens: ResponseTokens) -> TeacherSignal:
         """What is known of the teacher at the response tokens of a micro-batch."""
         with ExitStack() as stack:
-            for device in {model.device for model in self._teacher.inner}:
-                stack.enter_context(self._rounds.packed.products(device))
+            for model in self._teacher.inner:
+                stack.enter_context(self._rounds.packed.products(model))
             return self._teacher.signal(batch, tokens)
 
     def _rollout_of_step(self, step: int) -> str:
