@@ -188,8 +188,8 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
         default=False,
         metadata={
             "help": "Run both models' forwards in a round of sampling through torch.compile, inside the CUDA graphs where these "
-            "are captured: for long runs, the first steps take minutes. Not for a student that ZeRO-3 or FSDP2 shards. (The "
-            "inherited torch_compile is for the training step.)"
+            "are captured: for long runs, the first steps take minutes. On a CPU it is slower than without. Not for a student that "
+            "ZeRO-3 or FSDP2 shards. (The inherited torch_compile is for the training step.)"
         },
     )
     sampling_copy: bool | None = field(
