@@ -21,6 +21,7 @@ from accelerate.utils import launch as launch_utils
 from cpu_processes.sitecustomize import fsdp_on_cpu, without_compiler
 from datasets import Dataset
 from peft import LoraConfig
+from processes import HANGS_AFTER
 from tiny import byte_tokenizer, tiny_model
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -367,7 +368,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--mode", default="zero3")
     options = parser.parse_args()
-    faulthandler.dump_traceback_later(500, exit=True)
+    faulthandler.dump_traceback_later(HANGS_AFTER - 60, exit=True)  # says where it hangs
     directory = options.directory
     if options.what == "single":
         whole = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "gradient_checkpointing": False}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import yaml
 from cpu_processes.sitecustomize import fsdp_on_cpu, without_compiler
 from distributed_worker import CONFIGS, DATASET, ROWS, STUDENT, enter, make_trainer
+from processes import HANGS_AFTER
 from tiny import tiny_model
 
 
@@ -276,7 +277,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
-    faulthandler.dump_traceback_later(500, exit=True)
+    faulthandler.dump_traceback_later(HANGS_AFTER - 60, exit=True)  # says where it hangs
     without_compiler()
     for name, case in CASES.items():
         if options.only not in name or case.num_processes != int(os.environ["WORLD_SIZE"]):
