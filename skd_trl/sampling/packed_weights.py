@@ -25,6 +25,8 @@ from .ragged_cache import is_sharded
 _linear = functional.linear
 # So many products with a weight cost about what packing it saves.
 PAYS_AFTER = 4
+# Up to so many rows the other order is about as fast, where it gains: nothing is packed for them.
+FEW_ROWS = 4
 # Rows of a product that a copy is made for; other numbers can be multiplied with it too.
 LIKELY_ROWS = 8
 # Smaller weights are in a processor's cache, however they lie.
@@ -64,6 +66,7 @@ class PackedWeights:
     def __init__(self, most_bytes: int | None = None):
         self.most_bytes = allowed_bytes() if most_bytes is None else most_bytes
         self.copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.num_made = 0
         self.is_proved: bool | None = None  # whether a packed product was right, once one was tried
 
     @contextmanager
@@ -94,9 +97,11 @@ class PackedWeights:
         if weight not in self.copies or input.dtype != weight.dtype or input.numel() == 0:
             return few_rows.linear(input, weight, bias)
         num_rows = input.numel() // input.shape[-1]
-        gains_by_order = num_rows <= 2 and few_rows.gains(num_rows, *weight.shape)
-        is_best_as_it_is = weight.dtype == torch.float32 and (num_rows == 1 or gains_by_order)
-        packed = None if is_best_as_it_is else self.packed(weight)
+        gains_by_order = weight.dtype == torch.float32 and few_rows.gains(num_rows, *weight.shape)
+        if weight.dtype == torch.float32 and num_rows == 1 or gains_by_order and num_rows <= 2:
+            packed = None
+        else:
+            packed = self.packed(weight, counts=not gains_by_order or num_rows > FEW_ROWS)
         if packed is None:
             return few_rows.linear(input, weight, bias)
         output = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
@@ -105,16 +110,17 @@ class PackedWeights:
             self.is_proved = bool((output - expected).abs().max() <= 0.02 * expected.abs().max())
         return output if self.is_proved else _linear(input, weight, bias)
 
-    def packed(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """The copy of a known `weight`, if it has paid, fits, and works."""
+    def packed(self, weight: torch.Tensor, counts: bool) -> torch.Tensor | None:
+        """The copy of a known `weight`, if it has paid, fits, and works. This use `counts` if a copy would be faster by much."""
         copy = self.copies[weight]
         if not copy.is_of(weight):
             copy = self.copies[weight] = Copy.of(weight)
-        copy.num_uses += 1
-        is_due = copy.num_uses == PAYS_AFTER + 1 and self.is_proved is not False
+        copy.num_uses += counts
+        is_due = counts and copy.num_uses == PAYS_AFTER + 1 and self.is_proved is not False
         if is_due and self.num_bytes + weight.nbytes <= self.most_bytes:
             try:
                 copy.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LIKELY_ROWS)
+                self.num_made += 1
             except (
                 AttributeError,
                 NotImplementedError,
