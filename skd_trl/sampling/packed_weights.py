@@ -11,12 +11,12 @@ Shapes: M rows, I inputs, O outputs.
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
 import psutil
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import few_rows
 from .ragged_cache import is_sharded
@@ -24,7 +24,7 @@ from .ragged_cache import is_sharded
 
 _linear = functional.linear
 # So many products with a weight cost about what packing it saves.
-PAYS_AFTER = 4
+PAYS_AFTER = 2
 # Up to so many rows the other order is about as fast, where it gains: nothing is packed for them.
 FEW_ROWS = 4
 # Rows of a product that a copy is made for; other numbers can be multiplied with it too.
@@ -41,6 +41,7 @@ NUM_LOOKED_AT = 32
 class Copy:
     """What is known of a weight: as it was (`address`, PyTorch's count of changes, some numbers), how often it was used, and its copy."""
 
+    weight: ReferenceType[torch.Tensor]
     address: int
     version: int
     numbers: torch.Tensor
@@ -49,10 +50,14 @@ class Copy:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> "Copy":
-        return cls(weight.data_ptr(), weight._version, _some_numbers(weight))
+        return cls(ref(weight), weight.data_ptr(), weight._version, _some_numbers(weight))
 
-    def is_of(self, weight: torch.Tensor) -> bool:
-        return (self.address, self.version) == (weight.data_ptr(), weight._version)
+    @property
+    def is_of_weight_as_it_is(self) -> bool:
+        weight = self.weight()
+        if weight is None or weight.untyped_storage().nbytes() < weight.nbytes:  # freed by an engine that gathers it
+            return False
+        return torch.equal(self.numbers, _some_numbers(weight))
 
 
 class PackedWeights:
@@ -65,7 +70,7 @@ class PackedWeights:
 
     def __init__(self, most_bytes: int | None = None):
         self.most_bytes = allowed_bytes() if most_bytes is None else most_bytes
-        self.copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.copies: dict[int, Copy] = {}  # by id of the weight
         self.num_made = 0
         self.is_proved: bool | None = None  # whether a packed product was right, once one was tried
 
@@ -73,14 +78,11 @@ class PackedWeights:
     def products(self, model: nn.Module):
         """While this lasts, `torch.nn.functional.linear` is [`linear`], which packs the weights of `model` where it is whole and on a CPU;
         such times may lie in one another. Weights may change between two of them, in one only by PyTorch's own in-place operations."""
-        for weight, copy in list(self.copies.items()):
-            is_there = weight.untyped_storage().nbytes() >= weight.nbytes  # not freed by an engine that gathers it
-            if not is_there or not torch.equal(copy.numbers, _some_numbers(weight)):
-                del self.copies[weight]
+        self.copies = {key: copy for key, copy in self.copies.items() if copy.is_of_weight_as_it_is}
         own = [] if is_sharded(model) else [weight for weight in model.parameters() if is_packable(weight)]
         for weight in own:
-            if weight not in self.copies:
-                self.copies[weight] = Copy.of(weight)
+            if id(weight) not in self.copies:
+                self.copies[id(weight)] = Copy.of(weight)
         if not own or functional.linear is not _linear:
             yield
             return
@@ -94,14 +96,15 @@ class PackedWeights:
         """`input` (..., I), `weight` (O, I), `bias` (O,): what `torch.nn.functional.linear` gives, up to rounding, (..., O)."""
         if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
             return _linear(input, weight, bias)
-        if weight not in self.copies or input.dtype != weight.dtype or input.numel() == 0:
+        copy = self.copies.get(id(weight))
+        if copy is None or copy.weight() is not weight or input.dtype != weight.dtype or input.numel() == 0:
             return few_rows.linear(input, weight, bias)
         num_rows = input.numel() // input.shape[-1]
         gains_by_order = weight.dtype == torch.float32 and few_rows.gains(num_rows, *weight.shape)
         if weight.dtype == torch.float32 and num_rows == 1 or gains_by_order and num_rows <= 2:
             packed = None
         else:
-            packed = self.packed(weight, counts=not gains_by_order or num_rows > FEW_ROWS)
+            packed = self.packed(copy, weight, counts=not gains_by_order or num_rows > FEW_ROWS)
         if packed is None:
             return few_rows.linear(input, weight, bias)
         output = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
@@ -110,11 +113,10 @@ class PackedWeights:
             self.is_proved = bool((output - expected).abs().max() <= 0.02 * expected.abs().max())
         return output if self.is_proved else _linear(input, weight, bias)
 
-    def packed(self, weight: torch.Tensor, counts: bool) -> torch.Tensor | None:
-        """The copy of a known `weight`, if it has paid, fits, and works. This use `counts` if a copy would be faster by much."""
-        copy = self.copies[weight]
-        if not copy.is_of(weight):
-            copy = self.copies[weight] = Copy.of(weight)
+    def packed(self, copy: Copy, weight: torch.Tensor, counts: bool) -> torch.Tensor | None:
+        """The packed `copy` of its weight, if it has paid, fits, and works. This use `counts` if a copy would be faster by much."""
+        if (copy.address, copy.version) != (weight.data_ptr(), weight._version):
+            copy = self.copies[id(weight)] = Copy.of(weight)
         copy.num_uses += counts
         is_due = counts and copy.num_uses == PAYS_AFTER + 1 and self.is_proved is not False
         if is_due and self.num_bytes + weight.nbytes <= self.most_bytes:
@@ -133,12 +135,12 @@ class PackedWeights:
         """Gives back the copies of a model's weights that are trained: the next optimizer step changes them."""
         for weight in model.parameters():
             if weight.requires_grad:
-                self.copies.pop(weight, None)
+                self.copies.pop(id(weight), None)
 
     @property
     def num_bytes(self) -> int:
         """What the copies take."""
-        return sum(weight.nbytes for weight, copy in self.copies.items() if copy.packed is not None)
+        return sum(copy.packed.nbytes for copy in self.copies.values() if copy.packed is not None)
 
 
 def is_packable(weight: torch.Tensor) -> bool:
