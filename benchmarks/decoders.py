@@ -47,7 +47,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import skd_trl
 from skd_trl import ACCEPTANCE_RULES, Execution, LocalParticipant, SamplingParams, interleaved_sample
-from skd_trl.sampling.ragged_cache import RaggedDecoder, RaggedLayer
+from skd_trl.sampling.ragged_cache import RaggedDecoder
+from skd_trl.sampling.ragged_layers import RaggedLayer
 
 
 V, WINDOW = 259, 7

@@ -71,7 +71,6 @@ class PackedWeights:
     def __init__(self, most_bytes: int | None = None):
         self.most_bytes = allowed_bytes() if most_bytes is None else most_bytes
         self.copies: dict[int, Copy] = {}  # by id of the weight
-        self.num_made = 0
         self.is_proved: bool | None = None  # whether a packed product was right, once one was tried
 
     @contextmanager
@@ -122,12 +121,7 @@ class PackedWeights:
         if is_due and self.num_bytes + weight.nbytes <= self.most_bytes:
             try:
                 copy.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LIKELY_ROWS)
-                self.num_made += 1
-            except (
-                AttributeError,
-                NotImplementedError,
-                RuntimeError,
-            ):  # a PyTorch without oneDNN, or with another one
+            except (AttributeError, RuntimeError):  # a PyTorch without oneDNN, or with another one
                 self.is_proved = False
         return copy.packed
 
@@ -164,7 +158,12 @@ def packed_bytes(model: nn.Module, without: nn.Module | None = None) -> int:
 
 def allowed_bytes() -> int:
     """What copies may take in this process."""
-    return int(psutil.virtual_memory().total * MOST_SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(host_bytes() * MOST_SHARE)
+
+
+def host_bytes() -> int:
+    """The machine's memory, of which each of its processes has the same part."""
+    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _some_numbers(weight: torch.Tensor) -> torch.Tensor:

@@ -244,9 +244,9 @@ class Rounds:
         self.warm[key] = None
         while len(self.warm) > MOST_WARM:
             self.warm.popitem(last=False)
-        stopwatch, num_packed = Stopwatch(device), self.packed.num_made
+        stopwatch, before = Stopwatch(device), self.packed.num_bytes
         signal = play(stopwatch)
-        return stopwatch, signal, is_warm_up or self.packed.num_made > num_packed
+        return stopwatch, signal, is_warm_up or self.packed.num_bytes > before
 
     def _capture(self, key: Hashable, play: Callable[[Stopwatch], Signal], device: torch.device) -> None:
         start, stopwatch, signals = time.perf_counter(), Stopwatch(device, in_graph=True), []

@@ -3,13 +3,14 @@
 It is taken from an accelerator, or made up, for a plan of GPUs that are not there.
 """
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import psutil
 import torch
 from accelerate import Accelerator
+
+from ..sampling.packed_weights import host_bytes
 
 
 # What accelerate's names of a precision compute in.
@@ -76,6 +77,5 @@ def free_bytes(device: torch.device, now: bool = False) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused if now else total
     if device.type == "cpu":
-        memory = psutil.virtual_memory()
-        return memory.available if now else memory.total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return psutil.virtual_memory().available if now else host_bytes()
     return 0
