@@ -450,7 +450,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         self, student_hidden: torch.Tensor, teacher: TeacherSignal, inputs, tokens: ResponseTokens
     ) -> DistillationLoss:
         """The loss at the N response tokens of a micro-batch, from the student's hidden states (N, H) and the teacher's signal."""
-        with self._student_head() as student_head, whole_signal(teacher) as whole_teacher:
+        with self._teacher_products(), self._student_head() as student_head, whole_signal(teacher) as whole_teacher:
             return distillation_loss(
                 HiddenStates(student_hidden, student_head),
                 whole_teacher,

@@ -173,7 +173,7 @@ class SpecKDTrainer(SKDTrainer):
     @torch.no_grad()
     def _weights(self, gate: Gate, student_hidden, teacher: TeacherSignal, facts: ResponseFacts) -> GateWeights:
         """Weights (N,) of `gate`, without a loss."""
-        with self._student_head() as student_head, whole_signal(teacher) as whole_teacher:
+        with self._teacher_products(), self._student_head() as student_head, whole_signal(teacher) as whole_teacher:
             return gate_weights(
                 HiddenStates(student_hidden, student_head),
                 whole_teacher,

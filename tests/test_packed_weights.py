@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from test_skd_trainer import make_trainer
 from tiny import tiny_model
 from torch.nn import functional
 
@@ -203,3 +204,33 @@ def test_texts_are_the_same_with_and_without_copies_and_a_teacher_is_packed_once
     num_made = len(made)
     assert torch.equal(texts(rounds), plain)
     assert num_made < len(made) < 2 * num_made, "the student's alone are made again"
+
+
+@pytest.mark.parametrize("rollout", ["student", "interleaved"])
+def test_the_loss_multiplies_with_a_packed_copy_of_the_teachers_head_and_never_of_the_students(
+    tmp_path, monkeypatch, rollout
+):
+    settings = {"rollout": rollout, "max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    plain = make_trainer(tmp_path / "plain", **settings)
+    plain.train()
+    monkeypatch.setattr(packed_weights, "LEAST_NUMBERS", 1)
+    trainer = make_trainer(tmp_path / "packed", **settings)
+    in_loss, packed = [], trainer._rounds.packed
+    loss, linear = trainer._distillation_loss, packed.linear
+
+    def of_loss(*args):
+        packed.linear = lambda input, weight, bias=None: in_loss.append(weight) or linear(input, weight, bias)
+        try:
+            return loss(*args)
+        finally:
+            packed.linear = linear
+
+    monkeypatch.setattr(trainer, "_distillation_loss", of_loss)
+    trainer.train()
+    heads = {"student": trainer._inner_student().lm_head.weight, "teacher": trainer.teacher_model.lm_head.weight}
+    seen = {name: sum(weight is head for weight in in_loss) for name, head in heads.items()}
+    assert seen["teacher"] >= 4 and seen["student"] >= 4
+    assert packed.copies[id(heads["teacher"])].packed is not None
+    assert id(heads["student"]) not in packed.copies
+    for name, trained in trainer.model.named_parameters():
+        torch.testing.assert_close(trained, plain.model.get_parameter(name), rtol=2e-3, atol=2e-4)

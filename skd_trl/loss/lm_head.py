@@ -99,7 +99,9 @@ class LMHead:
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         bias = None if self.bias is None else self.bias[:vocab_size].to(dtype)
-        return LMHead(self.weight[:vocab_size].to(dtype), bias, self.scale, self.softcap)
+        # A weight that is not cut stays the same tensor: on a CPU it may have a packed copy.
+        weight = self.weight if vocab_size in (None, len(self.weight)) else self.weight[:vocab_size]
+        return LMHead(weight.to(dtype), bias, self.scale, self.softcap)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Raw logits `(N, V)` of `hidden` `(N, H)`, in the model's type, before scale and soft-capping."""

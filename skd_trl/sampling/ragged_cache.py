@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .alibi import alibi_over_slots
 from .few_rows import products_of_few_rows
@@ -67,6 +67,7 @@ class RaggedDecoder:
         self.cache = new_cache(base, self.layers)
         self.spans, self.chunk_size = _attention_spans(config), getattr(config, "attention_chunk_size", None)
         self.attn_implementation = sampling_attention(model)
+        self.configs = configs_of(model)
         self.cache_argument = {cache_argument(base): self.cache}
         self.states = RecurrentStates(base, self.cache, num_rows) if is_stateful(base) else None
         self.compile = compile and self.states is None  # which states are read is decided in Python, step by step
@@ -97,7 +98,7 @@ class RaggedDecoder:
         if masks is None:
             masks = self.masks(positions, num_slots_in_use, reading.padding)
         with (
-            attention_implementation(self.model, self.attn_implementation),
+            attention_implementation(self.configs, self.attn_implementation),
             packed_query_groups(),
             alibi_over_slots(self.base),
             nullcontext() if self.states is None else self.states.reading(self.window.rows, tokens.shape, reading),
@@ -232,21 +233,26 @@ def sampling_attention(model: nn.Module) -> str:
     return "sdpa" if getattr(base, "_supports_sdpa", False) and not softcaps else "eager"
 
 
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configs that modules of `model` read, each once."""
+    return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+
+
 @contextmanager
-def attention_implementation(model: nn.Module, name: str):
-    """Runs `model` with another attention implementation for a while; the configs are put back as they were."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    if all(implementation == name for implementation in before.values()):
+def attention_implementation(model: nn.Module | list[PreTrainedConfig], name: str):
+    """Runs `model`, or the one with these configs, with another attention implementation for a while; they are put back as they were."""
+    configs = configs_of(model) if isinstance(model, nn.Module) else model
+    before = [config._attn_implementation for config in configs]
+    if all(implementation == name for implementation in before):
         yield
         return
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation = name
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 @contextmanager

@@ -68,10 +68,16 @@ class SampledSteps(Trainer):
 
     def _teacher_signal(self, batch: dict[str, torch.Tensor], tokens: ResponseTokens) -> TeacherSignal:
         """What is known of the teacher at the response tokens of a micro-batch."""
+        with self._teacher_products():
+            return self._teacher.signal(batch, tokens)
+
+    @contextmanager
+    def _teacher_products(self):
+        """The time in which a CPU multiplies with packed copies of the teachers' weights, outside rounds too."""
         with ExitStack() as stack:
             for model in self._teacher.inner:
                 stack.enter_context(self._rounds.packed.products(model))
-            return self._teacher.signal(batch, tokens)
+            yield
 
     def _rollout_of_step(self, step: int) -> str:
         """Who writes the responses of a step, or `"mixed"`: a keyed draw, so ranks agree and a resumed run repeats itself."""
