@@ -489,6 +489,23 @@ def test_peak_memory_is_at_most_a_quarter_of_gkd_trainers():
     assert our_peak <= their_peak / 4
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_many_chunks_hold_no_more_than_one_and_what_belongs_to_their_positions(trained):
+    vocab_size, chunk_size = 4000, 8
+    student, teacher = _heads(vocab_size=vocab_size)
+    student = LMHead(student.weight.detach().requires_grad_(trained))
+
+    def peak(num_chunks):
+        student_hidden, teacher_hidden, labels = _hidden(num_positions=num_chunks * chunk_size)
+        facts = ResponseFacts.of(labels % vocab_size, position=labels, is_end=labels < 0)
+        pair = HiddenStates(student_hidden.requires_grad_(), student), HiddenStates(teacher_hidden, teacher)
+        settings = {"divergence": DIVERGENCES["forward_kl"](), "vocab_size": vocab_size, "chunk_size": chunk_size}
+        return peak_bytes(lambda: distillation_loss(*pair, facts, **settings).loss.backward())
+
+    logits_of_a_chunk = 4 * chunk_size * vocab_size
+    assert peak(12) - peak(2) < logits_of_a_chunk / 2
+
+
 def test_the_memory_tracker_counts_what_is_alive_at_once_and_forgets_what_was_freed():
     mebibyte = 2**20
 

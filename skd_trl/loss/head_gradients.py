@@ -22,6 +22,7 @@ class HeadGradients:
         self.trained = {id(parameter) for parameter in head.trainable_parameters()}
         self.sums: dict[int, Tensor] = {}  # by the same ids, made when first needed
 
+    @torch.no_grad()  # a graph of these products would keep every chunk's gradient, (N, V) in all, until the backward
     def add(self, rows: slice, hidden: Tensor, raw: Tensor, raw_gradient: Tensor, weight: Tensor) -> None:
         """Takes raw logits (with their graph where the head is a module) and the loss's gradient to them. Positions of
         `weight` 0 have none: with `skip_zeros`, and where they are many enough to pay for a copy of the others, the products
