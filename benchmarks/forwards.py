@@ -79,9 +79,10 @@ class Forwards:
         with ExitStack() as stack:
             for model in self.models.values():
                 stack.enter_context(self.packed.products(model))
-            for _ in range(PAYS_AFTER + 1):  # then the teacher's weights are packed, as they are in a training
-                self._run(Call("", "teacher", 4, 4, 16, False), clock)
-                self._run(Call("", "teacher", 16, 0, 0, False), clock)
+            for _ in range(max(PAYS_AFTER.values()) + 1):  # then weights are packed that are packed in a training
+                for model, num_tokens in (("teacher", 4), ("student", 1)):
+                    self._run(Call("", model, 4, num_tokens, 16, False), clock)
+                    self._run(Call("", model, 4 * num_tokens, 0, 0, False), clock)
             for call, count in self.calls.items():
                 key = call.model, call.num_rows, call.num_tokens, -(-call.num_slots // 16), call.has_gradient
                 if key not in alone:

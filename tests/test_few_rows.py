@@ -24,6 +24,7 @@ def test_the_product_is_that_of_torch_up_to_rounding(shape, inputs, outputs, has
 
 
 def test_it_is_put_in_for_few_rows_in_fp32_on_a_cpu_and_taken_out_again(monkeypatch):
+    monkeypatch.setattr(few_rows, "other_order_is_faster", lambda: True)
     swapped, mm, original = [], torch.mm, functional.linear
     monkeypatch.setattr(torch, "mm", lambda *args: swapped.append(args[1].shape[1]) or mm(*args))
     layer, narrow = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
@@ -40,3 +41,19 @@ def test_it_is_put_in_for_few_rows_in_fp32_on_a_cpu_and_taken_out_again(monkeypa
         assert functional.linear is original
     with products_of_few_rows(torch.device("meta")):
         assert functional.linear is original
+
+
+def test_where_the_other_order_is_slower_products_are_left_as_they_are(monkeypatch):
+    monkeypatch.setattr(few_rows, "other_order_is_faster", lambda: False)
+    original = functional.linear
+    with products_of_few_rows(torch.device("cpu")):
+        assert functional.linear is original
+
+
+@pytest.mark.parametrize("slow", ["linear", "mm"])
+def test_a_trial_says_which_order_is_faster(monkeypatch, slow):
+    """A machine on which one of them costs ten products, the other one."""
+    owner, name = (few_rows, "_linear") if slow == "linear" else (torch, "mm")
+    product = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: [product(*args) for _ in range(10)][0])
+    assert few_rows.other_order_is_faster.__wrapped__() == (slow == "linear")

@@ -2,8 +2,9 @@
 
 `torch.nn.functional.linear` takes a weight as it lies, row by row. A packed copy gives the same products, up to rounding: those of three
 to 32 rows, as drafts and judged blocks have them, in a third to three quarters of the time, those of hundreds in nine tenths, in bf16
-nearly all of them in about half. Packing costs as much as a few products, so a weight is packed when it has been used a few times, and
-again when it has changed: a frozen teacher's once, a trained student's in each sampling that is long enough.
+nearly all of them in about half. (On an AMD processor; on an Intel one those of one to three rows gain nothing, those of 4 to 32 take half to
+nine tenths.) Packing costs as much as a few products, so a weight is packed when it has been used a few times, and again when it has
+changed: a frozen teacher's once, a trained student's in each sampling that is long enough.
 
 Shapes: M rows, I inputs, O outputs.
 """
@@ -23,14 +24,16 @@ from .ragged_cache import is_sharded
 
 
 _linear = functional.linear
-# So many products with a weight cost about what packing it saves.
-PAYS_AFTER = 2
+# So many products with a weight cost about what packing it saves, where the other order is the faster one for few rows and where it is not.
+PAYS_AFTER = {True: 2, False: 10}
 # Up to so many rows the other order is about as fast, where it gains: nothing is packed for them.
 FEW_ROWS = 4
+# Up to so many rows PyTorch's own order is as fast where the other does not gain.
+FEW_ROWS_AS_THEY_LIE = 3
 # Rows of a product that a copy is made for; other numbers can be multiplied with it too.
 LIKELY_ROWS = 8
 # Smaller weights are in a processor's cache, however they lie.
-LEAST_NUMBERS = 2**16
+LEAST_NUMBERS = 2**17
 # Of the machine's memory, what all copies may take.
 MOST_SHARE = 1 / 8
 # Numbers of a weight that are looked at to see whether somebody has changed it behind PyTorch's back (`weight.data`).
@@ -71,6 +74,7 @@ class PackedWeights:
     def __init__(self, most_bytes: int | None = None):
         self.most_bytes = allowed_bytes() if most_bytes is None else most_bytes
         self.copies: dict[int, Copy] = {}  # by id of the weight
+        self.other_order_is_faster = False  # for few rows, on this machine
         self.is_proved: bool | None = None  # whether a packed product was right, once one was tried
 
     @contextmanager
@@ -85,6 +89,7 @@ class PackedWeights:
         if not own or functional.linear is not _linear:
             yield
             return
+        self.other_order_is_faster = few_rows.other_order_is_faster()
         functional.linear = self.linear
         try:
             yield
@@ -97,27 +102,33 @@ class PackedWeights:
             return _linear(input, weight, bias)
         copy = self.copies.get(id(weight))
         if copy is None or copy.weight() is not weight or input.dtype != weight.dtype or input.numel() == 0:
-            return few_rows.linear(input, weight, bias)
-        num_rows = input.numel() // input.shape[-1]
-        gains_by_order = weight.dtype == torch.float32 and few_rows.gains(num_rows, *weight.shape)
-        if weight.dtype == torch.float32 and num_rows == 1 or gains_by_order and num_rows <= 2:
+            return self.unpacked(input, weight, bias)
+        num_rows, is_fp32 = input.numel() // input.shape[-1], weight.dtype == torch.float32
+        gains_by_order = is_fp32 and self.other_order_is_faster and few_rows.gains(num_rows, *weight.shape)
+        most_unpacked = (2 if gains_by_order else 1) if self.other_order_is_faster else FEW_ROWS_AS_THEY_LIE
+        if is_fp32 and num_rows <= most_unpacked:
             packed = None
         else:
             packed = self.packed(copy, weight, counts=not gains_by_order or num_rows > FEW_ROWS)
         if packed is None:
-            return few_rows.linear(input, weight, bias)
+            return self.unpacked(input, weight, bias)
         output = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
         if self.is_proved is None:
             expected = _linear(input, weight, bias)
             self.is_proved = bool((output - expected).abs().max() <= 0.02 * expected.abs().max())
         return output if self.is_proved else _linear(input, weight, bias)
 
+    @property
+    def unpacked(self):
+        """What multiplies with weights as they lie."""
+        return few_rows.linear if self.other_order_is_faster else _linear
+
     def packed(self, copy: Copy, weight: torch.Tensor, counts: bool) -> torch.Tensor | None:
         """The packed `copy` of its weight, if it has paid, fits, and works. This use `counts` if a copy would be faster by much."""
         if (copy.address, copy.version) != (weight.data_ptr(), weight._version):
             copy = self.copies[id(weight)] = Copy.of(weight)
         copy.num_uses += counts
-        is_due = counts and copy.num_uses == PAYS_AFTER + 1 and self.is_proved is not False
+        is_due = counts and copy.num_uses == PAYS_AFTER[self.other_order_is_faster] + 1 and self.is_proved is not False
         if is_due and self.num_bytes + weight.nbytes <= self.most_bytes:
             try:
                 copy.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LIKELY_ROWS)
