@@ -50,10 +50,20 @@ def test_where_the_other_order_is_slower_products_are_left_as_they_are(monkeypat
         assert functional.linear is original
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("slow", ["linear", "mm"])
-def test_a_trial_says_which_order_is_faster(monkeypatch, slow):
-    """A machine on which one of them costs ten products, the other one."""
+def test_a_trial_says_which_order_is_faster(monkeypatch, slow, bf16):
+    """A machine on which one of them costs ten products, the other one; in fp32 also where the training has another type."""
     owner, name = (few_rows, "_linear") if slow == "linear" else (torch, "mm")
-    product = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args: [product(*args) for _ in range(10)][0])
-    assert few_rows.other_order_is_faster.__wrapped__() == (slow == "linear")
+    product, dtypes = getattr(owner, name), []
+
+    def slower(*args):
+        for _ in range(10):
+            output = product(*args)
+        dtypes.append(output.dtype)
+        return output
+
+    monkeypatch.setattr(owner, name, slower)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        assert few_rows.other_order_is_faster.__wrapped__() == (slow == "linear")
+    assert set(dtypes) == {torch.float32}

@@ -76,7 +76,7 @@ def other_order_is_faster() -> bool:
             product(weight)
         return time.perf_counter() - start
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         turns = [
             (seconds(lambda weight: _linear(rows, weight)), seconds(lambda weight: torch.mm(weight, rows.t())))
             for _ in range(NUM_TURNS + 1)
