@@ -74,7 +74,6 @@ class PackedWeights:
     def __init__(self, most_bytes: int | None = None):
         self.most_bytes = allowed_bytes() if most_bytes is None else most_bytes
         self.copies: dict[int, Copy] = {}  # by id of the weight
-        self.other_order_is_faster = False  # for few rows, on this machine
         self.is_proved: bool | None = None  # whether a packed product was right, once one was tried
 
     @contextmanager
@@ -89,7 +88,6 @@ class PackedWeights:
         if not own or functional.linear is not _linear:
             yield
             return
-        self.other_order_is_faster = few_rows.other_order_is_faster()
         functional.linear = self.linear
         try:
             yield
@@ -102,33 +100,29 @@ class PackedWeights:
             return _linear(input, weight, bias)
         copy = self.copies.get(id(weight))
         if copy is None or copy.weight() is not weight or input.dtype != weight.dtype or input.numel() == 0:
-            return self.unpacked(input, weight, bias)
+            return _unpacked(input, weight, bias)
         num_rows, is_fp32 = input.numel() // input.shape[-1], weight.dtype == torch.float32
-        gains_by_order = is_fp32 and self.other_order_is_faster and few_rows.gains(num_rows, *weight.shape)
-        most_unpacked = (2 if gains_by_order else 1) if self.other_order_is_faster else FEW_ROWS_AS_THEY_LIE
+        gains_by_order = is_fp32 and few_rows.other_order_is_faster() and few_rows.gains(num_rows, *weight.shape)
+        most_unpacked = (2 if gains_by_order else 1) if few_rows.other_order_is_faster() else FEW_ROWS_AS_THEY_LIE
         if is_fp32 and num_rows <= most_unpacked:
             packed = None
         else:
             packed = self.packed(copy, weight, counts=not gains_by_order or num_rows > FEW_ROWS)
         if packed is None:
-            return self.unpacked(input, weight, bias)
+            return _unpacked(input, weight, bias)
         output = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
         if self.is_proved is None:
             expected = _linear(input, weight, bias)
             self.is_proved = bool((output - expected).abs().max() <= 0.02 * expected.abs().max())
         return output if self.is_proved else _linear(input, weight, bias)
 
-    @property
-    def unpacked(self):
-        """What multiplies with weights as they lie."""
-        return few_rows.linear if self.other_order_is_faster else _linear
-
     def packed(self, copy: Copy, weight: torch.Tensor, counts: bool) -> torch.Tensor | None:
         """The packed `copy` of its weight, if it has paid, fits, and works. This use `counts` if a copy would be faster by much."""
         if (copy.address, copy.version) != (weight.data_ptr(), weight._version):
             copy = self.copies[id(weight)] = Copy.of(weight)
         copy.num_uses += counts
-        is_due = counts and copy.num_uses == PAYS_AFTER[self.other_order_is_faster] + 1 and self.is_proved is not False
+        pays_after = PAYS_AFTER[few_rows.other_order_is_faster()]
+        is_due = counts and copy.num_uses == pays_after + 1 and self.is_proved is not False
         if is_due and self.num_bytes + weight.nbytes <= self.most_bytes:
             try:
                 copy.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LIKELY_ROWS)
@@ -175,6 +169,11 @@ def allowed_bytes() -> int:
 def host_bytes() -> int:
     """The machine's memory, of which each of its processes has the same part."""
     return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _unpacked(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product with a weight as it lies."""
+    return (few_rows.linear if few_rows.other_order_is_faster() else _linear)(input, weight, bias)
 
 
 def _some_numbers(weight: torch.Tensor) -> torch.Tensor:
