@@ -1,10 +1,11 @@
-"""Whether what a launcher has set up can train the pair: the engine, what the student trains, and in which precision."""
+"""Whether what a launcher has set up can train the pair: the engine, what the student trains, in which precision, and whether that is fast."""
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..loss.lm_head import LMHead
 from ..skd_config import SKDConfig
+from .cpu_precision import slower_in_16_bits
 from .distributed import check_connected, check_engine, check_head
 from .engine_settings import check_processes, check_settings
 from .findings import Finding, Verdict, finding_of
@@ -20,6 +21,7 @@ def check_launch(
         finding_of("engine", _check_engine, student, teacher, args, accelerator),
         finding_of("trained parameters", reached_parameters, student),
         finding_of("precision", lost_updates, student, accelerator),
+        finding_of("speed", slower_in_16_bits, accelerator),
     ]
 
 

@@ -66,8 +66,13 @@ class Machine:
 
     def autocast(self):
         """The precision that models run in."""
-        dtype = _COMPUTE_TYPES.get(self.mixed_precision)
+        dtype = compute_type(self.mixed_precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+
+def compute_type(mixed_precision: str) -> torch.dtype | None:
+    """What a precision of accelerate's computes in; `None` for that of the weights."""
+    return _COMPUTE_TYPES.get(mixed_precision)
 
 
 def free_bytes(device: torch.device, now: bool = False) -> int:
