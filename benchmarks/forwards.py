@@ -1,8 +1,8 @@
-"""The forwards of one training step, written down while it runs and then run alone, in a loop: what no bookkeeping can save.
+"""The forwards of one training step, written down while it runs and then run again with nothing between them: what no bookkeeping can save.
 
-A product of few rows reads its whole weight from memory, which a product that is timed by itself, again and again, does not.
-So decoders run whole here, at the same rows, tokens and slots, on the sampler's cache and with its packed weights; the head by its
-number of rows. The student's forward with gradients is run with its backward.
+A product of few rows reads its whole weight from memory, which a product that is timed by itself, again and again, does not. So decoders
+run whole here, each as often as in the step and in its order, at the same rows, tokens and slots, on the sampler's cache and with its
+packed weights (packing is not counted); the head by its number of rows. The student's forward with gradients is run with its backward.
 
 Shapes: N rows, Q new tokens of each, L slots.
 """
@@ -43,7 +43,7 @@ class Forwards:
 
     def __init__(self, models: dict[str, nn.Module], phase: Callable[[str], str]):
         self.models, self.phase = models, phase
-        self.calls: Counter[Call] = Counter()
+        self.calls: list[Call] = []  # in their order
         self.handles = []
         self.packed = PackedWeights()
 
@@ -65,35 +65,46 @@ class Forwards:
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         mask, (num_rows, num_tokens) = kwargs.get("attention_mask"), tokens.shape[:2]
         num_slots = max(num_tokens, mask.shape[-1] if isinstance(mask, torch.Tensor) else 0)
-        self.calls[Call(self.phase(name), name, num_rows, num_tokens, num_slots, torch.is_grad_enabled())] += 1
+        self.calls.append(Call(self.phase(name), name, num_rows, num_tokens, num_slots, torch.is_grad_enabled()))
 
     def _head_runs(self, name: str, module: nn.Module, args: tuple) -> None:
         num_rows = args[0].numel() // args[0].shape[-1]
         if num_rows and not torch.is_grad_enabled():
-            self.calls[Call(self.phase(name), name, num_rows, 0, 0, False)] += 1
+            self.calls.append(Call(self.phase(name), name, num_rows, 0, 0, False))
 
     def seconds(self, clock: Callable[[], float], backward: str) -> Counter:
-        """Seconds of all of them by phase, each kind alone (the shorter of two); backwards are counted to that phase."""
-        found = Counter()
-        alone: dict[tuple, tuple[float, float]] = {}
+        """Seconds of all of them by phase, run once more in their order; backwards are counted to that phase. They stay written down,
+        until `forget`."""
+        found, calls = Counter(), self.calls
+        decoders = {name: self._decoder(name) for name in self.models}
         with ExitStack() as stack:
             for model in self.models.values():
                 stack.enter_context(self.packed.products(model))
+            self.calls = []  # not those of these runs
             for _ in range(max(PAYS_AFTER.values()) + 1):  # then weights are packed that are packed in a training
-                for model, num_tokens in (("teacher", 4), ("student", 1)):
-                    self._run(Call("", model, 4, num_tokens, 16, False), clock)
-                    self._run(Call("", model, 4 * num_tokens, 0, 0, False), clock)
-            for call, count in self.calls.items():
-                key = call.model, call.num_rows, call.num_tokens, -(-call.num_slots // 16), call.has_gradient
-                if key not in alone:
-                    runs = [self._run(call, clock) for _ in range(2)]
-                    alone[key] = tuple(map(min, zip(*runs, strict=True)))
-                forward, back = alone[key]
-                found[call.phase] += count * forward
-                found[backward] += count * back
+                for name, num_tokens in (("teacher", 4), ("student", 1)):
+                    self._run(decoders[name], Call("", name, 4, num_tokens, 16, False), clock)
+                    self._run(decoders[name], Call("", name, 4 * num_tokens, 0, 0, False), clock)
+            for call in calls:
+                forward, back = self._run(decoders[call.model], call, clock)
+                found[call.phase] += forward
+                found[backward] += back
+        for decoder in decoders.values():
+            decoder.head_input.close()
+        self.calls = calls
         return found
 
-    def _run(self, call: Call, clock: Callable[[], float]) -> tuple[float, float]:
+    def forget(self) -> None:
+        self.calls = []
+
+    def _decoder(self, name: str) -> RaggedDecoder:
+        """One on which all calls of a model without gradient find room, and the warm-up."""
+        calls = [call for call in self.calls if call.model == name]
+        num_rows = max((call.num_rows for call in calls if call.num_tokens), default=1)
+        num_slots = max((call.num_slots for call in calls), default=1)
+        return RaggedDecoder(self.models[name], max(num_rows, 4), max(num_slots, 16))
+
+    def _run(self, decoder: RaggedDecoder, call: Call, clock: Callable[[], float]) -> tuple[float, float]:
         """Seconds of a forward and of its backward."""
         model = self.models[call.model]
         if call.num_tokens == 0:
@@ -106,16 +117,11 @@ class Forwards:
         tokens = torch.randint(5, model.config.get_text_config().vocab_size - 5, (call.num_rows, call.num_tokens))
         if call.has_gradient:
             return _with_backward(model, tokens, clock)
-        first = call.num_slots - call.num_tokens
+        positions = torch.arange(call.num_slots - call.num_tokens, call.num_slots).expand_as(tokens)
         with torch.no_grad(), eval_mode(model):
-            decoder = RaggedDecoder(model, call.num_rows, call.num_slots)
-            positions = torch.arange(first, call.num_slots).expand_as(tokens)
-            decoder(tokens[:, :1], positions[:, :1], num_slots_in_use=call.num_slots, without_logits=True)  # allocates
             start = clock()
             decoder(tokens, positions, num_slots_in_use=call.num_slots, without_logits=True)
-            taken = clock() - start
-            decoder.head_input.close()
-        return taken, 0.0
+            return clock() - start, 0.0
 
 
 def _with_backward(model: nn.Module, tokens: torch.Tensor, clock: Callable[[], float]) -> tuple[float, float]:

@@ -6,8 +6,9 @@ defaults and at its best for a CPU, without gradient checkpointing.
 
 A step has two floors. Its matrix products alone: those of the second step are written down, with attention as one of them, and each is
 timed by itself on numbers in the same layout, at the end. A product of few rows then finds its weight in the processor's cache, where a
-model's step has to read it from memory; so the second floor runs the decoders of that step whole, in a loop (`forwards.py`), in each turn
-after the step, and of the loss its products with the head, and adds the optimizer's step as it was. Neither has anything of the loss besides.
+model's step has to read it from memory; so the second floor runs the decoders of that step whole, each as often and in that order, with
+nothing between them (`forwards.py`), in each turn after the step, and of the loss its products with the head, and adds the optimizer's step
+as it was. Neither has anything of the loss besides, nor draws or judgements.
 
     python benchmarks/peers.py --clock cpu
     python benchmarks/peers.py --threads 2 --max_new_tokens 16
@@ -87,7 +88,7 @@ def main() -> None:
         ],
     )
     report.table(
-        "The floor: the decoders' forwards and backward of one step in a loop, the head's products and the optimizer, in seconds",
+        "The floor: the decoders' forwards and backward of one step and nothing between, the head's products and the optimizer, in seconds",
         ["trainer", "step", *PHASES, "forwards in writing: rows x tokens"],
         [[name, *arm.floor_of_forwards(), arm.forwards_in_words] for name, arm in arms.items()],
     )
@@ -223,7 +224,7 @@ def make_trainer(name: str, args: Namespace, directory: str):
 
 
 class Arm:
-    """A training, with the time of each step but the first two, by phase, and the products and forwards of the second."""
+    """A training, with the time of each step but the first two, by phase, and of its forwards; and the products of the second."""
 
     def __init__(self, trainer, clock: Callable[[], float], end):
         self.trainer, self.clock, self.end = trainer, clock, end
@@ -246,7 +247,8 @@ class Arm:
     def train(self) -> None:
         self.end.recv()
         self.started = self.clock()
-        self.trainer.train()
+        with self.forwards:
+            self.trainer.train()
 
     def step_ended(self) -> None:
         num, seconds = self.trainer.state.global_step, self.clock() - self.started
@@ -261,9 +263,9 @@ class Arm:
         if num == self.trainer.args.max_steps:
             return
         self.end.recv()
+        self.forwards.forget()
         if num == 1:
             self.recording.enter_context(self.products.of(self))
-            self.recording.enter_context(self.forwards)
         self.started = self.clock()
 
     def measured(self) -> Measured:
@@ -280,7 +282,7 @@ class Arm:
         return self.stack[-1] if self.stack else "the rest"
 
     def seconds_of_forwards(self) -> Counter:
-        """By phase, in a loop, with the loss's products with the head, and the optimizer's step as it just was."""
+        """By phase, run once more, with the loss's products with the head, and the optimizer's step as it just was."""
         vocab_size = self.trainer.model.config.vocab_size
         training = {
             phase: seconds
@@ -291,11 +293,11 @@ class Arm:
         return self.forwards.seconds(self.clock, backward="backward") + Counter(training) + Counter(optimizer)
 
     def forwards_in_words(self) -> str:
-        """How often which forward ran in the writing."""
+        """How often which forward ran in the writing of the last step."""
         counts = Counter()
-        for call, count in self.forwards.calls.items():
+        for call in self.forwards.calls:
             if call.phase == "writing" and call.num_tokens:
-                counts[f"{call.model} {call.num_rows} x {call.num_tokens}"] += count
+                counts[f"{call.model} {call.num_rows} x {call.num_tokens}"] += 1
         return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
 
     def _time(self, owner, method: str, phase: str) -> None:
