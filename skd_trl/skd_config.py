@@ -195,8 +195,8 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     sampling_copy: bool | None = field(
         default=None,
         metadata={
-            "help": "Sample with a copy of an fp32 student's weights in the type that bf16 or fp16 training computes in. Default: on "
-            "CUDA, where casting them for every token costs more than the two bytes for each weight. Rounding differs a little from "
+            "help": "Sample with a copy of an fp32 student's weights in the type that bf16 or fp16 training computes in. Default: where "
+            "it can be, since casting them for every token costs more than the two bytes for each weight. Rounding differs a little from "
             "autocast's."
         },
     )

@@ -15,9 +15,10 @@ from tiny import ARCHITECTURES, byte_tokenizer, save_models, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from skd_trl.training import cpu_precision
+from skd_trl.training import precision
 from skd_trl.training.findings import Verdict
-from skd_trl.training.trained_parameters import check_trained_parameters, lost_updates
+from skd_trl.training.precision import casts_of_teacher, lost_updates
+from skd_trl.training.trained_parameters import check_trained_parameters
 
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -456,12 +457,24 @@ def test_an_adapter_in_fp32_around_a_model_in_bf16_is_not_warned_about(tmp_path,
     assert "of the weights that are trained" not in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_that_autocast_casts_in_each_forward_is_warned_about(dtype, tmp_path, caplog):
+    teacher = tiny_model(seed=2).to(dtype)
+    trainer = make_trainer(tmp_path, teacher=teacher, bf16=True)
+    assert ("The teacher's weights are float32" in caplog.text) is (dtype == torch.float32)
+    student = trainer.model  # its own teacher shares what it trains
+    assert casts_of_teacher(student, student, trainer.accelerator)[0] == Verdict.GOOD
+    caplog.clear()
+    make_trainer(tmp_path, teacher=teacher)  # without mixed precision
+    assert "The teacher's weights are float32" not in caplog.text
+
+
 @pytest.mark.parametrize("seconds_in_bf16", (0.5, 1.2, 2.0))
 def test_mixed_precision_on_a_cpu_is_warned_about_where_products_in_it_are_slower(
     seconds_in_bf16, tmp_path, caplog, monkeypatch
 ):
     seconds = {torch.float32: 1.0, torch.bfloat16: seconds_in_bf16}
-    monkeypatch.setattr(cpu_precision, "seconds_of_product", seconds.__getitem__)
+    monkeypatch.setattr(precision, "seconds_of_product", seconds.__getitem__)
     make_trainer(tmp_path, bf16=True)
     is_slow = seconds_in_bf16 == 2.0
     assert ("a product in bfloat16 takes 2.0 times as long" in caplog.text) is is_slow
@@ -471,10 +484,10 @@ def test_mixed_precision_on_a_cpu_is_warned_about_where_products_in_it_are_slowe
 
 
 def test_the_trial_of_a_product_takes_milliseconds_once_in_each_type():
-    cpu_precision.seconds_of_product.cache_clear()
+    precision.seconds_of_product.cache_clear()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        first = cpu_precision.seconds_of_product(dtype)
-        assert 0 < first < 5 and cpu_precision.seconds_of_product(dtype) == first
+        first = precision.seconds_of_product(dtype)
+        assert 0 < first < 5 and precision.seconds_of_product(dtype) == first
 
 
 def test_one_layer_in_16_bits_is_warned_about_with_its_share(tmp_path, caplog):

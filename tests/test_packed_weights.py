@@ -134,6 +134,20 @@ def test_copies_take_no_more_than_they_may():
     assert packed_bytes(model, without=first) == first.weight.nbytes
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_weight_in_the_type_of_autocast_is_packed_as_outside_of_it(bias):
+    packed, layer = PackedWeights(MANY), layer_of(bias=bias, dtype=torch.bfloat16)
+    if bias:
+        layer.bias.data = layer.bias.data.float()  # autocast casts it
+    x = torch.randn(9, layer.in_features)
+    with torch.no_grad(), packed.products(layer), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(pays_after() + 2):
+            y = layer(x)
+    expected = functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert y.dtype == torch.bfloat16 and packed.num_bytes == layer.weight.nbytes
+    check_close(y, expected, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     "what", ["gradients", "autocast", "a sharded weight", "another type", "another device", "another model"]
 )

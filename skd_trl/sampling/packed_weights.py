@@ -96,8 +96,12 @@ class PackedWeights:
 
     def linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`input` (..., I), `weight` (O, I), `bias` (O,): what `torch.nn.functional.linear` gives, up to rounding, (..., O)."""
-        if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return _linear(input, weight, bias)
+        if torch.is_autocast_enabled("cpu"):
+            if weight.dtype != torch.get_autocast_dtype("cpu"):
+                return _linear(input, weight, bias)
+            input, bias = input.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
         copy = self.copies.get(id(weight))
         if copy is None or copy.weight() is not weight or input.dtype != weight.dtype or input.numel() == 0:
             return _unpacked(input, weight, bias)

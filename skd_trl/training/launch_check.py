@@ -5,11 +5,11 @@ from transformers import PreTrainedModel
 
 from ..loss.lm_head import LMHead
 from ..skd_config import SKDConfig
-from .cpu_precision import slower_in_16_bits
 from .distributed import check_connected, check_engine, check_head
 from .engine_settings import check_processes, check_settings
 from .findings import Finding, Verdict, finding_of
-from .trained_parameters import lost_updates, reached_parameters
+from .precision import casts_of_teacher, lost_updates, slower_in_16_bits
+from .trained_parameters import reached_parameters
 
 
 def check_launch(
@@ -21,6 +21,7 @@ def check_launch(
         finding_of("engine", _check_engine, student, teacher, args, accelerator),
         finding_of("trained parameters", reached_parameters, student),
         finding_of("precision", lost_updates, student, accelerator),
+        finding_of("teacher's precision", casts_of_teacher, student, teacher, accelerator),
         finding_of("speed", slower_in_16_bits, accelerator),
     ]
 

@@ -38,13 +38,15 @@ class CopySettings:
 
     @classmethod
     def of(cls, student: nn.Module, args: Any, mixed_precision: str, is_gpu: bool) -> "CopySettings":
-        """As `sampling_copy` and `merge_adapter` of `args` ask; where they are `None`, what pays: on a GPU what is possible."""
+        """As `sampling_copy` and `merge_adapter` of `args` ask; where they are `None`, what is possible: a copy in another type anywhere,
+        a merged adapter on a GPU."""
         if is_sharded(student) or hasattr(student, "set_reshard_after_forward"):
             return cls()
-        pays = is_gpu and not _has_own_forwards(student)
+        is_possible = not _has_own_forwards(student)
         can_cast = mixed_precision in PRECISIONS and any(p.dtype == torch.float32 for p in student.parameters())
-        casts = can_cast and (pays if args.sampling_copy is None else args.sampling_copy)
-        merges = (pays if args.merge_adapter is None else args.merge_adapter) and bool(plain_layers(student)[0])
+        casts = can_cast and (is_possible if args.sampling_copy is None else args.sampling_copy)
+        merges = is_gpu and is_possible if args.merge_adapter is None else args.merge_adapter
+        merges = merges and bool(plain_layers(student)[0])
         return cls(PRECISIONS[mixed_precision] if casts else None, merges)
 
 

@@ -5,7 +5,6 @@ loss to its end and move no weight. So the graph of one small forward is followe
 """
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..sampling.ragged_cache import attention_implementation, eval_mode, sampling_attention
@@ -43,26 +42,6 @@ def check_trained_parameters(student: PreTrainedModel) -> int:
 def reached_parameters(student: PreTrainedModel) -> tuple[Verdict, str]:
     """The finding that there is something to train. Raises as `check_trained_parameters`."""
     return Verdict.GOOD, f"The loss reaches {check_trained_parameters(student)} parameters of the student."
-
-
-def lost_updates(student: PreTrainedModel, accelerator: Accelerator) -> tuple[Verdict, str]:
-    """The finding on trained weights in 16 bits that an optimizer moves as they are. bf16 has three digits:
-    a step below a 500th of a weight, as learning rates for fine-tuning make it, is rounded away."""
-    kind, precision = accelerator.distributed_type, accelerator.mixed_precision
-    good = Verdict.GOOD, "The optimizer moves weights in fp32."
-    if kind == "DEEPSPEED" or (kind == "FSDP" and precision != "no"):  # they keep weights in fp32 for the optimizer
-        return good
-    trained = [p for p in student.parameters() if p.requires_grad]
-    small = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
-    if not small:
-        return good
-    share = sum(p.numel() for p in small) / sum(p.numel() for p in trained)
-    return Verdict.WARNING, (
-        f"{share:.0%} of the weights that are trained are {str(small[0].dtype).removeprefix('torch.')}: most steps at usual learning "
-        "rates are smaller than their rounding, and are lost. Load the student in float32 (dtype=torch.float32, or leave dtype out of "
-        "model_init_kwargs) and leave bf16=True, which computes in bf16 all the same; or train an adapter, or with DeepSpeed, "
-        "which keep weights in float32 for the optimizer."
-    )
 
 
 def _way_out(student: PreTrainedModel) -> str:
