@@ -103,6 +103,17 @@ def test_a_text_depends_neither_on_its_neighbours_nor_on_the_draft_length(pair):
         )
 
 
+@pytest.mark.parametrize("architecture", HYBRIDS)
+@pytest.mark.parametrize("neighbour", [[5, 6], [77, 6], [5, 6, 7]])
+def test_a_prompt_of_one_token_has_no_trace_of_its_neighbour(architecture, neighbour):
+    model = tiny_model(architecture, seed=1)
+    settings = {"rule": ACCEPTANCE_RULES["never"](), "student_sampling": GREEDY, "teacher_sampling": GREEDY}
+    alone, beside = (
+        sample(model, model, prompts, **settings).teacher_hidden_states[0] for prompts in ([[77]], [[77], neighbour])
+    )
+    assert (alone - beside).abs().max() < 1e-4 * alone.abs().max()
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_5_text", "lfm2", "mamba"])
 def test_a_beginning_that_all_prompts_share_is_read_once_where_a_state_can_be_continued(architecture):
     student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)

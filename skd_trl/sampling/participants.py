@@ -196,8 +196,12 @@ class LocalParticipant(Participant):
             groups = groups_of_equal_length(lengths)
         else:
             groups = prefill_groups(lengths, cost_of_forward(self.device))
+        if (
+            self.decoder.states is not None
+        ):  # a prompt of one token has its state already, and beside one of two Mamba 2 reads padding
+            groups = [[j for j in group if lengths[j]] for group in groups]
         for group in groups:
-            if num_tokens := max(lengths[j] for j in group):
+            if num_tokens := max((lengths[j] for j in group), default=0):
                 of_group = ([values[j] for j in group] for values in (places, prompts))
                 forwards.append(partial(self._fill, *of_group, num_tokens))
         return forwards
