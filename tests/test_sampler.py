@@ -281,6 +281,8 @@ def test_an_adapter_takes_part_in_the_draft():
         ([[1, 2]], {"max_rows": 0}, "max_rows=0"),
         ([[1, 2]], {"vocab_size": 300}, "vocab_size=300"),
         ([[1, 2, 250]], {"vocab_size": 100}, "token id 250"),
+        ([[1, 2]], {"noise": torch.rand(1, 9, 3)}, r"\(1, 9, 3\).*1 prompts with max_new_tokens=12"),
+        ([[1, 2], [3]], {"noise": torch.rand(1, 12, 3)}, r"2 prompts with max_new_tokens=12.*torch.rand\(2, 12, 3\)"),
     ],
 )
 def test_input_that_cannot_work_is_refused_with_its_number(prompts, kwargs, message):

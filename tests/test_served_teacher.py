@@ -110,6 +110,37 @@ def test_each_text_is_sent_with_its_proposals_and_none_for_rows_that_ended(model
             assert any(full[: len(kept)] == kept and len(kept) < len(full) for full in texts)
 
 
+class Tight(LocalScorer):
+    """With room for the longest text and the token that vLLM generates, and no more."""
+
+    def __init__(self, model, top_k):
+        super().__init__(model, top_k, V)
+        self.max_length = max(map(len, MIXED)) + 12 + 1
+
+    def score(self, texts, num_scored, keys):
+        assert max(map(len, texts)) < self.max_length
+        return super().score(texts, num_scored, keys)
+
+    def hidden_states(self, texts, num_scored, keys):
+        assert max(map(len, texts)) < self.max_length
+        return super().hidden_states(texts, num_scored, keys)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [5, 12])
+@pytest.mark.parametrize("kind", ["top k", "hidden states"])
+def test_no_text_is_longer_than_the_prompt_and_its_response_whatever_the_draft(model, kind, num_draft_tokens):
+    rule, sampling = ACCEPTANCE_RULES["top_k"](k=100), SamplingParams(0.9)
+    here = sampled(LocalParticipant(model, sampling), rule, sampling, num_draft_tokens)
+    scorer = Tight(model, V)
+    served = ServedTeacher(scorer, sampling)
+    if kind == "hidden states":
+        served = ServedHiddenStates(scorer, LMHead.of(model).logits, sampling, vocab_size=V)
+    there = sampled(served, rule, sampling, num_draft_tokens)
+    assert responses(there, MIXED) == responses(here, MIXED)
+    assert torch.equal(there.replaced, here.replaced) and torch.equal(there.teacher_rank, here.teacher_rank)
+    assert max(len(text) for request in scorer.requests for text in request) == scorer.max_length - 1
+
+
 @pytest.mark.parametrize("kind", ["top k", "hidden states"])
 def test_a_row_that_keeps_nothing_of_a_block_keeps_its_text(monkeypatch, model, kind):
     """Where the student's nucleus does not fit its candidates, the row is judged again from where it was."""

@@ -107,9 +107,15 @@ def interleaved_sample(
     student, teacher = (x if isinstance(x, Participant) else LocalParticipant(x) for x in (student, teacher))
     prompts = Prompts(prompt_ids, prompt_mask)
     _check(student, teacher, prompts, max_new_tokens, execution.max_rows)
+    num_uniforms = len(prompts), max_new_tokens, 3
     if not isinstance(noise, torch.Tensor):
         device = prompt_ids.device if noise is None else noise.device
-        noise = torch.rand((len(prompts), max_new_tokens, 3), generator=noise, device=device)
+        noise = torch.rand(num_uniforms, generator=noise, device=device)
+    elif noise.shape != num_uniforms:
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, but {len(prompts)} prompts with max_new_tokens={max_new_tokens} draw from three "
+            f"numbers a token: pass torch.rand{num_uniforms}, or a generator."
+        )
     draft_length = DraftLength.of(execution.num_draft_tokens)
     if not accept.judges:
         draft_length = DraftLength(draft_length.unjudged)

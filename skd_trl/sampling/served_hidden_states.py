@@ -47,6 +47,8 @@ class ServedHiddenStates(ServedTeacher):
         self.scorer: HiddenStatesScorer = scorer
         self.make_logits = make_logits
 
-    def ask(self, texts: list[list[int]], num_scored: int, keys: list[int], index: torch.Tensor) -> Judgement:
+    def ask(
+        self, texts: list[list[int]], num_scored: int, keys: list[int], index: tuple[torch.Tensor, torch.Tensor]
+    ) -> Judgement:
         states = self.scorer.hidden_states(texts, num_scored, keys)[index].to(self.device)
         return Judgement(self.make_logits(states)[..., : self.num_ids], {"teacher_hidden_states": states})

@@ -83,6 +83,7 @@ class ServedTeacher(Participant):
         # By place: the text, and the prompt that it began with.
         self.texts: list[list[int]] = [[] for _ in range(setting.num_places)]
         self.keys = [-1] * setting.num_places
+        self.max_new_tokens = setting.max_new_tokens
         yield
 
     def admit(self, places: list[int], prompts: list[int]) -> list:
@@ -104,18 +105,25 @@ class ServedTeacher(Participant):
         self.in_use = [place for place in range(num_rows) if self.keys[place] in live]
 
     def judge(self, proposals: torch.Tensor) -> Judgement:
-        host_proposals = proposals.tolist()
+        host_proposals, num_draft = proposals.tolist(), proposals.shape[1]
         is_drafted = bool(host_proposals) and host_proposals[0][0] >= 0
-        texts = [self.texts[place] + (host_proposals[place] if is_drafted else []) for place in self.in_use]
-        keys = [self.keys[place] for place in self.in_use]
-        # An unused place repeats the first answer; nobody reads it.
+        texts, keys, beyond = [], [self.keys[place] for place in self.in_use], []
+        for place, key in zip(self.in_use, keys, strict=True):
+            # Proposals behind the last token of a response are not sent: the server may have no room for them.
+            room = len(self.prompts[key]) + self.max_new_tokens - len(self.texts[place])
+            texts.append(self.texts[place] + (host_proposals[place][:room] if is_drafted else []))
+            beyond.append(max(num_draft - room, 0) if is_drafted else 0)
+        # An unused place repeats the first answer, and a column behind the last token the one before it; nobody reads them.
         where = {place: index for index, place in enumerate(self.in_use)}
-        index = torch.tensor([where.get(place, 0) for place in range(len(host_proposals))])
-        self.judgement = self.ask(texts, proposals.shape[1] if is_drafted else 0, keys, index)
+        row = torch.tensor([[where.get(place, 0)] for place in range(len(host_proposals))])
+        column = (torch.arange(num_draft) + torch.tensor(beyond)[row]).clamp(max=num_draft - 1)
+        self.judgement = self.ask(texts, num_draft if is_drafted else 0, keys, (row, column))
         return self.judgement
 
-    def ask(self, texts: list[list[int]], num_scored: int, keys: list[int], index: torch.Tensor) -> Judgement:
-        """What the server says of the last `num_scored` tokens of these texts, those of `index` (N,)."""
+    def ask(
+        self, texts: list[list[int]], num_scored: int, keys: list[int], index: tuple[torch.Tensor, torch.Tensor]
+    ) -> Judgement:
+        """What the server says of the last `num_scored` tokens of these texts, at the rows (N, 1) and columns (N, G) of `index`."""
         scores = self.scorer.score(texts, num_scored, keys).within(self.num_ids)
         placed = [values[index].to(self.device) for values in vars(scores).values()]
         return TopJudgement(Scores(*placed), self.num_ids)
