@@ -8,13 +8,12 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
-from transformers import TrainerCallback
+from transformers import FalconConfig, FalconForCausalLM, TrainerCallback
 
 from skd_trl import SKDConfig, SKDTrainer
 from skd_trl.sampling.draft_length import Stopwatch
-from skd_trl.training.models import disable_dropout
 
 
 ROWS = [
@@ -675,7 +674,47 @@ def test_models_that_cannot_be_sampled_from_are_refused_with_a_way_out(tmp_path)
         make_trainer(tmp_path, model=without_cache)
 
 
-def test_dropout_goes_but_an_adapters_own_stays():
-    model = torch.nn.ModuleDict({"drop": torch.nn.Dropout(0.1), "lora_dropout": torch.nn.Dropout(0.2)})
-    disable_dropout(model)
-    assert (model["drop"].p, model["lora_dropout"].p) == (0.0, 0.2)
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("opt", {"dropout": 0.1, "attention_dropout": 0.1}),
+        ("llama", {"attention_dropout": 0.3}),
+        ("starcoder2", {"attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}),
+        ("gpt2", {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
+    ],
+)
+def test_a_student_is_trained_without_dropout_wherever_its_class_keeps_it(tmp_path, caplog, architecture, settings):
+    def logits(model):
+        return model(input_ids=torch.arange(1, 41)[None], use_cache=False).logits
+
+    model = tiny_model(architecture, seed=1, **settings).train()
+    assert not torch.equal(logits(model), logits(model))
+    trainer = make_trainer(tmp_path, model=model)
+    expected = logits(trainer.model.eval())
+    assert torch.equal(logits(trainer.model.train()), expected)
+    assert "disable_dropout" not in caplog.text
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_dropout_that_a_class_reads_from_its_config_is_warned_about(tmp_path, caplog, share):
+    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = FalconForCausalLM(FalconConfig(**sizes, max_position_embeddings=256, hidden_dropout=share))
+    make_trainer(tmp_path, model=model, rollout="dataset")
+    message = "FalconForCausalLM reads its dropout from its config in each forward (hidden_dropout=0.2)"
+    assert (message in caplog.text) is (share > 0)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.2),
+        VeraConfig(r=4, target_modules=["q_proj"], vera_dropout=0.2),
+    ],
+    ids=["LoRA", "VeRA"],
+)
+def test_dropout_goes_but_an_adapters_own_stays(tmp_path, caplog, adapter):
+    trainer = make_trainer(tmp_path, model=tiny_model(seed=1, attention_dropout=0.3), peft_config=adapter)
+    assert {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.2}
+    layers = trainer.model.get_base_model().model.layers
+    assert [layer.self_attn.attention_dropout for layer in layers] == [0.0, 0.0]
+    assert "disable_dropout" not in caplog.text

@@ -2,20 +2,28 @@
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
 from .._compat import create_model_from_path, get_config_model_id
+from ..sampling.ragged_cache import eval_mode
+from .distributed import is_sharded
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
     from ..skd_config import SKDConfig
+
+
+logger = get_logger(__name__)
 
 
 def given_model(name: str, model: Any) -> Any:
@@ -100,10 +108,44 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Dropout off, except an adapter's own, which the user asked for in its configuration."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+    """Dropout off, except an adapter's own, which the user asked for in its configuration. Most of transformers' decoders have no module
+    for it, but a number (`self.attention_dropout`); some read it from their config, which says so in a warning."""
+    for module in _modules_without_adapters(model):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+    base = base_model(model)
+    left = {name: value for name, value in vars(base.config.get_text_config()).items() if "drop" in name and value}
+    if left and not is_sharded(model) and _is_random(model, base.device):
+        found = ", ".join(f"{name}={value}" for name, value in left.items())
+        logger.warning(
+            f"disable_dropout=True, but {type(base).__name__} reads its dropout from its config in each forward ({found}), so it stays on "
+            f"and the loss is noisy. Load the model without: from_pretrained(..., {', '.join(f'{name}=0.0' for name in left)})."
+        )
+
+
+@torch.no_grad()
+def _is_random(model: nn.Module, device: torch.device) -> bool:
+    """Whether two forwards in training mode differ, with adapters as in evaluation."""
+    input_ids = torch.arange(1, 17, device=device)[None]
+    with eval_mode(model):
+        for module in (own := list(_modules_without_adapters(model))):
+            module.training = True
+        first, second = (model(input_ids=input_ids, use_cache=False).logits for _ in range(2))
+        for module in own:
+            module.training = False
+    return not torch.equal(first, second)
+
+
+def _modules_without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules in this one but what adapters added."""
+    is_adapter = hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+    if not is_adapter:
+        yield module
+    for child in [module.base_layer] if is_adapter else module.children():
+        yield from _modules_without_adapters(child)
 
 
 def copied_arguments(
