@@ -214,7 +214,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         check_overrides(self, SKDTrainer)
         model = given_model("model", model)
         args = copied_arguments(args, self._config_class, f"-{self._name}", model)
-        scored = train_dataset is not None and has_scores(train_dataset.column_names)
+        scored = has_scores(getattr(train_dataset, "column_names", None))
         student, loaded, tokenizer = load_models(model, teacher_model, processing_class, args, scored)
         name_layers_to_shard(student)
         teachers, self._teacher_names = loaded.models, loaded.names
@@ -354,6 +354,12 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         for name, value in self._given_attributes.items():
             setattr(self, name, value)
         self.seq_kd = self.args.seq_kd
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # `auto_find_batch_size` begins it again, and nothing of a beginning that ran out of memory counts.
+        self._ratios["train"].reset()
+        self._finite_check = FiniteCheck()
+        return super()._inner_training_loop(*args, **kwargs)
 
     # One optimizer step: sample all of it, then train on it.
 

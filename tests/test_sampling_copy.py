@@ -89,6 +89,20 @@ def test_a_trainer_samples_with_the_copy_and_trains_the_student(tmp_path):
     assert losses(trainer)[0] == pytest.approx(losses(plain)[0], rel=0.2)
 
 
+def test_the_copy_of_a_student_whose_adapter_is_tied_as_its_embeddings_are_follows_it():
+    student = tiny_model("llama", seed=1, tie_word_embeddings=True)
+    adapter = LoraConfig(
+        r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True, init_lora_weights=False
+    )
+    student, copies = get_peft_model(student, adapter).eval(), SamplingCopy()
+    for _ in range(2):
+        found = logits(copies.of(student, BF16)).float()
+        assert (found - logits(student)).abs().max() < 0.05 * logits(student).abs().max()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+
 # An adapter merged
 
 

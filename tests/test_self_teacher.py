@@ -93,6 +93,35 @@ def test_the_base_of_a_student_that_came_with_an_adapter_is_the_model_inside(tmp
     )
 
 
+@pytest.mark.parametrize("begin", ["pissa", "pissa_niter_2", "olora", "orthogonal", "gaussian", True, False])
+@pytest.mark.parametrize("comes_with_it", [True, False])
+def test_a_base_of_which_the_adapter_took_a_part_is_refused(tmp_path, begin, comes_with_it):
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=begin)
+    given = {"model": get_peft_model(tiny_model(seed=1), adapter)} if comes_with_it else {"peft_config": adapter}
+    if str(begin).startswith(("pissa", "olora")):
+        with pytest.raises(ValueError, match="without the adapter it is another model.*as teacher_model"):
+            make(tmp_path, teacher_model_kind="base", **given)
+        return
+    teacher = make(tmp_path, teacher_model_kind="base", **given)._inner_teacher
+    ids = torch.arange(1, 20)[None]
+    assert torch.equal(teacher(input_ids=ids).logits, tiny_model(seed=1)(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["base", "ema", "live"])
+def test_a_student_whose_adapter_is_tied_as_its_embeddings_are_is_its_own_teacher(kind):
+    model, ids = tiny_model(seed=1, tie_word_embeddings=True), torch.arange(1, 20)[None]
+    base = model(input_ids=ids).logits
+    adapter = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True, "task_type": "CAUSAL_LM"}
+    student = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **adapter)).eval()
+    before = student(input_ids=ids).logits
+    teacher = self_teacher(student, kind).eval()
+    with torch.no_grad():
+        student.get_input_embeddings().lora_embedding_B["default"].mul_(2)
+    expected = {"base": base, "ema": before, "live": student(input_ids=ids).logits}[kind]
+    assert torch.equal(teacher(input_ids=ids).logits, expected)
+    assert not torch.equal(before, student(input_ids=ids).logits) and not torch.equal(before, base)
+
+
 # Teachers that move
 
 

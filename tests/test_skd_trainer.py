@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 from transformers import FalconConfig, FalconForCausalLM, TrainerCallback
 
@@ -664,6 +664,55 @@ def test_prompt_learning_is_refused_before_training(tmp_path, rollout):
         make_trainer(tmp_path, peft_config=config, rollout=rollout)
     with pytest.raises(ValueError, match="prompt-learning.*Use LoRA"):
         make_trainer(tmp_path, model=get_peft_model(tiny_model(seed=1), config), rollout=rollout)
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "interleaved"])
+def test_an_adapter_that_looks_for_its_invocation_is_refused_before_training(tmp_path, rollout):
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    with pytest.raises(ValueError, match="alora_invocation_tokens.*Leave them out"):
+        make_trainer(tmp_path, peft_config=config, rollout=rollout)
+    with pytest.raises(ValueError, match="alora_invocation_tokens.*Leave them out"):
+        make_trainer(tmp_path, model=get_peft_model(tiny_model(seed=1), config), rollout=rollout)
+
+
+def test_what_adalora_adds_to_another_loss_is_warned_about(tmp_path, caplog):
+    for weight in (0.5, 0.0):
+        caplog.clear()
+        config = AdaLoraConfig(r=4, target_modules=["q_proj"], total_step=10, orth_reg_weight=weight or 1e-9)
+        config.orth_reg_weight = weight
+        make_trainer(tmp_path, peft_config=config)
+        assert ("orth_reg_weight has no effect" in caplog.text) is (weight > 0)
+
+
+@pytest.mark.parametrize("rows", [ROWS, tuple(ROWS), None], ids=["list", "tuple", "None"])
+def test_rows_that_are_no_data_set_are_refused_by_their_type(tmp_path, rows):
+    args = SKDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_new_tokens=8)
+    with pytest.raises((TypeError, ValueError), match=type(rows).__name__.removesuffix("Type")):
+        SKDTrainer(tiny_model(seed=1), tiny_model(seed=2), args, train_dataset=rows, processing_class=byte_tokenizer())
+
+
+def test_a_beginning_that_ran_out_of_memory_has_no_part_in_the_metrics(tmp_path):
+    class SmallMemory(SKDTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if len(inputs["input_ids"]) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    settings = {"trainer_class": SmallMemory, "auto_find_batch_size": True, "per_device_train_batch_size": 8}
+    found, small = (
+        make_trainer(tmp_path, max_steps=2, **settings),
+        make_trainer(tmp_path, max_steps=2, per_device_train_batch_size=2),
+    )
+    logs = []
+    for trainer in (found, small):
+        trainer.train()
+        logs.append(
+            [
+                {name: log[name] for name in ("loss", "response_length", "tokens_per_round")}
+                for log in trainer.state.log_history[:2]
+            ]
+        )
+    assert logs[0] == logs[1]
 
 
 def test_models_that_cannot_be_sampled_from_are_refused_with_a_way_out(tmp_path):

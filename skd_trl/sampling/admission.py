@@ -97,11 +97,16 @@ def check_one_device(name: str, model: nn.Module) -> None:
 
 
 def check_adapter(peft_config) -> None:
-    """Raises `ValueError` for an adapter (a `PeftConfig`, or `None`) that adds tokens to the sequence."""
+    """Raises `ValueError` for an adapter (a `PeftConfig`, or `None`) that adds tokens to the sequence, or looks for some in it."""
     if peft_config is not None and peft_config.is_prompt_learning:
         raise ValueError(
             f"{peft_config.peft_type} is a prompt-learning adapter, whose virtual tokens shift every position. Use LoRA or "
             "another adapter that leaves the sequence as it is."
+        )
+    if getattr(peft_config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "alora_invocation_tokens makes an adapter (aLoRA) that acts from these tokens on and looks for them in the whole text, but a "
+            "response is sampled on a cache, a few tokens at a time, where it would act elsewhere than in the loss. Leave them out (LoRA)."
         )
 
 

@@ -53,14 +53,14 @@ class Copy:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> "Copy":
-        return cls(ref(weight), weight.data_ptr(), weight._version, _some_numbers(weight))
+        return cls(ref(weight), weight.data_ptr(), weight._version, some_numbers(weight))
 
     @property
     def is_of_weight_as_it_is(self) -> bool:
         weight = self.weight()
         if weight is None or weight.untyped_storage().nbytes() < weight.nbytes:  # freed by an engine that gathers it
             return False
-        return torch.equal(self.numbers, _some_numbers(weight))
+        return torch.equal(self.numbers, some_numbers(weight))
 
 
 class PackedWeights:
@@ -175,10 +175,11 @@ def host_bytes() -> int:
     return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def some_numbers(weight: torch.Tensor) -> torch.Tensor:
+    """A few numbers of a tensor, by which it is seen whether somebody has changed it."""
+    return weight.detach().flatten()[:: max(weight.numel() // NUM_LOOKED_AT, 1)].clone()
+
+
 def _unpacked(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The product with a weight as it lies."""
     return (few_rows.linear if few_rows.other_order_is_faster() else _linear)(input, weight, bias)
-
-
-def _some_numbers(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().flatten()[:: max(weight.numel() // NUM_LOOKED_AT, 1)].clone()

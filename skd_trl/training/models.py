@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
@@ -124,6 +125,14 @@ def disable_dropout(model: nn.Module) -> None:
             f"disable_dropout=True, but {type(base).__name__} reads its dropout from its config in each forward ({found}), so it stays on "
             f"and the loss is noisy. Load the model without: from_pretrained(..., {', '.join(f'{name}=0.0' for name in left)})."
         )
+
+
+def copy_around(model: nn.Module, copies: dict[int, Any]) -> nn.Module:
+    """A deep copy of a model in which what has one of these ids is what `copies` says. Tensors that a layer keeps and that are results of
+    others (peft keeps views of a tied adapter) cannot be copied and are shared."""
+    kept = [value for module in model.modules() for value in tree_leaves(vars(module))]
+    results = {id(value): value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf}
+    return copy.deepcopy(model, {**results, **copies})
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ A merged weight is rounded once to the type it is computed in, as activations ar
 student's up to rounding. So a response may differ where two logits nearly tie, and is as much the student's as with another batch size.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from .distributed import is_sharded, shards_the_student
 from .merged_adapter import plain_layer, plain_layers, write_weight
+from .models import copy_around
 
 
 logger = get_logger(__name__)
@@ -120,7 +120,7 @@ class SamplingCopy:
                 )
             merged, others = plain_layers(student) if settings.merges_adapter else ({}, {})
             self._merged = [(layer, plain_layer(layer, settings.dtype)) for layer in merged.values()]
-            # What is in here is not copied by deepcopy but taken for the copy.
+            # What is in here is not copied but taken for the copy.
             copies: dict[int, Any] = {id(layer): plain for layer, plain in self._merged}
             self._pairs = []
             for weight in _outside(student, merged):
@@ -129,7 +129,7 @@ class SamplingCopy:
                     own = nn.Parameter(weight.detach().to(settings.dtype, copy=True), requires_grad=False)
                     self._pairs.append((own, weight))
                 copies[id(weight)] = own
-            self._model = copy.deepcopy(student, copies)
+            self._model = copy_around(student, copies)
             vars(self._model).pop("forward", None)  # accelerate's, which runs the original under autocast
             if others:
                 named = "; ".join(f"{name} ({reason})" for name, reason in list(others.items())[:5])

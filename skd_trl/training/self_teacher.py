@@ -6,7 +6,6 @@ without it; `live` shares everything and moves with the optimizer; `ema` has its
 none of them moves: responses are sampled and learned from before the optimizer does.
 """
 
-import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..sampling.packed_weights import some_numbers
 from .distributed import is_sharded, shards_the_student
+from .models import copy_around
 
 
 AVERAGE_FILE = "teacher_ema.safetensors"
+# LoRA initialisations that subtract from the frozen weight what the adapter begins with.
+TAKES_A_PART = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_NOT_THE_BASE = (
+    "teacher_model_kind='base' is the student without its adapter, but {found}, so without the adapter it is another model than it was. Use "
+    "an initialisation that leaves the weights as they are (init_lora_weights=True), or give the base model as teacher_model."
+)
 
 
 def self_teacher(student: nn.Module, kind: str) -> PreTrainedModel:
@@ -34,7 +41,7 @@ def self_teacher(student: nn.Module, kind: str) -> PreTrainedModel:
             `"base"`, `"ema"` or `"live"`.
 
     Raises:
-        `ValueError`: for a `base` whose adapter also trains weights of the model itself.
+        `ValueError`: for a `base` whose adapter also trains weights of the model itself, or was begun by taking a part out of them.
     """
     parameters = list(student.parameters())
     has_adapter = hasattr(student, "peft_config") and hasattr(student, "get_base_model")
@@ -44,6 +51,12 @@ def self_teacher(student: nn.Module, kind: str) -> PreTrainedModel:
         return _copy_sharing(student, [p for p in parameters if not p.requires_grad]).requires_grad_(False)
     if not has_adapter:
         return _copy_sharing(student, []).requires_grad_(False)
+    for config in student.peft_config.values():
+        begun = getattr(config, "init_lora_weights", None)
+        if isinstance(begun, str) and begun.lower().startswith(TAKES_A_PART):
+            raise ValueError(
+                _NOT_THE_BASE.format(found=f"init_lora_weights={begun!r} takes a part out of its weights")
+            )
     teacher: Any = _copy_sharing(student, parameters)
     # `unload` would leave the trained copy of a module in modules_to_save in its place.
     for name, module in list(teacher.named_modules()):
@@ -60,9 +73,24 @@ def self_teacher(student: nn.Module, kind: str) -> PreTrainedModel:
     return teacher
 
 
+class WeightsAsLoaded:
+    """What a model's weights were before it got an adapter, as far as a few numbers of each tell."""
+
+    def __init__(self, model: nn.Module):
+        self.numbers = {weight: some_numbers(weight).cpu() for weight in model.parameters()}
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`: if the adapter has changed them, so the model without it is another one.
+        """
+        if not all(torch.equal(some_numbers(weight).cpu(), numbers) for weight, numbers in self.numbers.items()):
+            raise ValueError(_NOT_THE_BASE.format(found="its adapter began by changing its weights"))
+
+
 def _copy_sharing(model: nn.Module, shared: Iterable[nn.Parameter]) -> PreTrainedModel:
     """A copy of the module around the same `shared` parameters."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in shared})  # type: ignore[return-value]
+    return copy_around(model, {id(parameter): parameter for parameter in shared})  # type: ignore[return-value]
 
 
 def check_self_teacher(kind: str, accelerator: Accelerator, student: nn.Module) -> None:

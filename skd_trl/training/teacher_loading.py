@@ -23,7 +23,7 @@ from .memory_plan import shards_teacher
 from .models import given_model, load_student, load_tokenizer, with_options
 from .pair_check import check_teacher_differs
 from .quantised import keep_gradients
-from .self_teacher import SharedTensors, StudentAverage, check_self_teacher, self_teacher
+from .self_teacher import SharedTensors, StudentAverage, WeightsAsLoaded, check_self_teacher, self_teacher
 from .served import RemoteHiddenStates, RemoteTeacher, check_server, connect, fetched_head
 from .teacher_weights import check_teacher_device, load_in_shards, load_teacher
 from .teachers import OneTeacher, RecordedTeacher, Teacher, TeacherElsewhere, TeachersByRow
@@ -36,12 +36,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LoadedTeacher:
     """What was given as the teacher. `models` are those to check and to ask for sizes: the student itself where there is no second
-    model; `names` are those of several."""
+    model; `names` are those of several. `base` are the student's weights where the teacher will be the student without its adapter."""
 
     models: list[PreTrainedModel]
     names: tuple[str, ...]
     is_served: bool
     is_recorded: bool
+    base: WeightsAsLoaded | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def load_models(
             "rollout='dataset' (and lmbda and seq_kd at their defaults), or give a teacher_model."
         )
     models = [teacher, *(load_pair(student, other, tokenizer, args)[1] for other in others)]
-    return student, LoadedTeacher(models, tuple(named), is_served, is_recorded), tokenizer
+    base = WeightsAsLoaded(student) if args.teacher_model_kind == "base" else None
+    return student, LoadedTeacher(models, tuple(named), is_served, is_recorded, base), tokenizer
 
 
 def connected(
@@ -131,7 +133,7 @@ def place_teacher(
             )
         return PlacedTeacher(RecordedTeacher())
     if args.teacher_model_kind is not None:
-        return _placed_self_teacher(student, args, accelerator, has_own_prompts)
+        return _placed_self_teacher(loaded.base, student, args, accelerator, has_own_prompts)
     models = [load_in_shards(one, args, accelerator) if is_stand_in(one) else one for one in loaded.models]
     device = None if args.teacher_device is None else torch.device(args.teacher_device)
     if device is not None:
@@ -155,11 +157,17 @@ def place_teacher(
 
 
 def _placed_self_teacher(
-    student: nn.Module, args: "SKDConfig", accelerator: Accelerator, has_own_prompts: bool
+    base: WeightsAsLoaded | None,
+    student: nn.Module,
+    args: "SKDConfig",
+    accelerator: Accelerator,
+    has_own_prompts: bool,
 ) -> PlacedTeacher:
     kind = args.teacher_model_kind
     assert kind is not None
     check_self_teacher(kind, accelerator, student)
+    if base is not None:
+        base.check()
     inner = self_teacher(student, kind)
     require([check_teacher_differs(kind, has_own_prompts)])
     average = None

@@ -41,7 +41,14 @@ def check_trained_parameters(student: PreTrainedModel) -> int:
 
 def reached_parameters(student: PreTrainedModel) -> tuple[Verdict, str]:
     """The finding that there is something to train. Raises as `check_trained_parameters`."""
-    return Verdict.GOOD, f"The loss reaches {check_trained_parameters(student)} parameters of the student."
+    found = f"The loss reaches {check_trained_parameters(student)} parameters of the student."
+    configs = getattr(student, "peft_config", {}).values()
+    if any(getattr(config, "orth_reg_weight", None) for config in configs):
+        return Verdict.WARNING, (
+            f"{found} AdaLoRA's orth_reg_weight has no effect: peft adds its term to the loss that it computes from labels, and a "
+            "distillation has another loss. Set it to 0, or train a LoRA adapter."
+        )
+    return Verdict.GOOD, found
 
 
 def _way_out(student: PreTrainedModel) -> str:
