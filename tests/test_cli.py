@@ -23,6 +23,8 @@ import skd_trl
 from skd_trl import SKDConfig
 from skd_trl.__main__ import COMMANDS, main
 from skd_trl.commands import check, options, rows, train, train_options, train_rows, watch
+from skd_trl.data.dataset import prepare_dataset
+from skd_trl.data.row_rules import RowRules
 from skd_trl.training.run_files import read_logs
 
 
@@ -364,6 +366,25 @@ def test_columns_become_conversations_by_templates():
     ):
         with pytest.raises(ValueError, match=message):
             rows.from_templates(dataset, prompt_template, completion_template)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_null_in_a_column_of_a_template_leaves_the_text_empty_and_the_row_is_named(is_stream):
+    dataset = Dataset.from_list([{"d": "hi", "s": "x"}, {"d": None, "s": "y"}, {"d": "ho", "s": None}])
+    made = rows.from_templates(
+        dataset.to_iterable_dataset() if is_stream else dataset, "Summarize: {d} ({d})", "It says {s}"
+    )
+    texts = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in made]
+    assert texts == [("Summarize: hi (hi)", "It says x"), ("", "It says y"), ("Summarize: ho (ho)", "")]
+
+
+@pytest.mark.parametrize("null, problem", [("d", "have no prompt"), ("s", "have no reference response")])
+def test_a_null_in_a_column_of_a_template_is_reported_by_row(null, problem):
+    dataset = Dataset.from_list([{"d": "hi", "s": "x"}, {"d": "hi", "s": "x", null: None}])
+    tokenizer = byte_tokenizer()
+    rules = RowRules(None, None, needs_response=True, eos_token_ids=(tokenizer.eos_token_id,))
+    with pytest.raises(ValueError, match=f"1 of 2 rows of the train data set {problem}.* Row 1. "):
+        prepare_dataset(rows.from_templates(dataset, "Summarize: {d}", "It says {s}"), tokenizer, rules)
 
 
 # The commands on tiny models

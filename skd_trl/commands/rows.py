@@ -109,7 +109,8 @@ def from_templates(
     rows: Dataset | IterableDataset, prompt: str | None, completion: str | None
 ) -> Dataset | IterableDataset:
     """Rows of any columns as conversations: `prompt` and `completion` are texts in which `{column}` is replaced by the row's value.
-    Without `completion` the rows are prompts alone.
+    Without `completion` the rows are prompts alone. Where a column that a template names is null, the prompt or the response is empty, whatever
+    else the template holds, and the row counts as one without it.
 
     Raises:
         `ValueError`: for a template that names no column, or one that the rows lack.
@@ -117,20 +118,27 @@ def from_templates(
     if prompt is None:
         raise ValueError("completion_template needs a prompt_template beside it.")
     columns = rows.column_names or list(next(iter(rows), {}))
+    named = {}
     for name, template in (("prompt_template", prompt), ("completion_template", completion)):
+        if template is None:
+            continue
         try:
-            named = [field for _, field, *_ in Formatter().parse(template or "") if field is not None]
+            named[template] = [field for _, field, *_ in Formatter().parse(template) if field is not None]
         except ValueError as error:
             raise ValueError(f"{name}={template!r} cannot be read: {error}. Write {{{{ for a brace.") from error
-        if missing := [field for field in named if field not in columns]:
+        if missing := [field for field in named[template] if field not in columns]:
             raise ValueError(f"{name} names {missing}, and the rows have the columns {columns}.")
-        if template is not None and not named:
+        if not named[template]:
             raise ValueError(f"{name}={template!r} names no column; write one of {columns} in braces.")
 
+    def filled(template: str, row: dict) -> str:
+        has_null = any(row[field] is None for field in named[template])
+        return "" if has_null else template.format(**row).strip()
+
     def as_conversation(row: dict) -> dict:
-        turns = {"prompt": [{"role": "user", "content": prompt.format(**row).strip()}]}
+        turns = {"prompt": [{"role": "user", "content": filled(prompt, row)}]}
         if completion is not None:
-            turns["completion"] = [{"role": "assistant", "content": completion.format(**row).strip()}]
+            turns["completion"] = [{"role": "assistant", "content": filled(completion, row)}]
         return turns
 
     return rows.map(as_conversation, remove_columns=columns)
