@@ -158,6 +158,14 @@ def test_what_is_written_is_the_teachers_top_k_beside_the_rows(tmp_path):
         np.testing.assert_allclose(row["teacher_label_log_probs"], own, atol=1e-4)
 
 
+def test_a_column_of_the_rows_may_have_any_name(tmp_path):
+    names = ("result", "row", "problem", "detail", "notes", "prompt_ids", "labels")
+    rows = [{**row, **{name: f"{name} {number}" for name in names}} for number, row in enumerate(ROWS)]
+    expected = scored(tmp_path / "plain").to_list()
+    for number, (row, plain) in enumerate(zip(scored(tmp_path / "named", rows).to_list(), expected, strict=True)):
+        assert row == {**plain, **{name: f"{name} {number}" for name in names}}
+
+
 def test_a_killed_run_goes_on_where_it_was_with_any_number_of_processes(tmp_path, monkeypatch):
     whole = scored(tmp_path / "whole", rows_per_file=2)
     original, calls = scoring._scored, []

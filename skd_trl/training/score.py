@@ -116,15 +116,15 @@ def score(
             continue
         start = block * options.rows_per_file
         numbers = range(start, min(start + options.rows_per_file, len(dataset)))
-        rows, scored = [], []
+        pairs, scored = [], []
         for number, row in zip(numbers, dataset.select(numbers), strict=True):
             (result,) = tokenize_row(row, tokenizer=tokenizer, rules=rules)
             if not result["problem"]:
-                rows.append({**dict(row), "result": result})
+                pairs.append((row, result))
             elif result["problem"] not in LEFT_OUT:  # those are rows whose prompts are too long
                 raise ValueError(f"Row {number} cannot be scored: {result['detail']} Change or remove it.")
-        for first in range(0, len(rows), options.batch_size):
-            scored += _scored(rows[first : first + options.batch_size], model, tokenizer, vocab_size, options.top_k)
+        for first in range(0, len(pairs), options.batch_size):
+            scored += _scored(pairs[first : first + options.batch_size], model, tokenizer, vocab_size, options.top_k)
         table = Dataset.from_dict({name: [row[name] for row in scored] for name in features}, features=features)
         part = directory / f"{file.name}.{process[0]}.partial"
         table.to_parquet(part)
@@ -191,18 +191,19 @@ def _rules(model, tokenizer, vocab_size: int, options: ScoreOptions) -> RowRules
 
 
 @torch.no_grad()
-def _scored(rows: list[dict[str, Any]], model, tokenizer, vocab_size: int, top_k: int) -> Iterator[dict[str, Any]]:
-    """The rows of one forward, with their scores and what the teacher read."""
+def _scored(
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]], model, tokenizer, vocab_size: int, top_k: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of one forward, with their scores and what the teacher read; each comes with its ids, as `tokenize_row` makes them."""
     collate = DataCollatorForDistillation(pad_token_id(tokenizer, vocab_size))
-    batch = {name: values.to(model.device) for name, values in collate([row["result"] for row in rows]).items()}
+    batch = {name: values.to(model.device) for name, values in collate([result for _, result in pairs]).items()}
     tokens = ResponseTokens.of(batch)
     hidden = hidden_states(model, model, batch, tokens)
     top = top_log_probs(hidden, LMHead.of(model), tokens.labels, top_k, vocab_size)
     columns = [tokens.as_rows(values.float() if values.is_floating_point() else values).cpu()
                for values in (top.ids, top.log_probs, top.label_log_probs)]  # fmt: skip
     digest = vocabulary_digest(tokenizer)
-    for i, row in enumerate(rows):
-        result = row.pop("result")
+    for i, (row, result) in enumerate(pairs):
         num_tokens = len(result["response_ids"])
         scores = {name: values[i, :num_tokens].numpy() for name, values in zip(SCORES, columns, strict=True)}
         read = {
