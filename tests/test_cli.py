@@ -259,6 +259,30 @@ def test_a_run_is_resumed_from_its_last_whole_checkpoint_or_the_one_that_is_name
         train.checkpoint_to_resume(SKDConfig(str(tmp_path), resume_from_checkpoint="x", use_cpu=True, bf16=False))
 
 
+CUT = {"missing": None, "empty": "", "cut": '{"log_history": [{"lo', "no state": "3"}
+
+
+@pytest.mark.parametrize("content", CUT.values(), ids=CUT)
+def test_a_checkpoint_whose_state_was_cut_is_left_out_and_named(content, tmp_path, caplog):
+    for step in (4, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step == 4 or content is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}" if step == 4 else content)
+    settings = {"use_cpu": True, "bf16": False}
+    args = SKDConfig(str(tmp_path), resume_from_checkpoint="true", **settings)
+    assert train.checkpoint_to_resume(args) == str(tmp_path / "checkpoint-4")
+    said = [message for message in caplog.messages if "left out" in message]
+    reason = "is missing" if content is None else "cannot be read to its end"
+    assert len(said) == 2 and all(f"its trainer_state.json {reason}" in message for message in said)
+    assert "checkpoint-12 " in said[0] and "checkpoint-10 " in said[1]
+    named = SKDConfig(str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-12"), **settings)
+    with pytest.raises(ValueError, match="checkpoint-12' has no trainer_state.json .* has checkpoint-4.$"):
+        train.checkpoint_to_resume(named)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match="has no whole checkpoint, so start without it"):
+        train.checkpoint_to_resume(args)
+
+
 def test_modules_in_the_current_folder_are_found(tmp_path, monkeypatch, capsys):
     (tmp_path / "metric_in_the_folder.py").write_text("def length(predictions, targets): return [1.0]")
     monkeypatch.chdir(tmp_path)

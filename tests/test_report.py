@@ -196,6 +196,22 @@ def test_a_killed_run_is_as_long_as_it_was_to_be_where_a_checkpoint_went_as_far_
     assert "Not finished: step 4 of 6" in (run_dir / "samples.html").read_text()
 
 
+CUT = {"empty": b"", "cut": b'{"log_history": [{"lo', "zeros": b"\0" * 64, "no state": b"3"}
+
+
+@pytest.mark.parametrize("content", CUT.values(), ids=CUT)
+def test_a_state_that_was_cut_while_it_was_written_is_left_out(run_dir, content):
+    (run_dir / "checkpoint-40").mkdir()
+    (run_dir / "checkpoint-40" / "trainer_state.json").write_bytes(content)
+    assert report.read_run(run_dir).last_step == 30
+    (run_dir / "trainer_state.json").write_bytes(content)
+    (run_dir / "logs.jsonl").write_text(json.dumps({"step": 12, "loss": 0.5}))
+    assert report.read_run(run_dir).history == [{"step": 12, "loss": 0.5}]
+    (run_dir / "logs.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="no trainer_state.json that can be read"):
+        report.read_run(run_dir)
+
+
 @pytest.mark.slow
 def test_the_page_fits_a_phone_and_a_desk_in_both_themes(run_dir):
     """Needs playwright and chromium."""

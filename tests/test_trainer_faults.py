@@ -84,6 +84,21 @@ def test_a_step_that_spoils_the_student_leaves_the_checkpoint_before_it(tmp_path
         )
 
 
+def test_a_run_is_resumed_from_the_checkpoint_before_one_that_was_cut(tmp_path, caplog):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, **settings).train()
+    state = tmp_path / "out" / "checkpoint-2" / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:100])
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    assert any("checkpoint-2 is left out" in message for message in caplog.messages)
+    for step in (1, 2):
+        (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text("")
+    with pytest.raises(ValueError, match="has no whole checkpoint to resume from"):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
 def test_a_student_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.save_model()

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from .._compat import SFTConfig, SFTTrainer
+from ..training.run_files import read_if_whole
 
 
 STAGES = {"student": "model_init_kwargs", "teacher": "teacher_model_init_kwargs"}
@@ -37,7 +38,7 @@ def supervised_stage(
     recipe = {"model": model, "fields": fields, "data": data, "num_rows": len(rows)}
     recipe = json.loads(json.dumps(recipe, default=str))
     done = target / "supervised_stage.json"
-    if done.exists() and json.loads(done.read_text()) == recipe:
+    if read_if_whole(done) == recipe:
         print(f"{role}: fine-tuned before, in {target}")
         return str(target)
     trainer = SFTTrainer(

@@ -4,7 +4,6 @@ Ends with a table (before, after, change) on held-out prompts, and leaves metric
 directory. On several GPUs: `accelerate launch -m skd_trl train --config ...`.
 """
 
-import re
 import shlex
 import sys
 import time
@@ -27,6 +26,7 @@ from ..skd_trainer import SKDTrainer
 from ..training.console import LogLine
 from ..training.engine_settings import check_processes
 from ..training.run_files import LogFile, run_settings, write_settings
+from ..training.whole_checkpoints import is_whole, last_whole_checkpoint, whole_checkpoints
 from .loading import check_folder, naming
 from .options import Command, for_this_machine
 from .supervised import supervised_stage
@@ -61,24 +61,23 @@ def check_names(training_args: SKDConfig, model_args: ModelConfig) -> None:
 
 
 def checkpoint_to_resume(args: SKDConfig) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` names; `true` is the last whole one of `output_dir`: the Trainer writes its state
-    last, so a run that was killed while it saved leaves a folder without one."""
+    """The checkpoint that `resume_from_checkpoint` names; `true` is the newest one of `output_dir` that is whole.
+
+    Raises:
+        `ValueError`: if it is not there, or not whole; the message names those that are.
+    """
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    by_step = {
-        int(found[1]): path
-        for path in Path(args.output_dir).glob("checkpoint-*")
-        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    whole = [by_step[step] for step in sorted(by_step) if (by_step[step] / "trainer_state.json").exists()]
-    if str(wanted).lower() == "true" and whole:
-        return str(whole[-1])
-    if Path(wanted).is_dir():
+    if str(wanted).lower() == "true" and (newest := last_whole_checkpoint(args.output_dir)) is not None:
+        return str(newest)
+    if is_whole(Path(wanted)):
         return wanted
+    found = "has no trainer_state.json that can be read to its end" if Path(wanted).is_dir() else "is no folder"
+    whole = ", ".join(path.name for path in whole_checkpoints(args.output_dir))
     raise ValueError(
-        f"resume_from_checkpoint={wanted!r} is no folder; {args.output_dir} has "
-        f"{', '.join(path.name for path in whole) or 'no whole checkpoint, so start without it'}."
+        f"resume_from_checkpoint={wanted!r} {found}; {args.output_dir} has "
+        f"{whole or 'no whole checkpoint, so start without it'}."
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..training.run_files import EVALUATION, LOGS, read_logs
+from ..training.run_files import EVALUATION, LOGS, read_if_whole, read_logs
 from .page import render_page
 from .plots import plot_training, series
 
@@ -61,32 +61,29 @@ def write_report(run_dir: Path) -> list[Path]:
 
 def read_run(run_dir: Path) -> Run:
     """All that the report shows of a run."""
-    evaluation = read_json(run_dir / EVALUATION)
+    evaluation = read_if_whole(run_dir / EVALUATION) or {}
     return Run(
         name=run_dir.resolve().name,
         history=read_history(run_dir),
         completions=read_completions(run_dir),
         evaluation={key: value for key, value in evaluation.items() if key != "examples"},
-        examples=evaluation.get("examples") or examples_before(read_json(run_dir / "before.json")),
+        examples=evaluation.get("examples") or examples_before(read_if_whole(run_dir / "before.json") or {}),
     )
 
 
 def read_history(run_dir: Path) -> list[dict]:
-    """The log that goes furthest: that of the run's end, of a checkpoint, or the one that was written while the run went on."""
+    """The log that goes furthest: that of the run's end, of a checkpoint, or the one that was written while the run went on. A state
+    that was cut, as by a full disk, is left out."""
     paths = [*run_dir.glob("trainer_state.json"), *run_dir.glob("checkpoint-*/trainer_state.json")]
-    states = [json.loads(path.read_text()) for path in paths]
+    states = [state for path in paths if (state := read_if_whole(path)) is not None]
     logs = [[*state["log_history"], {"max_steps": state.get("max_steps", 0)}] for state in states]
     logs = [log for log in (*logs, read_logs(run_dir / LOGS)) if any("step" in entry for entry in log)]
     if not logs:
         raise FileNotFoundError(
-            f"{run_dir} holds no logs.jsonl and no trainer_state.json, nor does a checkpoint in it, so there is no log to report. Give "
+            f"{run_dir} holds no logs.jsonl and no trainer_state.json that can be read, nor does a checkpoint in it, so there is no log to report. Give "
             "the output directory of a run by `skd train`, or of one that called trainer.save_state() or saved a checkpoint."
         )
     return max(logs, key=lambda log: (max(entry.get("step", 0) for entry in log), len(log)))
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_completions(run_dir: Path) -> pd.DataFrame:

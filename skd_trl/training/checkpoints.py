@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from ..sampling.draft_length import DraftLength
 from ..skd_config import SKDConfig
+from .run_files import read_if_whole
 
 
 def save_draft_length(policy: DraftLength, checkpoint: str, accelerator: Accelerator, args: SKDConfig) -> None:
@@ -24,11 +25,9 @@ def save_draft_length(policy: DraftLength, checkpoint: str, accelerator: Acceler
 
 def load_draft_length(policy: DraftLength, checkpoint: str, accelerator: Accelerator, args: SKDConfig) -> None:
     """Gives the policy what this process saved there, if forwards take the times that they took."""
-    file = _file(checkpoint, accelerator)
-    if file.exists():
-        content = json.loads(file.read_text())
-        if content["measured_on"] == _circumstances(accelerator, args):
-            policy.load_state_dict(content["state"])
+    content = read_if_whole(_file(checkpoint, accelerator))
+    if content is not None and content["measured_on"] == _circumstances(accelerator, args):
+        policy.load_state_dict(content["state"])
 
 
 def _file(checkpoint: str, accelerator: Accelerator) -> Path:

@@ -43,6 +43,15 @@ class LogFile(TrainerCallback):
                 file.write(json.dumps({**logs, "step": state.global_step, "max_steps": state.max_steps}) + "\n")
 
 
+def read_if_whole(path: Path) -> dict[str, Any] | None:
+    """What a JSON file of a run holds; `None` if it is not there, or was cut when the run was killed or the disk was full."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def read_logs(path: Path) -> list[dict]:
     """The logs of a run so far; a line that was cut when the run was killed is left out."""
     entries = []

@@ -7,11 +7,25 @@ from transformers import Trainer
 from .checkpoints import load_draft_length, save_draft_length
 from .finite_check import require_finite_weights
 from .saved_weights import check_saved, whole_parameters, whole_weights, writes_shards
+from .whole_checkpoints import last_whole_checkpoint
 
 
 class SavedRun(Trainer):
     """Saves what a user and a resumed run need.
     A part of [`~skd_trl.SKDTrainer`], whose attributes it uses."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As [`~transformers.Trainer.train`]; `True` resumes from the newest checkpoint that is whole.
+
+        Raises:
+            `ValueError`: if there is none.
+        """
+        if resume_from_checkpoint is True:
+            newest = last_whole_checkpoint(self.args.output_dir)
+            if newest is None:
+                raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from; start without one.")
+            resume_from_checkpoint = str(newest)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
