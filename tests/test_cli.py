@@ -136,6 +136,9 @@ def test_a_wrong_command_gives_one_line_with_a_hint_and_exit_code_2(
     assert message in output and "Traceback" not in output
 
 
+SCORED = ["--model", "m", "--dataset", "x.jsonl", "--output_dir", "scores"]
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -144,6 +147,10 @@ def test_a_wrong_command_gives_one_line_with_a_hint_and_exit_code_2(
             "unexpected 'beta'; min_prob takes alpha.",
         ),
         (["watch", "--num_draft_tokens", "0"], "num_draft_tokens='0' must be at least 1, or 'auto'."),
+        (["watch", "--max_new_tokens", "0"], "max_new_tokens=0 must be at least 1."),
+        (["score", *SCORED, "--max_response_length", "0"], "max_response_length=0 must be at least 1."),
+        (["score", *SCORED, "--batch_size", "0"], "batch_size=0 must be at least 1."),
+        (["serve", "--model", "m", "--top_k", "0"], "top_k=0 must be at least 1."),
         (["watch", "--accept", "best"], "accept='best' is unknown; choose one of top_k"),
         (["evaluate", "--dataset_name", "x", "--metrics", "bleu"], "metric 'bleu' is unknown"),
         (["evaluate", "--dtype", "int4"], "invalid choice: 'int4' (choose from 'auto', 'float32'"),

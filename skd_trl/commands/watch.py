@@ -72,6 +72,8 @@ class WatchArguments:
             str(self.num_draft_tokens).isdecimal() and int(self.num_draft_tokens)
         ):
             raise ValueError(f"num_draft_tokens={self.num_draft_tokens!r} must be at least 1, or {AUTO!r}.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
         if isinstance(self.accept_kwargs, str):
             self.accept_kwargs = json.loads(self.accept_kwargs)
         self.rule()

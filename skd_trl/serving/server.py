@@ -40,7 +40,10 @@ from .worker import ASKED, EXTENSION
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until it is stopped."""
-    options, of_engine = _parser().parse_known_args(arguments)
+    parser = _parser()
+    options, of_engine = parser.parse_known_args(arguments)
+    if options.top_k < 1:
+        parser.error(f"top_k={options.top_k} must be at least 1.")
     # The one whose hidden states `worker.py` finds; read when vLLM is imported.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     try:

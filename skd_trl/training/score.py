@@ -67,9 +67,10 @@ class ScoreOptions:
     chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self):
-        for name in ("top_k", "rows_per_file", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("top_k", "rows_per_file", "batch_size", "max_response_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
 
 
 def score(
