@@ -5,7 +5,7 @@ import logging
 import pickle
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from tiny import CHATML, EOS, byte_tokenizer
 from torch.utils.data import DataLoader
@@ -102,6 +102,14 @@ def test_a_prompt_keeps_its_room_however_long_its_reference_is():
 def test_a_row_without_a_prompt_is_an_error_that_names_it(prompt):
     with pytest.raises(ValueError, match="1 of 3 rows of the train data set have no prompt.*Row 1."):
         prepare([GOOD, {"prompt": prompt, "completion": "4"}, GOOD])
+
+
+def test_data_sets_of_different_forms_may_be_concatenated_in_any_order():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    forms = [Dataset.from_list([{"messages": turns}]), Dataset.from_list([{"prompt": "q", "completion": "a"}])]
+    alone = [prepare(form)[0] for form in forms]
+    assert list(prepare(concatenate_datasets(forms))) == alone
+    assert list(prepare(concatenate_datasets(forms[::-1]))) == alone[::-1]
 
 
 def test_a_row_without_a_reference_is_an_error_only_where_references_are_needed():

@@ -332,6 +332,7 @@ def test_the_ratio_of_sums_is_that_of_a_plain_loop_and_rows_without_weight_have_
 def test_people_are_shown_the_prompt_that_the_models_read():
     """Some sets have the first question as `prompt` beside all turns; the turns are what counts, for both."""
     turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
+    assert prompt_text({"prompt": "u", "messages": None}) == "u"
     assert prompt_text({"prompt": "u", "messages": turns}) == "user: u\n\nassistant: a\n\nuser: u"
     assert (
         prompt_text({"prompt": turns[:1]})

@@ -95,6 +95,14 @@ def test_each_answer_of_a_conversation_has_the_context_in_its_own_question():
         prepare([{"messages": turns, "teacher_prompt": turns[:1]}], every_answer=True)
 
 
+def test_a_column_that_is_null_leaves_the_word_to_the_other_one():
+    row = {"prompt": "q", "completion": "a"}
+    for column, text in (("teacher_prompt", "x"), ("privileged_context", "q\n\nx")):
+        both = {"teacher_prompt": None, "privileged_context": None, column: "x"}
+        (prepared,) = prepare([{**row, **both}])
+        assert TOKENIZER.decode(prepared["teacher_prompt_ids"]) == text
+
+
 BAD_ROWS = {
     "Row 1.*its `privileged_context` is empty": [ROWS[0], {**ROWS[1], "privileged_context": ""}],
     "its `teacher_prompt` is empty": [{"prompt": "q", "completion": "a", "teacher_prompt": None}],

@@ -289,10 +289,31 @@ def test_a_prompt_over_its_limit_is_unusable_and_one_at_its_limit_is_not():
     assert tokenize({"prompt": "2+2="}, max_prompt_length=4)["problem"] == ""
 
 
+FILLED = {
+    "prepared": {"prompt_ids": [7, 8], "response_ids": [9]},
+    "tokenized": {"input_ids": [7, 8, 9], "completion_mask": [0, 0, 1]},
+    "messages": {"messages": [QUESTION, ANSWER]},
+    "conversations": {"conversations": [{"from": "user", "value": "What is 2+2?"}, {"from": "gpt", "value": "4"}]},
+    "pair": {"prompt": [QUESTION], "completion": [ANSWER]},
+    "text": {"prompt": "2+2=", "completion": "4"},
+}
+
+
+@pytest.mark.parametrize("form", FILLED)
+def test_a_row_of_concatenated_data_sets_is_read_from_the_columns_that_are_not_null(form):
+    others = {name: None for row in FILLED.values() for name in row}
+    for needs_response in (False, True):
+        expected = tokenize(FILLED[form], needs_response=needs_response)
+        assert expected["problem"] == "" and expected["response_ids"]
+        assert tokenize({**others, **FILLED[form]}, needs_response=needs_response) == expected
+    assert tokenize(others)["problem"] == "no_prompt"
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
         ({"prompt": None}, "no_prompt"),
+        ({"messages": [], "prompt": "2+2="}, "no_prompt"),
         ({"prompt": ""}, "no_prompt"),
         ({"prompt": None, "completion": [ANSWER]}, "no_prompt"),
         ({"prompt": [], "completion": [ANSWER]}, "no_prompt"),

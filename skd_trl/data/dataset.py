@@ -46,7 +46,8 @@ def prepare_dataset(
     """
     Token ids of the prompts and reference responses of a data set.
 
-    Rows may hold `messages` (the last turn is the reference if it is the assistant's, else the row is a prompt alone),
+    Rows may have different forms, as those of data sets that were concatenated: each is read from the columns that are not null in it. They may
+    hold `messages` (the last turn is the reference if it is the assistant's, else the row is a prompt alone),
     `prompt` and `completion` or `prompt` alone (texts or conversations), `conversations` (from/value), or TRL's
     tokenized rows: `input_ids` with `completion_mask`, `assistant_masks` or `labels`. A conversation's own `tools` and
     `chat_template_kwargs` columns (lists and dicts, or their JSON text) are handed to the chat template, and the text of a `system`

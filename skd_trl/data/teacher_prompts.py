@@ -37,12 +37,14 @@ def teacher_row(row: dict[str, Any], prompt: str | list[dict] | None, template: 
     columns = [column for column in COLUMNS if column in row]
     if not columns:
         return None
-    if len(columns) > 1:
+    given = [column for column in columns if row[column] is not None]
+    if len(given) > 1:
         raise UnusableRow(
             "form",
             "it has both `teacher_prompt` and `privileged_context`. Each says what the teacher reads: remove one.",
         )
-    column, value = columns[0], row[columns[0]]
+    column = (given or columns)[0]  # the other one is null in rows of data sets that were concatenated
+    value = row[column]
     if value is None or value == "" or value == []:
         raise UnusableRow("no_teacher_prompt", f"its `{column}` is empty.")
     if column == "privileged_context":

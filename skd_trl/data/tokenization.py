@@ -32,10 +32,19 @@ from .templates import make_renderer
 NOTES_OF_PROMPTS = ("lost_turn", "lost_tools")
 # Public data sets' columns of what no text model can read, beside turns that speak of it.
 MEDIA_COLUMNS = {"image", "images", "video", "videos", "audio", "audios"}
+# The columns by which a row's form is known; earlier ones override later ones.
+FORMS = ("prompt_ids", "input_ids", "messages", "conversations", "prompt")
 # Of one example: adds to the notes it is given, and returns the ids of the prompt, of the response, and of the teacher's prompt if
 # it has its own.
 Encoder = Callable[[list[str]], tuple[list[int], list[int], list[int]]]
 PairEncoder = Callable[[list[str]], tuple[list[int], list[int]]]
+
+
+def form_of(row: dict[str, Any]) -> str | None:
+    """Which column of `FORMS` a row is read from, `None` if it has none. One that is null counts only if all are: data sets of different
+    forms, concatenated, give each row the columns of both."""
+    found = [column for column in FORMS if column in row and (column != "prompt_ids" or "response_ids" in row)]
+    return next((column for column in found if row[column] is not None), found[0] if found else None)
 
 
 def tokenize_row(
@@ -126,23 +135,23 @@ def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
                 "which one text does not say. Return a row with `messages`, with `prompt` and `completion`, or with "
                 "`prompt` alone.",
             )
-    if {"prompt_ids", "response_ids"} <= row.keys():
+    form = form_of(row)
+    if form == "prompt_ids":
         given = list(row["prompt_ids"] or []), list(row["response_ids"] or [])
         if "teacher_prompt_ids" in row:
             return [lambda notes: (*given, list(row["teacher_prompt_ids"] or []))]
         return [partial(_with_teacher, lambda notes: given, row, None, tokenizer, rules)]
-    if "input_ids" in row:
+    if form == "input_ids":
         examples = _split_tokenized(row, rules)
         _refuse_one_for_several(row, examples)
         encoders = [partial(_ended, *example, tokenizer, rules) for example in examples]
         return [partial(_with_teacher, encode, row, None, tokenizer, rules) for encode in encoders]
     if media := sorted(MEDIA_COLUMNS & row.keys()):
         raise UnusableRow("form", f"it has a column {media[0]!r}. Only text is supported: remove the column.")
-    for column in ("messages", "conversations"):
-        if column in row:
-            turns = with_system_column(row, turns_of(row[column], column))
-            return _chat_encoders(row, examples_of_messages(turns, rules), tokenizer, rules)
-    if "prompt" not in row:
+    if form in ("messages", "conversations"):
+        turns = with_system_column(row, turns_of(row[form], form))
+        return _chat_encoders(row, examples_of_messages(turns, rules), tokenizer, rules)
+    if form is None:
         raise UnusableRow(
             "form",
             f"it has the columns {sorted(row)}. Give `messages`, `prompt` and `completion`, `prompt` alone, or "

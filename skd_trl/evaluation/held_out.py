@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.dataset import prepare_dataset
 from ..data.row_rules import RowRules
+from ..data.tokenization import form_of
 from ..data.vocabulary import end_of_sequence_ids
 
 
@@ -101,8 +102,8 @@ def held_out(
 def prompt_text(row: dict) -> str | None:
     """The text of a row's prompt for people: that of its only turn, or all turns with their roles; `None` for rows that hold
     token ids, or turns that are not plain text."""
-    column = next((name for name in ("messages", "prompt") if row.get(name)), None)
-    turns = row.get(column)
+    column = form_of(row)
+    turns = row[column] if column in ("messages", "prompt") else None
     if isinstance(turns, str):
         return turns
     if not isinstance(turns, list) or not all(isinstance(turn.get("content"), str) for turn in turns):
