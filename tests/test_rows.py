@@ -332,6 +332,17 @@ def test_an_answer_that_is_marked_as_not_to_be_trained_on_is_none(mark):
         ]
 
 
+def test_with_every_answer_the_first_one_of_a_completion_continues_the_prompt():
+    question, later = turn("user", "q"), [turn("user", "r"), turn("assistant", "c")]
+    begun = {"prompt": [question, turn("assistant", "a ")], "completion": [turn("assistant", "b"), *later]}
+    whole = examples({"messages": [question, turn("assistant", "a b"), *later]})
+    prompt = texts({"prompt": begun["prompt"]})[0]
+    assert prompt.endswith("assistant\na ")
+    assert examples(begun) == [(prompt, f"b{EOS}"), whole[1]]
+    begun["completion"][0] |= {"weight": 0}
+    assert examples(begun) == whole[1:]
+
+
 def test_with_every_answer_calls_of_tools_are_answers_too():
     row = {"prompt": [QUESTION], "completion": SEVERAL}
     assert examples(row) == [texts({"messages": [QUESTION, *SEVERAL[:1]]}), texts({"messages": [QUESTION, *SEVERAL]})]

@@ -104,6 +104,55 @@ def test_a_prompt_that_ends_with_the_assistant_is_the_start_of_its_answer():
     assert texts({"prompt": [QUESTION, {"role": "assistant", "content": "It is"}]}) == (CHAT_PROMPT + "It is", "")
 
 
+BEGUN = {"prompt": [QUESTION, {"role": "assistant", "content": "It is"}]}
+
+
+def test_a_completion_continues_a_prompt_that_ends_with_the_assistant():
+    row = {**BEGUN, "completion": [{"role": "assistant", "content": " 4."}]}
+    assert texts(row) == (texts(BEGUN)[0], f" 4.{EOS}")
+    assert texts({**row, "privileged_context": "X"}) == texts(row)
+    read = byte_tokenizer().decode(tokenize({**row, "privileged_context": "X"})["teacher_prompt_ids"])
+    assert read == texts(BEGUN)[0].replace("2+2?", "2+2?\n\nX")
+    assert texts({**row, "completion": [{**row["completion"][0], "weight": 0}]}) == texts(BEGUN)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen2_5", "deepseek_r1_distill", "gemma3", "gemma4_v5"])
+def test_real_templates_let_a_completion_continue_the_prompt_that_is_sampled_from(name):
+    tokenizer = merging_tokenizer()
+    tokenizer.chat_template = trl_template(name)
+    result = tokenize({**BEGUN, "completion": [{"role": "assistant", "content": " 4."}]}, tokenizer)
+    assert result["prompt_ids"] == tokenize(BEGUN, tokenizer)["prompt_ids"]
+    assert tokenizer.decode(result["prompt_ids"]).endswith("It is")
+    assert tokenizer.decode(result["response_ids"]).startswith(" 4.")
+
+
+def test_a_template_that_trims_leaves_the_space_to_the_response():
+    trimming = byte_tokenizer(CHATML.replace("m['content']", "m['content'] | trim"))
+    assert trimming.chat_template != CHATML
+    row = {"prompt": [QUESTION, {"role": "assistant", "content": "It is "}]}
+    assert texts(row, trimming)[0].endswith("assistant\nIt is")
+    row["completion"] = [{"role": "assistant", "content": "4."}]
+    assert texts(row, trimming) == (CHAT_PROMPT + "It is", f" 4.{EOS}")
+
+
+def test_a_beginning_that_the_template_renders_otherwise_once_it_goes_on_is_refused():
+    reversing = byte_tokenizer(CHATML.replace("m['content']", "m['content'] | replace('is 4', 'equals 4')"))
+    row = {**BEGUN, "completion": [{"role": "assistant", "content": " 4."}]}
+    result = tokenize(row, reversing)
+    assert result["problem"] == "unreadable" and "ends with the beginning of an answer" in result["detail"]
+
+
+def test_a_call_of_a_tool_is_over_and_two_answers_in_a_row_are_two_turns():
+    called = {"role": "assistant", "content": "I ask.", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    for row in (
+        {"prompt": [QUESTION, called]},
+        {"prompt": [QUESTION, called], "completion": [ANSWER]},
+        {"messages": [QUESTION, {"role": "assistant", "content": "I ask."}, ANSWER]},
+        {"messages": [QUESTION, {"role": "assistant", "content": "I ask."}, {**ANSWER, "weight": 0}]},
+    ):
+        assert texts(row)[0] == f"{CHAT_PROMPT}I ask.{EOS}\n{BOS}assistant\n"
+
+
 def test_plain_text_gets_one_end_token_like_in_sfttrainer():
     assert texts({"prompt": "2+2=", "completion": "4"}) == ("2+2=", f"4{EOS}")
     assert texts({"prompt": "2+2=", "completion": f"4{EOS}"}) == ("2+2=", f"4{EOS}")

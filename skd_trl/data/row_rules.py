@@ -48,7 +48,7 @@ class RowRules:
     needs_scores: bool = False
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
-    version: int = 8
+    version: int = 9
 
     def narrowed(self, tokenizer: PreTrainedTokenizerBase) -> "RowRules":
         """The same with a prompt limit that leaves room for a token of the response, and without ids that are no tokens."""
