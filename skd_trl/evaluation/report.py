@@ -80,8 +80,8 @@ def read_history(run_dir: Path) -> list[dict]:
     logs = [log for log in (*logs, read_logs(run_dir / LOGS)) if any("step" in entry for entry in log)]
     if not logs:
         raise FileNotFoundError(
-            f"{run_dir} holds no logs.jsonl and no trainer_state.json that can be read, nor does a checkpoint in it, so there is no log to report. Give "
-            "the output directory of a run by `skd train`, or of one that called trainer.save_state() or saved a checkpoint."
+            f"{run_dir} holds no logs.jsonl and no trainer_state.json that can be read, nor does a checkpoint in it, so there is no log to "
+            "report. Give the output directory of a run by `skd train`, or of one that called trainer.save_state() or saved a checkpoint."
         )
     return max(logs, key=lambda log: (max(entry.get("step", 0) for entry in log), len(log)))
 
