@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from test_skd_trainer import ROWS, make_trainer
 from tiny import byte_tokenizer, tiny_model
+from transformers import GenerationConfig
 
 from skd_trl import DIVERGENCES
 from skd_trl.evaluation import bootstrap, callback, comparison, divergence, text_metrics
@@ -87,10 +89,53 @@ def test_greedy_texts_are_those_of_one_row_without_cache_and_end_with_their_end(
     end = expected[1][2]  # make a token that the second row writes an end of sequence
     cut = [ids[: ids.index(end) + 1] if end in ids else ids for ids in expected]
     model.train()
-    model.generation_config.repetition_penalty = 5.0  # a model's own settings must not change what is compared
     found = generate(model, PROMPTS, decoding=decoding(eos_token_ids=(end,)))
     assert found == cut
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_p": 0.3},
+        {"typical_p": 0.3},
+        {"epsilon_cutoff": 0.03},
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"suppress_tokens": list(range(40, 250))},
+        {"no_repeat_ngram_size": 1},
+        {"repetition_penalty": 5.0},
+        {"forced_eos_token_id": 257},
+        {"exponential_decay_length_penalty": (2, 1.5)},
+        {"guidance_scale": 2.0},
+        {"max_time": 1e-9},
+        {"stop_strings": ["a"]},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_no_setting_of_a_models_generation_config_changes_its_texts(settings):
+    model, ends = tiny_model(), decoding(eos_token_ids=(257, 100))
+
+    def texts():
+        return [generate(model, PROMPTS, decoding=ends, do_sample=do_sample) for do_sample in (False, True)]
+
+    expected = texts()
+    own = model.generation_config = GenerationConfig(**settings)
+    assert texts() == expected
+    assert model.generation_config is own
+
+
+def test_a_model_and_what_it_wraps_keep_their_generation_configs_where_generation_fails_too():
+    model = tiny_model()
+    own = model.generation_config = GenerationConfig(min_p=0.3)
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    expected = generate(tiny_model(), PROMPTS, decoding=decoding(), do_sample=True)
+    assert generate(wrapped, PROMPTS, decoding=decoding(), do_sample=True) == expected
+    assert model.generation_config is own and wrapped.generation_config is own
+    with pytest.raises(IndexError):
+        generate(wrapped, [[999]], decoding=decoding())
+    assert model.generation_config is own and wrapped.generation_config is own
 
 
 def test_samples_depend_on_the_seed_alone_and_leave_the_global_generator_as_it_was():

@@ -1,8 +1,12 @@
 """Texts that a model writes alone: greedy, or drawn from its own distribution at temperature 1."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..sampling.ragged_cache import eval_mode
 from .held_out import Decoding, batches, gather_rows, left_pad
@@ -20,12 +24,12 @@ def generate(
     """
     One response for each prompt, with its end-of-sequence token where it has one; shared out over all processes.
 
-    Sampling is from the model's own distribution, at temperature 1. What the model's generation config asks for
-    (Qwen2's has a repetition penalty) does not count: the text of the bare model is what is compared.
+    Sampling is from the model's own distribution, at temperature 1. Nothing that the model's generation config asks for
+    (Qwen2's has a repetition penalty) counts: the text of the bare model is what is compared.
     """
     responses = {}
     lengths = [len(ids) for ids in prompt_ids]
-    with eval_mode(model), torch.random.fork_rng():
+    with eval_mode(model), blank_generation_config(model), torch.random.fork_rng():
         for batch in batches(lengths, decoding.batch_size, description):
             torch.manual_seed(decoding.seed + batch[0])
             input_ids, attention_mask = left_pad(
@@ -39,7 +43,6 @@ def generate(
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0 if do_sample else 50,  # 50 is the default: anything else is warned about in greedy search
-                repetition_penalty=1.0,
                 eos_token_id=decoding.eos_token_ids,
                 pad_token_id=decoding.pad_token_id,
                 use_cache=True,
@@ -49,6 +52,24 @@ def generate(
                 ends = [position for position, token in enumerate(ids) if token in decoding.eos_token_ids]
                 responses[row] = ids[: ends[0] + 1] if ends else ids
     return gather_rows(responses)
+
+
+@contextmanager
+def blank_generation_config(model: nn.Module) -> Iterator[None]:
+    """Generation configs without settings for a while, of the model and of each that it wraps; PEFT hands one on to the other. One
+    that is passed to `generate` would not do: transformers fills it up with the model's values."""
+    own = [
+        (module, vars(module)["generation_config"])
+        for module in model.modules()
+        if "generation_config" in vars(module)
+    ]
+    try:
+        for module, _ in own:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, config in own:
+            module.generation_config = config
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]) -> list[str]:
