@@ -13,6 +13,7 @@ import pytest
 import torch
 from assets import arguments_for, save_assets
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from teacher_server import serving
 from test_pair_check import save_with_swapped_bytes
@@ -505,6 +506,24 @@ def test_two_checkpoints_are_compared_and_one_is_evaluated_with_the_same_figures
     assert two["comparison"]["metrics"]["kl_teacher_text"]["after"]["value"] == pytest.approx(0, abs=1e-6)
     assert two["comparison"]["metrics"]["draft_accepted_greedy"]["after"]["value"] == 100
     assert [row["before"] for row in two["examples"]] == [row["student"] for row in one["examples"]]
+
+
+def test_students_and_teacher_of_three_vocabulary_sizes_are_compared_an_adapter_among_them(assets, tmp_path, capsys):
+    """The teacher's texts are for both students, so they are of the ids that all have, the later student's too."""
+    for name, size in (("teacher", 300), ("before", 280)):
+        shutil.copytree(assets / "teacher", tmp_path / name)
+        tiny_model(seed=size, vocab_size=size).save_pretrained(tmp_path / name)
+    base = tiny_model(seed=3)
+    base.save_pretrained(tmp_path / "base")
+    adapter = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapter.save_pretrained(tmp_path / "after")
+    common = ["--teacher", tmp_path / "teacher", "--dataset_name", assets / "text", "--max_new_tokens", 12]
+    common += ["--num_draft_tokens", 2, "--metrics", "exact_match", "--output_file", tmp_path / "found.json"]
+    code, output = run(["compare", "--before", tmp_path / "before", "--after", tmp_path / "after", *common], capsys)
+    assert code == 0, output
+    metrics = json.loads((tmp_path / "found.json").read_text())["comparison"]["metrics"]
+    assert metrics["kl_teacher_text"]["num_prompts"] == 5 and "draft_accepted_sampled" in metrics
 
 
 @pytest.mark.slow

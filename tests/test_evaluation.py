@@ -5,6 +5,7 @@ The plain computation beside each: one row, no padding, no cache, float64.
 
 import io
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,6 +147,60 @@ def test_samples_depend_on_the_seed_alone_and_leave_the_global_generator_as_it_w
     assert first == second
     assert torch.equal(torch.get_rng_state(), state)
     assert first != generate(model, PROMPTS, decoding=decoding())
+
+
+@torch.no_grad()
+def test_texts_are_of_the_first_ids_alone_in_the_shares_that_these_have_to_each_other():
+    """One token after one prompt, 4,000 rows; four standard errors of a binomial: false alarm below 1e-4, and the seed is fixed."""
+    model = tiny_model(vocab_size=300)
+    shares = model(torch.tensor([PROMPTS[0]])).logits[0, -1, :259].softmax(-1)
+    first = replace(decoding(4000, 1, ()), vocab_size=259)
+    drawn = torch.tensor(generate(model, [PROMPTS[0]] * 4000, decoding=first, do_sample=True)).flatten()
+    assert (
+        drawn.max()
+        < 259
+        <= max(generate(model, [PROMPTS[0]] * 4000, decoding=decoding(4000, 1, ()), do_sample=True))[0]
+    )
+    top = shares.argmax()
+    share = (drawn == top).double().mean().item()
+    assert share == pytest.approx(shares[top].item(), abs=4 * math.sqrt(shares[top] * (1 - shares[top]) / 4000))
+    assert generate(model, PROMPTS[:1], decoding=first) == [[top.item()]]
+
+
+@pytest.mark.parametrize("sizes", [(259, 300), (300, 259)])
+def test_a_student_is_compared_with_a_teacher_of_another_vocabulary_size(sizes):
+    tokenizer = byte_tokenizer()
+    student, teacher = (tiny_model(seed=seed, vocab_size=size) for seed, size in enumerate(sizes, start=1))
+    ends = Decoding.of(tokenizer, student, teacher, 8, 2)
+    answers = generate(teacher, PROMPTS, decoding=ends)
+    data = HeldOut(PROMPTS, ["p"] * 4, [None] * 4)
+    scores = evaluate(student, teacher, data, answers, evaluation=Evaluation(tokenizer, ends, {}, Drafting()))
+    expected = expected_divergence(student, teacher, 259, answers)
+    np.testing.assert_allclose(scores.values["kl_teacher_text"][:, 0], expected, rtol=1e-4)
+    assert scores.values["kl_student_samples"][:, 1].min() > 0 and "draft_accepted_sampled" in scores.values
+
+
+def test_a_trainer_scores_a_pair_of_two_vocabulary_sizes_before_its_first_step(tmp_path):
+    trainer = make_trainer(tmp_path, model=tiny_model(seed=1, vocab_size=300), teacher=tiny_model(seed=2))
+    held = callback.HeldOutEvaluation(trainer, Dataset.from_list(ROWS), metrics=[])
+    trainer.add_callback(held)
+    trainer.train()
+    assert held.before.means().keys() == {"kl_teacher_text", "kl_student_samples"}
+
+
+def test_padding_is_with_an_id_that_both_models_have():
+    """A padding token that was added to the tokenizer alone is read by no model, so it is none to pad with."""
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    tokenizer.add_special_tokens({"pad_token": "<|added|>"})
+    ends = Decoding.of(tokenizer, model, model, 4, 4)
+    assert tokenizer.pad_token_id == 259 and ends.pad_token_id == tokenizer.eos_token_id
+    assert len(generate(model, PROMPTS, decoding=ends)) == 4
+
+
+def test_a_prompt_with_an_id_that_a_model_lacks_is_refused_by_its_row():
+    rows = [{"input_ids": ids, "completion_mask": [0, 1]} for ids in ([40, 257], [258, 41])]
+    with pytest.raises(ValueError, match="1 of 2 rows.*Row 1.*the id 258; the last that can be used is 257"):
+        held_out(Dataset.from_list(rows), byte_tokenizer(), [257], num_ids=258)
 
 
 # Metrics of texts

@@ -4,7 +4,7 @@ Rows may have any form that the trainers take; prompts alone are scored by all t
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from ..evaluation.texts import decode, generate
 from ..loss.divergences import DIVERGENCES
 from ..sampling.admission import positions_of
 from ..training.limits import smallest
-from .loading import naming
+from .loading import naming, text_config
 from .options import Command
 from .rows import load_rows
 
@@ -170,6 +170,11 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
     rows = load_rows(
         options.dataset_name, split, config=options.dataset_config, num_rows=options.num_rows, seed=options.seed
     )
+    configs = {
+        role: text_config(role, name, options.trust_remote_code)
+        for role, name in {**students, "teacher": options.teacher}.items()
+    }
+    vocab_size = min(config.vocab_size for config in configs.values())  # the teacher's texts are for all students
     first = next(iter(students.values()))
     with naming("student", first):
         tokenizer = AutoTokenizer.from_pretrained(first, trust_remote_code=options.trust_remote_code)
@@ -179,7 +184,7 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
         student = _load(name, path, options)
         check_vocabularies(student, teacher, tokenizer, trust_remote_code=options.trust_remote_code)
         decoding = Decoding.of(tokenizer, student, teacher, options.max_new_tokens, options.batch_size)
-        decoding = Decoding(**{**vars(decoding), "seed": options.seed})
+        decoding = replace(decoding, seed=options.seed, vocab_size=vocab_size)
         drafting = (
             Drafting(options.num_draft_tokens, num_rows=options.draft_rows) if options.num_draft_tokens else None
         )
@@ -189,7 +194,7 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
         if data is None:
             limits = [positions_of(model.config.get_text_config()) for model in (student, teacher)]
             room = smallest(None if limit is None else limit - options.max_new_tokens for limit in limits)
-            data = held_out(rows, tokenizer, decoding.eos_token_ids, options.chat_template_kwargs, room)
+            data = held_out(rows, tokenizer, decoding.eos_token_ids, options.chat_template_kwargs, room, vocab_size)
             teacher_ids = generate(teacher, data.prompt_ids, decoding=decoding, description="teacher: greedy text")
         found.append(score(student, teacher, data, teacher_ids, evaluation=evaluation, name=name))
         del student

@@ -1,8 +1,14 @@
 """Models of a command, by name or path: what cannot be loaded is named, with its role."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 def check_folder(role: str, name: str | None) -> None:
@@ -25,3 +31,12 @@ def naming(role: str, name: str | None) -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the {role} {name!r} cannot be loaded, neither here nor from the hub. {reason}") from error
+
+
+def text_config(role: str, name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """A model's configuration, without its weights; of an adapter, that of the model which it is loaded onto."""
+    with naming(role, name):
+        adapter = find_adapter_config_file(name) if is_peft_available() else None
+        if adapter is not None and not (Path(name) / CONFIG_NAME).exists():
+            name = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()

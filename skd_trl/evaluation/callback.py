@@ -70,9 +70,11 @@ class HeldOutEvaluation(TrainerCallback):
         self.file = file or Path(trainer.args.output_dir) / "before.json"
         args, tokenizer = trainer.args, trainer.processing_class
         longest = trainer._rules.max_prompt_length
-        self.data = held_out(rows, tokenizer, trainer.eos_token_ids, args.chat_template_kwargs, longest)
         decoding = Decoding.of(
             tokenizer, self.student, self.teacher, args.max_new_tokens, args.per_device_eval_batch_size
+        )
+        self.data = held_out(
+            rows, tokenizer, trainer.eos_token_ids, args.chat_template_kwargs, longest, decoding.vocab_size
         )
         self.evaluation = Evaluation(tokenizer, decoding, text_metrics(metrics), drafting)
         self.before: Scores | None = None

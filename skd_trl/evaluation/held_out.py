@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.dataset import prepare_dataset
 from ..data.row_rules import RowRules
 from ..data.tokenization import form_of
-from ..data.vocabulary import end_of_sequence_ids
+from ..data.vocabulary import end_of_sequence_ids, shared_vocab_size
+from ..training.models import pad_token_id
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class HeldOut:
 @dataclass(frozen=True)
 class Decoding:
     """How texts are written: at most so many tokens, so many rows at once, the ids that end a response, the id that pads, the seed
-    of samples, and, where a forward of the models is collective, how ranks agree on numbers (see [`Execution`])."""
+    of samples, where a forward of the models is collective how ranks agree on numbers (see [`Execution`]), and the number of ids that
+    all models have (`None`: each model writes all of its ids)."""
 
     max_new_tokens: int
     batch_size: int
@@ -43,6 +45,7 @@ class Decoding:
     pad_token_id: int
     seed: int = 0
     agree: Callable[..., tuple[int, ...]] | None = None
+    vocab_size: int | None = None
 
     @classmethod
     def of(
@@ -53,15 +56,19 @@ class Decoding:
         max_new_tokens: int,
         batch_size: int,
     ) -> "Decoding":
-        """A response ends where the tokenizer, the student or the teacher says that it does."""
+        """A response ends where the tokenizer, the student or the teacher says that it does, and is of ids that both models have.
+
+        Raises:
+            `ValueError`: if nothing says where, and the tokenizer has no padding token.
+        """
         ends = end_of_sequence_ids(student, teacher, tokenizer)
         if not ends and tokenizer.pad_token_id is None:
             raise ValueError(
                 "Neither the tokenizer nor a model names an end-of-sequence token, and the tokenizer has no padding token. "
                 "Set tokenizer.pad_token, or generation_config.eos_token_id of a model."
             )
-        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-        return cls(max_new_tokens, batch_size, ends, pad_token_id)
+        vocab_size = shared_vocab_size(student, teacher)
+        return cls(max_new_tokens, batch_size, ends, pad_token_id(tokenizer, vocab_size), vocab_size=vocab_size)
 
 
 def held_out(
@@ -70,9 +77,10 @@ def held_out(
     eos_token_ids: list[int],
     chat_template_kwargs: dict | None = None,
     max_prompt_length: int | None = None,
+    num_ids: int | None = None,
 ) -> HeldOut:
     """The prompts of `rows`, which have one of the forms that [`SKDTrainer`] takes. Those of more than `max_prompt_length` tokens are left
-    out, and counted in a note.
+    out, and counted in a note. `num_ids` is the number of ids that all models have.
 
     Raises:
         `ValueError`: for rows that cannot be used; the message names them.
@@ -83,6 +91,7 @@ def held_out(
         needs_response=False,
         eos_token_ids=tuple(eos_token_ids),
         chat_template_kwargs=chat_template_kwargs or {},
+        num_ids=num_ids,
         reads_response=False,  # nothing is trained on references; only their texts are compared
     )
     tokenized = prepare_dataset(rows, tokenizer, rules, name="held-out")

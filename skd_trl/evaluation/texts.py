@@ -6,7 +6,13 @@ from contextlib import contextmanager
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..sampling.ragged_cache import eval_mode
 from .held_out import Decoding, batches, gather_rows, left_pad
@@ -25,9 +31,11 @@ def generate(
     One response for each prompt, with its end-of-sequence token where it has one; shared out over all processes.
 
     Sampling is from the model's own distribution, at temperature 1. Nothing that the model's generation config asks for
-    (Qwen2's has a repetition penalty) counts: the text of the bare model is what is compared.
+    (Qwen2's has a repetition penalty) counts: the text of the bare model is what is compared. Ids from `decoding.vocab_size` on are
+    not written, as if the model had none: the other model could not read them.
     """
     responses = {}
+    processors = LogitsProcessorList([] if decoding.vocab_size is None else [FirstIds(decoding.vocab_size)])
     lengths = [len(ids) for ids in prompt_ids]
     with eval_mode(model), blank_generation_config(model), torch.random.fork_rng():
         for batch in batches(lengths, decoding.batch_size, description):
@@ -45,6 +53,7 @@ def generate(
                 top_k=0 if do_sample else 50,  # 50 is the default: anything else is warned about in greedy search
                 eos_token_id=decoding.eos_token_ids,
                 pad_token_id=decoding.pad_token_id,
+                logits_processor=processors,
                 use_cache=True,
                 synced_gpus=PartialState().num_processes > 1,  # sharded models: every forward is everybody's
             )
@@ -52,6 +61,17 @@ def generate(
                 ends = [position for position, token in enumerate(ids) if token in decoding.eos_token_ids]
                 responses[row] = ids[: ends[0] + 1] if ends else ids
     return gather_rows(responses)
+
+
+class FirstIds(LogitsProcessor):
+    """Leaves all probability to the first `num_ids` ids."""
+
+    def __init__(self, num_ids: int):
+        self.num_ids = num_ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:  # (B, P), (B, V)
+        is_beyond = torch.arange(scores.shape[1], device=scores.device) >= self.num_ids
+        return scores.masked_fill(is_beyond, -torch.inf)  # type: ignore[return-value]
 
 
 @contextmanager
