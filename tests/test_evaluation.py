@@ -5,7 +5,10 @@ The plain computation beside each: one row, no padding, no cache, float64.
 
 import io
 import math
+import random
+import string
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from rouge_score.rouge_scorer import RougeScorer
 from test_skd_trainer import ROWS, make_trainer
 from tiny import byte_tokenizer, tiny_model
 from transformers import GenerationConfig
@@ -216,6 +220,51 @@ def test_rouge_is_full_for_the_same_text_and_nothing_for_another():
     assert {name: values[:, 0].tolist() for name, values in scores.items()} == {
         f"rouge{kind}_reference": [100.0, 0.0] for kind in "12L"
     }
+
+
+def test_rouge_of_english_is_that_of_rouge_score_itself():
+    """Code, quotes, dashes and signs are what its tokenizer leaves out; 200 random texts of ASCII beside them."""
+    texts = [
+        "The generators were running; they'd run_fast, 3.5x (really!)",
+        "“Don’t run” — generating x² ≤ 10€ • it’s fine…\n\tdef f(self_name): return A1B2",
+        "the generator ran 35 times: run fast, really fine",
+        "",
+        "...",
+    ]
+    generator = random.Random(0)
+    texts += ["".join(generator.choices(string.printable + "  aeiou", k=60)) for _ in range(200)]
+    pairs = [(prediction, target) for prediction in texts[:5] for target in texts[:5]] + list(pairwise(texts))
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    expected = [scorer.score(target, prediction) for prediction, target in pairs]
+    found = text_metrics.rouge([prediction for prediction, _ in pairs], [target for _, target in pairs])
+    assert found == {kind: [100 * row[kind].fmeasure for row in expected] for kind in found}
+    assert sum(0 < value < 100 for value in found["rouge1"]) > 50
+
+
+@pytest.mark.parametrize(
+    "text, tokens",
+    [
+        ("Столица России", ["столица", "россии"]),
+        ("Größe, naïve", ["größe", "naïve"]),
+        ("cafe\u0301", ["café"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("北京大学。", ["北", "京", "大", "学"]),
+        ("データを見る", ["デ", "ー", "タ", "を", "見", "る"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("ที่นี่", ["ที่", "นี่"]),
+        ("用Python写2行", ["用", "python", "写", "2", "行"]),
+    ],
+)
+def test_rouge_knows_the_words_of_other_scripts(text, tokens):
+    assert text_metrics.words(text, stem=str) == tokens
+    assert text_metrics.rouge([text], [text])["rouge1"] == [pytest.approx(100)]
+    assert text_metrics.rouge([text], ["другой 書"])["rouge1"] == [0]
+
+
+def test_rouge_of_another_script_is_the_share_of_its_tokens_in_common():
+    found = text_metrics.rouge(["北京大学"], ["北京"])
+    assert found["rouge1"] == [pytest.approx(100 * 2 * 2 / (4 + 2))]
+    assert found["rouge2"] == [pytest.approx(100 * 2 * 1 / (3 + 1))]
 
 
 def test_a_metric_may_be_any_function_and_rows_without_a_reference_have_no_part_in_it():

@@ -6,23 +6,41 @@ such lists; give it as an object or by name, `"module:function"`. Higher is bett
 
 import importlib
 import importlib.util
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 
+# Scripts that put no spaces between words, of which each character is a token of ROUGE. The long-vowel mark is of no script.
+WITHOUT_SPACES = r"[[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]&&[\p{L}\p{Nl}]]"
+WORDS = rf"(?V1){WITHOUT_SPACES}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{Nd}}]--{WITHOUT_SPACES}]+"
+
 TextMetric = Callable[[list[str], list[str]], Sequence[float] | Mapping[str, Sequence[float]]]
 
 
 def rouge(predictions: list[str], targets: list[str]) -> dict[str, list[float]]:
-    """ROUGE-1, 2 and L: F-measures in percent, with stemming (needs the package rouge-score)."""
+    """ROUGE-1, 2 and L: F-measures in percent, with stemming of English words (needs the package rouge-score). Tokens are those of
+    [`words`], as rouge-score's own know no letters but a to z."""
+    from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
 
     kinds = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(kinds, use_stemmer=True)
+    scorer = RougeScorer(kinds, tokenizer=SimpleNamespace(tokenize=partial(words, stem=PorterStemmer().stem)))
     scores = [scorer.score(target, prediction) for prediction, target in zip(predictions, targets, strict=True)]
     return {kind: [100 * score[kind].fmeasure for score in scores] for kind in kinds}
+
+
+def words(text: str, stem: Callable[[str], str]) -> list[str]:
+    """The words of `text` in lower case: runs of letters and digits of any script, or single characters where a script has no
+    spaces. Words of a to z and digits are what rouge-score makes of them: stemmed if they have more than three characters."""
+    import regex  # nltk, and so rouge-score, needs it too
+
+    found = regex.findall(WORDS, unicodedata.normalize("NFC", text.lower()))
+    return [stem(word) if word.isascii() and len(word) > 3 else word for word in found]
 
 
 def exact_match(predictions: list[str], targets: list[str]) -> list[float]:
