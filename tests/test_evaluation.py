@@ -491,6 +491,25 @@ def test_people_are_shown_the_prompt_that_the_models_read():
     )
 
 
+@pytest.mark.parametrize("role", ["Assistant", " assistant", "gpt", "model", "AI"])
+def test_people_are_not_shown_the_reference_whatever_its_role_is_called(role):
+    turns = [{"role": "Human", "content": "u"}, {"role": role, "content": "a"}]
+    shared = [{"from": turn["role"], "value": turn["content"]} for turn in turns]
+    rows = [{"messages": turns}, {"messages": shared}, {"conversations": shared}]
+    assert [prompt_text(row) for row in rows] == ["u"] * 3
+    data = held_out(Dataset.from_list(rows[:1]), byte_tokenizer(), [257])
+    assert data.prompts == ["u"] and data.references == ["a"]
+
+
+def test_people_are_shown_system_prompts_and_texts_in_parts_as_the_models_read_them():
+    parts = [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]
+    row = {"system": "s", "messages": [{"role": "human", "content": parts}, {"role": "gpt", "content": "a"}]}
+    assert prompt_text(row) == "system: s\n\nuser: uv"
+    call = {"role": "function_call", "content": '{"name": "f"}'}
+    assert prompt_text({"prompt": [row["messages"][0], call]}) is None
+    assert prompt_text({"input_ids": [1, 2]}) is None
+
+
 def length(predictions, targets):
     return {"length": [float(len(prediction)) for prediction in predictions]}
 

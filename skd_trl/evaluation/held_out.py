@@ -14,6 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.conversations import as_text, turns_of, with_system_column
 from ..data.dataset import prepare_dataset
 from ..data.row_rules import RowRules
 from ..data.tokenization import form_of
@@ -109,19 +110,26 @@ def held_out(
 
 
 def prompt_text(row: dict) -> str | None:
-    """The text of a row's prompt for people: that of its only turn, or all turns with their roles; `None` for rows that hold
-    token ids, or turns that are not plain text."""
+    """The text of a row's prompt for people: that of its only turn, or all turns with their roles, as `conversations.py` reads them;
+    `None` for rows that hold token ids, or turns without text (calls of tools).
+
+    Raises:
+        [`UnusableRow`]: for a conversation that the models cannot read either.
+    """
     column = form_of(row)
-    turns = row[column] if column in ("messages", "prompt") else None
-    if isinstance(turns, str):
-        return turns
-    if not isinstance(turns, list) or not all(isinstance(turn.get("content"), str) for turn in turns):
+    if column not in ("messages", "conversations", "prompt") or not row[column]:
         return None
-    if column == "messages" and turns[-1].get("role") == "assistant":
+    if isinstance(row[column], str):
+        return row[column]
+    turns = with_system_column(row, turns_of(row[column], column))
+    if column != "prompt" and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
+    if any(turn.get("content") is None for turn in turns):
+        return None
+    texts = [as_text(turn["content"]) for turn in turns]
     if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return texts[0]
+    return "\n\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns, texts, strict=True))
 
 
 def batches(lengths: list[int], batch_size: int, description: str) -> Iterator[list[int]]:
