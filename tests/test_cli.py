@@ -526,6 +526,34 @@ def test_students_and_teacher_of_three_vocabulary_sizes_are_compared_an_adapter_
     assert metrics["kl_teacher_text"]["num_prompts"] == 5 and "draft_accepted_sampled" in metrics
 
 
+def test_a_response_that_takes_all_positions_of_a_model_is_refused_before_models_load(assets, tmp_path, capsys):
+    shutil.copytree(assets / "student", tmp_path / "short")
+    tiny_model(max_position_embeddings=64).save_pretrained(tmp_path / "short")
+    common = ["--teacher", assets / "teacher", "--dataset_name", assets / "text", "--max_new_tokens"]
+    code, output = run(["evaluate", "--student", assets / "student", *common, 512], capsys)
+    assert code == 2
+    assert "max_new_tokens=512 leaves no room for a prompt: the student has 512 positions" in output
+    assert "Lower max_new_tokens." in output and "max_prompt_length" not in output
+    pair = ["--before", assets / "student", "--after", tmp_path / "short"]
+    code, output = run(["compare", *pair, *common, 64], capsys)
+    assert code == 2 and "max_new_tokens=64 leaves no room for a prompt: the student after has 64 positions" in output
+
+
+def test_prompts_that_leave_no_room_are_left_out_with_a_note_of_options_that_the_command_has(
+    assets, tmp_path, capsys, caplog
+):
+    rows = [{"prompt": "x" * 497}, {"prompt": "x" * 496}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["evaluate", "--student", assets / "student", "--teacher", assets / "teacher", "--max_new_tokens", 16]
+    command += ["--dataset_name", tmp_path / "rows.jsonl", "--num_draft_tokens", 0, "--num_rows", 0]
+    code, output = run([*command, "--output_file", tmp_path / "found.json"], capsys)
+    assert code == 0
+    (note,) = [record.message for record in caplog.records if "held-out data set" in record.message]
+    assert "1 of 2 rows" in note and "over the 496 tokens that the models' positions leave" in note
+    assert "Lower max_new_tokens" in note and "max_prompt_length" not in note
+    assert len(json.loads((tmp_path / "found.json").read_text())["examples"]) == 1
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_leaves_what_its_report_needs(assets, tmp_path, capsys):
     out = tmp_path / "out"

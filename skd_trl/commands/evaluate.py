@@ -24,7 +24,7 @@ from ..evaluation.text_metrics import scored, text_metrics
 from ..evaluation.texts import decode, generate
 from ..loss.divergences import DIVERGENCES
 from ..sampling.admission import positions_of
-from ..training.limits import smallest
+from ..training.limits import room_beside
 from .loading import naming, text_config
 from .options import Command
 from .rows import load_rows
@@ -170,11 +170,7 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
     rows = load_rows(
         options.dataset_name, split, config=options.dataset_config, num_rows=options.num_rows, seed=options.seed
     )
-    configs = {
-        role: text_config(role, name, options.trust_remote_code)
-        for role, name in {**students, "teacher": options.teacher}.items()
-    }
-    vocab_size = min(config.vocab_size for config in configs.values())  # the teacher's texts are for all students
+    room, vocab_size = _limits({**students, "teacher": options.teacher}, options)
     first = next(iter(students.values()))
     with naming("student", first):
         tokenizer = AutoTokenizer.from_pretrained(first, trust_remote_code=options.trust_remote_code)
@@ -192,9 +188,15 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
             tokenizer, decoding, text_metrics(options.metrics), drafting, DIVERGENCES[options.divergence]()
         )
         if data is None:
-            limits = [positions_of(model.config.get_text_config()) for model in (student, teacher)]
-            room = smallest(None if limit is None else limit - options.max_new_tokens for limit in limits)
-            data = held_out(rows, tokenizer, decoding.eos_token_ids, options.chat_template_kwargs, room, vocab_size)
+            data = held_out(
+                rows,
+                tokenizer,
+                decoding.eos_token_ids,
+                options.chat_template_kwargs,
+                room,
+                vocab_size,
+                is_limited_by_positions=True,
+            )
             teacher_ids = generate(teacher, data.prompt_ids, decoding=decoding, description="teacher: greedy text")
         found.append(score(student, teacher, data, teacher_ids, evaluation=evaluation, name=name))
         del student
@@ -207,6 +209,23 @@ def examples_of(data: HeldOut, teacher_texts: list[str], **students: Scores) -> 
     columns = {"prompt": data.prompts, "reference": data.references, "teacher": teacher_texts}
     columns |= {name: scores.responses for name, scores in students.items()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _limits(models: dict[str, str], options: EvaluationArguments) -> tuple[int | None, int]:
+    """The longest prompt that leaves room for a response (`None`: no limit), and the number of ids, of all models: they are given one set
+    of prompts, and one text of the teacher's for each.
+
+    Raises:
+        `ValueError`: if the response takes all positions of a model.
+    """
+    configs = {
+        role if role in ("student", "teacher") else f"student {role}": text_config(
+            role, name, options.trust_remote_code
+        )
+        for role, name in models.items()
+    }
+    positions = {role: positions_of(config) for role, config in configs.items()}
+    return room_beside(options.max_new_tokens, positions), min(config.vocab_size for config in configs.values())
 
 
 def _load(role: str, name: str, options: EvaluationArguments) -> PreTrainedModel:

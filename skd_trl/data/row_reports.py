@@ -48,11 +48,13 @@ PROBLEMS = {
     "long_prompt": "have a prompt over max_prompt_length={limits.max_prompt_length} and are left out (a cut prompt is "
     "no prompt of its template). Raise max_prompt_length to keep them, or max_length, from which it is taken by default; "
     "the models' positions are a limit too",
+    "no_room": "have a prompt over the {limits.max_prompt_length} tokens that the models' positions leave beside the response and are "
+    "left out (a cut prompt is no prompt of its template). Lower max_new_tokens to keep them, or use models with more positions",
     "long_teacher_prompt": "have a prompt for the teacher over its limit and are left out. Raise max_teacher_prompt_length, which "
     "is by default what the teacher's positions leave beside the response, or shorten these rows",
 }
 # A row with one of these is left out; each other problem is an error.
-LEFT_OUT = ("long_prompt", "long_teacher_prompt")
+LEFT_OUT = ("long_prompt", "no_room", "long_teacher_prompt")
 # What was changed in a usable row, and what to do about it.
 NOTES = {
     "not_prefix": (

@@ -15,6 +15,7 @@ class RowRules:
 
     Attributes:
         max_prompt_length (`int` or `None`): rows whose prompt has more are left out.
+        is_limited_by_positions (`bool`): whether that limit is what the models' positions leave, where nobody can raise it.
         max_response_length (`int` or `None`): reference responses are cut after so many.
         needs_response (`bool`): whether a row without a reference response is an error.
         eos_token_ids (`tuple[int, ...]`): ids that end a response; see [`~skd_trl.data.vocabulary.end_of_sequence_ids`].
@@ -46,6 +47,7 @@ class RowRules:
     max_teacher_text_length: int | None = None
     teacher_names: tuple[str, ...] = ()
     needs_scores: bool = False
+    is_limited_by_positions: bool = False
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
     version: int = 9

@@ -212,7 +212,8 @@ def _check(prompt_ids: list[int], response_ids: list[int], teacher_prompt_ids: l
         raise UnusableRow("no_prompt", "its prompt has no tokens.")
     limit = rules.max_prompt_length
     if limit is not None and len(prompt_ids) > limit:
-        raise UnusableRow("long_prompt", f"its prompt has {len(prompt_ids)} tokens.")
+        kind = "no_room" if rules.is_limited_by_positions else "long_prompt"
+        raise UnusableRow(kind, f"its prompt has {len(prompt_ids)} tokens.")
     if rules.needs_response and not response_ids:
         raise UnusableRow("no_response", "it has no reference response.")
     if rules.num_ids is None:

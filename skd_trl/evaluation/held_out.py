@@ -79,9 +79,12 @@ def held_out(
     chat_template_kwargs: dict | None = None,
     max_prompt_length: int | None = None,
     num_ids: int | None = None,
+    *,
+    is_limited_by_positions: bool = False,
 ) -> HeldOut:
     """The prompts of `rows`, which have one of the forms that [`SKDTrainer`] takes. Those of more than `max_prompt_length` tokens are left
-    out, and counted in a note. `num_ids` is the number of ids that all models have.
+    out, and counted in a note. `num_ids` is the number of ids that all models have. `is_limited_by_positions` says that the limit is
+    what their positions leave beside the response, not a setting, for the note.
 
     Raises:
         `ValueError`: for rows that cannot be used; the message names them.
@@ -93,6 +96,7 @@ def held_out(
         eos_token_ids=tuple(eos_token_ids),
         chat_template_kwargs=chat_template_kwargs or {},
         num_ids=num_ids,
+        is_limited_by_positions=is_limited_by_positions,
         reads_response=False,  # nothing is trained on references; only their texts are compared
     )
     tokenized = prepare_dataset(rows, tokenizer, rules, name="held-out")

@@ -4,7 +4,7 @@ Where responses are sampled, a prompt leaves room for `max_new_tokens`. Where no
 unless one of them has its own limit. `None` is no limit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
 
@@ -52,16 +52,26 @@ def room_for_prompts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrai
     Raises:
         `ValueError`: if the response takes all positions of a model.
     """
-    limits = [_prompt_limit(args)]
-    num_beside = args.max_new_tokens if args.samples else 1
-    for name, positions in _positions(args, student, teacher).items():
-        if positions <= num_beside and args.samples:
+    positions = _positions(args, student, teacher)
+    if args.samples:
+        return smallest((_prompt_limit(args), room_beside(args.max_new_tokens, positions)))
+    return smallest((_prompt_limit(args), *(number - 1 for number in positions.values())))
+
+
+def room_beside(max_new_tokens: int, positions: Mapping[str, int | None]) -> int | None:
+    """The longest prompt that leaves every model room for a response, given the positions of each by name; `None` is no limit.
+
+    Raises:
+        `ValueError`: if the response takes all positions of a model.
+    """
+    known = {name: number for name, number in positions.items() if number is not None}
+    for name, number in known.items():
+        if number <= max_new_tokens:
             raise ValueError(
-                f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt: the {name} has {positions} positions "
+                f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the {name} has {number} positions "
                 "(max_position_embeddings, or with longrope original_max_position_embeddings). Lower max_new_tokens."
             )
-        limits.append(positions - num_beside)
-    return smallest(limits)
+    return smallest(number - max_new_tokens for number in known.values())
 
 
 def room_for_texts(args: SKDConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
