@@ -623,3 +623,11 @@ def test_scores_of_before_are_read_back_for_the_same_prompts_only(tmp_path):
     assert found.values["kl_teacher_text"].tolist() == [[1.0, 1.0]]
     assert callback.read_scores(tmp_path / "before.json", HeldOut([[1]], ["other"], ["r"])) is None
     assert callback.read_scores(tmp_path / "missing.json", data) is None
+
+
+def test_scores_that_are_not_numbers_are_null_in_their_file_and_not_numbers_when_they_are_read_back(tmp_path):
+    data, file = HeldOut([[1]] * 2, ["prompt"] * 2, [None] * 2), tmp_path / "before.json"
+    callback.write_scores(file, data, scores([math.nan, 1.0]), [[5], [6]], ["", ""])
+    assert "NaN" not in file.read_text() and "null" in file.read_text()
+    values = callback.read_scores(file, data)[0].values["kl_teacher_text"]
+    np.testing.assert_array_equal(values, [[math.nan, 1.0], [1.0, 1.0]])

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pytest
 
 from skd_trl.evaluation import page as pages
 from skd_trl.evaluation import report
+from skd_trl.training import run_files
 
 
 @pytest.fixture
@@ -88,6 +91,37 @@ def test_metrics_hold_first_last_and_mean_of_what_was_logged(run_dir):
     assert training["loss"] == pytest.approx({"first": 2.0, "last": 2 / 30, "mean": np.mean(2 / np.arange(1, 31))})
     assert training["train_loss"]["last"] == 1.0
     assert "epoch" not in training
+
+
+def strict(text: str):
+    """JSON as a reader outside Python takes it."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_null_in_every_file_of_a_run_and_its_report_reads_them_back(tmp_path):
+    control = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=3)
+    args, log_file = SimpleNamespace(output_dir=str(tmp_path)), run_files.LogFile()
+    log_file.on_train_begin(args, control, None)
+    for control.global_step, loss in enumerate((2.0, math.inf, math.nan), start=1):
+        log_file.on_log(args, control, None, logs={"loss": loss, "grad_norm": math.nan})
+    lost = {"value": math.nan, "low": math.nan, "high": math.nan}
+    metric = {"before": lost | {"value": 1.0}, "after": lost, "change": lost, "teacher": None, "better": "lower"}
+    compared = {"num_prompts": 8, "metrics": {"kl_teacher_text": metric}}
+    run_files.write_settings(tmp_path, {"seed": 1}, comparison=compared)
+    assert [strict(line)["loss"] for line in (tmp_path / "logs.jsonl").read_text().splitlines()] == [2.0, None, None]
+    assert strict((tmp_path / "evaluation.json").read_text())["comparison"]["metrics"]["kl_teacher_text"]["after"] == {
+        "value": None, "low": None, "high": None,
+    }  # fmt: skip
+    report.write_report(tmp_path)
+    found = strict((tmp_path / "metrics.json").read_text())
+    assert found["training"]["loss"] == {"first": 2.0, "last": None, "mean": None}
+    assert found["comparison"]["metrics"]["kl_teacher_text"]["before"]["value"] == 1.0
+    page = (tmp_path / "samples.html").read_text()
+    assert "1.00" in page and "nan" in page
 
 
 def test_a_run_without_samples_or_evaluation_is_reported_from_its_newest_checkpoint(tmp_path):

@@ -25,6 +25,7 @@ from ..evaluation.texts import decode, generate
 from ..loss.divergences import DIVERGENCES
 from ..sampling.admission import positions_of
 from ..training.limits import room_beside
+from ..training.run_files import as_json
 from .loading import naming, text_config
 from .options import Command
 from .rows import load_rows
@@ -243,5 +244,5 @@ def _show(table: Table, content: dict, output_file: str | None) -> None:
     Console().print(table)
     if output_file:
         Path(output_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(output_file).write_text(json.dumps(content, indent=2))
+        Path(output_file).write_text(as_json(content, indent=2))
         print(output_file)

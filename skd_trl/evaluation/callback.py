@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..skd_trainer import SKDTrainer
 from ..training.distributed import agree_on_maximum, is_sharded
+from ..training.run_files import as_json
 from .comparison import compare
 from .draft_model import Drafting
 from .held_out import Decoding, HeldOut, held_out
@@ -178,7 +179,7 @@ def write_scores(
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
+    partial.write_text(as_json(content))
     partial.replace(file)
 
 
@@ -189,5 +190,6 @@ def read_scores(file: Path, data: HeldOut) -> tuple[Scores, list[list[int]]] | N
     content = json.loads(file.read_text())
     if content["prompts"] != data.prompts:
         return None
-    values = {name: np.array(array) for name, array in content["values"].items()}
+    # A null, which stands for what is not a number, becomes one that is not.
+    values = {name: np.array(array, dtype=np.float64) for name, array in content["values"].items()}
     return Scores(content["responses"], values), content["teacher"]

@@ -52,10 +52,16 @@ def shown_as(name: str) -> Metric:
 
 def verdict(metric: dict) -> str:
     """`better`, `worse`, or `unclear` where the interval of the change holds 0, or is of fewer than `LEAST_PROMPTS` prompts."""
-    low, high = metric["change"]["low"], metric["change"]["high"]
+    _, low, high = numbers_of(metric["change"])
     if is_of_few(metric) or low <= 0 <= high:
         return "unclear"
     return "better" if (low > 0) == (metric["better"] == "higher") else "worse"
+
+
+def numbers_of(estimate: dict) -> tuple[float, float, float]:
+    """Value, low and high of an estimate, also of one that was read from a file: there a null is not a number."""
+    value, low, high = (np.nan if estimate[key] is None else estimate[key] for key in ("value", "low", "high"))
+    return value, low, high
 
 
 def explanation(comparison: dict) -> str:
@@ -111,11 +117,12 @@ def num_prompts_in_words(number: int) -> str:
 def comparison_row(name: str, metric: dict) -> dict[str, str]:
     """One metric as the texts of its table cells, for the terminal and for the page."""
     digits = f"z.{shown_as(name).digits}f"  # without a zero that has a sign
-    value, low, high = (metric["change"][key] for key in ("value", "low", "high"))
+    value, low, high = numbers_of(metric["change"])
+    before, after = (numbers_of(metric[name])[0] for name in ("before", "after"))
     return {
         "label": shown_as(name).label,
-        "before": f"{metric['before']['value']:{digits}}",
-        "after": f"{metric['after']['value']:{digits}}",
+        "before": f"{before:{digits}}",
+        "after": f"{after:{digits}}",
         "change": f"{value:+{digits}} [{low:+{digits}}, {high:+{digits}}]",
         "verdict": verdict(metric),
     }

@@ -100,9 +100,14 @@ PANELS = (
 
 
 def series(history: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one logged quantity."""
-    entries = [entry for entry in history if isinstance(entry.get(name), (int, float)) and "step" in entry]
-    return [entry["step"] for entry in entries], [float(entry[name]) for entry in entries]
+    """Steps and values of one logged quantity; a null of `logs.jsonl` is a value that is not a number."""
+    logged = [(entry["step"], entry[name]) for entry in history if name in entry and "step" in entry]
+    found = [(step, np.nan if value is None else float(value)) for step, value in logged if _is_number(value)]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, (int, float))
 
 
 def panels(history: list[dict]) -> list[dict[str, str]]:

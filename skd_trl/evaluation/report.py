@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..training.run_files import EVALUATION, LOGS, read_if_whole, read_logs
+from ..training.run_files import EVALUATION, LOGS, as_json, read_if_whole, read_logs
 from .page import render_page
 from .plots import plot_training, series
 
@@ -53,7 +53,7 @@ def write_report(run_dir: Path) -> list[Path]:
     """
     run = read_run(run_dir)
     metrics, plot, page = (run_dir / name for name in ("metrics.json", "training.png", "samples.html"))
-    metrics.write_text(json.dumps(summarize(run), indent=2))
+    metrics.write_text(as_json(summarize(run), indent=2))
     plot_training(run.history, plot, title=f"{run.name}: loss, and who wrote the tokens")
     page.write_text(render_page(run), encoding="utf-8")
     return [metrics, plot, page]

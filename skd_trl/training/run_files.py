@@ -5,6 +5,7 @@ the run is over the comparison of before and after. So a run that was killed can
 """
 
 import json
+import math
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +33,7 @@ class LogFile(TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in read_logs(path) if 0 < entry.get("step", 0) <= state.global_step]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+        partial.write_text("".join(f"{as_json(entry)}\n" for entry in kept))
         os.replace(partial, path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -40,7 +41,7 @@ class LogFile(TrainerCallback):
             path = Path(args.output_dir) / LOGS
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
-                file.write(json.dumps({**logs, "step": state.global_step, "max_steps": state.max_steps}) + "\n")
+                file.write(as_json({**logs, "step": state.global_step, "max_steps": state.max_steps}) + "\n")
 
 
 def read_if_whole(path: Path) -> dict[str, Any] | None:
@@ -63,12 +64,25 @@ def read_logs(path: Path) -> list[dict]:
     return entries
 
 
+def as_json(content: Any, indent: int | None = None) -> str:
+    """`content` as JSON, with null for each number that is not finite: JSON has no word for these, and strict readers refuse Python's."""
+    return json.dumps(_without_infinite(content), indent=indent, allow_nan=False)
+
+
+def _without_infinite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_infinite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_infinite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_settings(output_dir: Path, settings: dict[str, Any], **more: Any) -> Path:
     """Writes `evaluation.json`, whole or not at all: `settings`, and what else there is by then."""
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / EVALUATION
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"settings": settings, **more}, indent=2))
+    partial.write_text(as_json({"settings": settings, **more}, indent=2))
     os.replace(partial, path)
     return path
 
