@@ -4,6 +4,7 @@ The plain computation beside each: one row, no padding, no cache, float64.
 """
 
 import io
+import json
 import math
 import random
 import string
@@ -29,6 +30,7 @@ from skd_trl.evaluation.draft_model import Drafting, draft_acceptance, num_forwa
 from skd_trl.evaluation.held_out import Decoding, HeldOut, held_out, prompt_text
 from skd_trl.evaluation.scores import METRICS, Evaluation, Scores, evaluate, text_scores
 from skd_trl.evaluation.texts import generate
+from skd_trl.training.run_files import as_json
 
 
 # Divergence
@@ -570,6 +572,17 @@ def test_verdicts_know_which_way_is_better_and_when_it_is_unclear():
         comparison.verdict(comparison.compare(scores(values), scores(values + noise), {})["metrics"]["rouge1_teacher"])
         == "unclear"
     )
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("num_lost", [1, 8])
+def test_a_change_that_is_not_finite_is_unclear(number, num_lost):
+    """A student of NaN was called better, in what is better when lower."""
+    after = scores([number] * num_lost + [9.0] * (8 - num_lost))
+    compared = comparison.compare(scores([1.0] * 8), after, {})
+    assert {comparison.verdict(metric) for metric in compared["metrics"].values()} == {"unclear"}
+    from_file = json.loads(as_json(compared))
+    assert {comparison.verdict(metric) for metric in from_file["metrics"].values()} == {"unclear"}
 
 
 def test_of_five_prompts_no_change_is_called_better_and_of_six_it_is():

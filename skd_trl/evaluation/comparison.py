@@ -51,9 +51,10 @@ def shown_as(name: str) -> Metric:
 
 
 def verdict(metric: dict) -> str:
-    """`better`, `worse`, or `unclear` where the interval of the change holds 0, or is of fewer than `LEAST_PROMPTS` prompts."""
-    _, low, high = numbers_of(metric["change"])
-    if is_of_few(metric) or low <= 0 <= high:
+    """`better`, `worse`, or `unclear` where the interval of the change holds 0, or is of fewer than `LEAST_PROMPTS` prompts, or where
+    a number is not finite. The interval may be finite where the change is not: resamples without the prompt at fault are."""
+    value, low, high = numbers_of(metric["change"])
+    if is_of_few(metric) or not np.isfinite([value, low, high]).all() or low <= 0 <= high:
         return "unclear"
     return "better" if (low > 0) == (metric["better"] == "higher") else "worse"
 
