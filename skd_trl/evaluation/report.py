@@ -5,7 +5,6 @@ Reads the log (`trainer_state.json`, or `logs.jsonl` of a run that is not over),
 The page needs nothing but itself: no network, no script (`page.py`, `plots.py`).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
