@@ -128,8 +128,8 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def copy_around(model: nn.Module, copies: dict[int, Any]) -> nn.Module:
-    """A deep copy of a model in which what has one of these ids is what `copies` says. Tensors that a layer keeps and that are results of
-    others (peft keeps views of a tied adapter) cannot be copied and are shared."""
+    """A deep copy of a model in which `copies` take the places of the objects with these ids. Tensors that a layer keeps and that are
+    results of others (peft keeps views of a tied adapter) cannot be copied and are shared."""
     kept = [value for module in model.modules() for value in tree_leaves(vars(module))]
     results = {id(value): value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf}
     return copy.deepcopy(model, {**results, **copies})
