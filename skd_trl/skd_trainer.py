@@ -28,6 +28,7 @@ from .data.batches import (
     ResponseTokens,
     check_collator,
     model_inputs,
+    without_response,
 )
 from .data.dataset import num_scored_tokens, prepare_dataset
 from .data.recorded_scores import has_scores
@@ -382,7 +383,11 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         if batches and rollout != "dataset":
             batches = self._sample(batches, rollout)
         self._ask_server(batches)
-        return batches, self._get_num_items_in_batch(batches, device)
+        num_tokens = self._get_num_items_in_batch(batches, device)
+        if batches:
+            # Where a pass over a stream ends within a window, the Trainer would not step, but add its gradient to the next window's.
+            batches += [without_response(batches[-1])] * (num_batches - len(batches))
+        return batches, num_tokens
 
     def _enter_step(self, step: int, num_steps: int) -> None:
         """Sets what the configuration's schedules, and callbacks, say of an optimizer step (0 is the first)."""

@@ -10,11 +10,11 @@ from datasets.distributed import split_dataset_by_node
 from tiny import CHATML, EOS, byte_tokenizer
 from torch.utils.data import DataLoader
 
-from skd_trl.data.batches import DataCollatorForDistillation
+from skd_trl.data.batches import FILLS_UP, DataCollatorForDistillation
 from skd_trl.data.dataset import prepare_dataset
 from skd_trl.data.row_reports import NOTES, PROBLEMS
 from skd_trl.data.row_rules import RowRules
-from skd_trl.data.streams import MAX_CONSECUTIVE_SKIPS
+from skd_trl.data.streams import MAX_CONSECUTIVE_SKIPS, DealtStream
 
 
 TOKENIZER = byte_tokenizer()
@@ -274,3 +274,11 @@ def test_every_message_can_be_formatted():
     limits = RowRules(7, 7, False, ())
     for text in [*PROBLEMS.values(), *NOTES.values()]:
         assert "{limits" not in text.format(limits=limits)
+
+
+@pytest.mark.parametrize("multiple, filled", [(4, 3), (5, 0), (6, 1), (1, 0)])
+def test_a_stream_for_several_processes_is_filled_up_with_rows_that_are_marked(multiple, filled):
+    prepared = prepare(stream([GOOD] * 5, num_shards=2))
+    rows = list(DealtStream(prepared, multiple))
+    assert [row["skipped_rows"] == FILLS_UP for row in rows] == [False] * 5 + [True] * filled
+    assert [row["prompt_ids"] for row in rows] == [list(prepared)[0]["prompt_ids"]] * (5 + filled)

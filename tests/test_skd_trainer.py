@@ -407,6 +407,25 @@ def test_predictions_are_scored_like_an_evaluation_and_leave_its_sums_alone(tmp_
     assert trainer.evaluate()["eval_student_entropy"] == evaluated["eval_student_entropy"]
 
 
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+def test_a_pass_over_a_stream_that_ends_within_a_window_ends_with_a_step(tmp_path, rollout):
+    """As a pass over a data set does: 7 rows in steps of 4, two passes."""
+    settings = {"max_steps": 4, "rollout": rollout, "optim": "sgd", "shuffle_dataset": False, "learning_rate": 0.1}
+    rows = (ROWS * 2)[:7]
+    whole = make_trainer(tmp_path, rows, train_sampling_strategy="sequential", **settings)
+    whole.train()
+    for size in (1, 2):
+        stream = Dataset.from_list(rows).to_iterable_dataset()
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        trainer = make_trainer(tmp_path, stream, **settings, **cut)
+        trainer.train()
+        for name in ("loss", "grad_norm"):
+            found = [log.get(name) for log in trainer.state.log_history if "loss" in log]
+            assert found == pytest.approx(
+                [log.get(name) for log in whole.state.log_history if "loss" in log], rel=1e-4
+            )
+
+
 def test_a_shuffled_data_set_is_shuffled_by_the_seed_a_stream_too(tmp_path):
     plain, shuffled, again, other = (
         make_trainer(tmp_path, seed=seed, shuffle_dataset=shuffle).train_dataset["prompt_ids"]

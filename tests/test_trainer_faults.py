@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from processes import torchrun
 from rich.console import Console
-from test_skd_trainer import ROWS, make_trainer
+from test_skd_trainer import ROWS, losses, make_trainer
 from tiny import BOS, EOS, byte_tokenizer, save_models, tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, TrainerCallback
@@ -321,9 +321,19 @@ def test_on_two_processes_each_row_of_an_evaluation_counts_once(tmp_path, num_ro
     sampled = token_means(trainer, students_texts(trainer, PROMPTS[:num_rows]))
     drawing = make_trainer(tmp_path, trainer_class=SpecKDTrainer, gate="spec_k")
     gated = drawing.evaluate(Dataset.from_list(ROWS[:num_rows]))["eval_loss"]
+    training = make_trainer(
+        tmp_path, Dataset.from_list(ROWS[:num_rows]), per_device_train_batch_size=4, max_steps=4, rollout="dataset",
+        shuffle_dataset=False, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    training.train()
     for rank in (0, 1):
         metrics = json.loads((tmp_path / f"{rank}.json").read_text())
+        if num_rows == 8:  # else rows of the beginning fill up the last batch of a pass
+            assert metrics["losses"] == pytest.approx(losses(training), rel=1e-3)
         assert metrics["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert metrics["stream_loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert metrics["prompt_stream_loss"] == pytest.approx(sampled["loss"], rel=1e-4)
+        assert metrics["prompt_stream_sampled_share"] == 1
         assert metrics["eval_student_entropy"] == pytest.approx(expected["student_entropy"], rel=1e-4)
         assert metrics["prompts_loss"] == pytest.approx(sampled["loss"], rel=1e-4)
         assert metrics["prompts_sampled_share"] == 1

@@ -18,6 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 IGNORE_INDEX = -100
+# The `skipped_rows` of a row that is there once more, to fill up the last batch of an evaluation on several processes.
+FILLS_UP = -1
 
 
 class Key(StrEnum):
@@ -35,7 +37,7 @@ class Key(StrEnum):
     TEACHER_PROMPT_ATTENTION_MASK = "teacher_prompt_attention_mask"
     # The data collator: which of several teachers a row belongs to, (B,)
     TEACHER_INDEX = "teacher_index"
-    # The data collator, of streams: unusable rows before each row, (B,)
+    # The data collator, of streams: unusable rows before each row, (B,), or `FILLS_UP`
     SKIPPED_ROWS = "skipped_rows"
     # The sampling: where the teacher's token is, `torch.bool`, (B, T), and the rank of the student's proposal among the teacher's
     # tokens, `torch.long`, (B, T), -1 where nothing was judged
@@ -62,6 +64,12 @@ def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What both models are called with. Positions are left to the model: padding at the right does not move
     them, and some models do not count from 0."""
     return {"input_ids": batch[Key.INPUT_IDS], "attention_mask": batch[Key.ATTENTION_MASK]}
+
+
+def without_response(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first row of a batch as a micro-batch without a response token, which adds nothing to a step."""
+    first = {name: values[:1] for name, values in batch.items()}
+    return {**first, Key.LABELS: torch.full_like(first[Key.LABELS], IGNORE_INDEX)}
 
 
 @dataclass

@@ -1,13 +1,17 @@
 """A stream of rows -> a stream of ids. It cannot be read ahead: unusable rows are left out as they come, and the row that follows them
-carries their number (`skipped_rows`). So the count is right in data loader workers, on several ranks and after a resume.
+carries their number (`skipped_rows`). So the count is right in data loader workers, on several ranks and after a resume. Several
+processes read all of it and take its rows in turn.
 """
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from datasets import Features, IterableDataset, Value
 
+from .batches import FILLS_UP, Key
 from .row_reports import NOTES
 from .teacher_prompts import COLUMNS as TEACHER_COLUMNS
 from .tokenization import tokenize_row
@@ -44,6 +48,31 @@ def prepare_stream(
         remove_columns=dataset.column_names or list(first_row),
         features=Features(**columns, skipped_rows=Value("int32")),
     )
+
+
+class DealtStream(torch.utils.data.IterableDataset):
+    """A stream for several processes, of whose rows accelerate gives each process the next in turn. Of a stream in several shards it would
+    give each process shards of its own: where these are not of equal length, one process has a batch more than the others, and waits.
+
+    Args:
+        stream (`IterableDataset`): prepared.
+        multiple (`int`, *optional*): its last row is repeated, as one that `FILLS_UP`, until the number of rows is a multiple of this: those of
+            one batch on all processes. By default accelerate fills a last batch up with the first rows.
+    """
+
+    def __init__(self, stream: IterableDataset, multiple: int = 1):
+        self.stream, self.multiple = stream, multiple
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        num_rows, row = 0, {}
+        for row in self.stream:
+            num_rows += 1
+            yield row
+        for _ in range(-num_rows % self.multiple):
+            yield {**row, Key.SKIPPED_ROWS: FILLS_UP}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
 
 
 class _StreamTokenizer:

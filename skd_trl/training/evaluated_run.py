@@ -12,6 +12,7 @@ from ..data.batches import (
     merge_prompts,
 )
 from ..data.mixed_batches import mix_sampled_rows
+from ..data.streams import DealtStream
 from .engine_lifetime import engine_for_evaluation
 from .metrics import (
     num_own_rows,
@@ -65,6 +66,12 @@ class EvaluatedRun(Trainer):
         output.metrics.update(with_prefix(metrics, f"{metric_key_prefix}_"))
         return output
 
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
+        num_processes = self.accelerator.num_processes
+        if isinstance(dataset, IterableDataset) and num_processes > 1:
+            dataset = DealtStream(dataset, 1 if is_training else batch_size * num_processes)
+        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+
     def _get_eval_sampler(self, eval_dataset):
         """In the order of the set, where training groups rows by length too: a row's noise depends on its place."""
         return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
@@ -75,8 +82,8 @@ class EvaluatedRun(Trainer):
         size, rank, metrics = len(inputs[Key.LABELS]), self.accelerator.process_index, self._ratios["eval"]
         place = self._num_evaluated + rank * size + torch.arange(size)
         self._num_evaluated += self.accelerator.num_processes * size
-        is_missing = rows_to_sample(inputs, self.accelerator)
-        metrics.add("sampled_share", is_missing.sum(), num_own_rows(inputs, self.accelerator))
+        is_missing, num_own = rows_to_sample(inputs, self.accelerator), num_own_rows(inputs, self.accelerator)
+        metrics.add("sampled_share", is_missing.sum(), num_own)
         if any_on_any_process(is_missing, self.accelerator):
             noise = row_noise(place[is_missing].tolist(), self.args.max_new_tokens, self.args.seed)
             some = {name: values[is_missing.to(values.device)] for name, values in merge_prompts([inputs]).items()}
@@ -84,6 +91,6 @@ class EvaluatedRun(Trainer):
             metrics.add("response_length", rollout.num_tokens, int(is_missing.sum()))
             metrics.add("truncated_share", rollout.num_truncated, int(is_missing.sum()))
             (inputs,) = mix_sampled_rows([inputs], sampled_batches(rollout, [some]), is_missing, self.data_collator)
-        inputs = without_filled_rows({**inputs, Key.PLACE: place}, self.accelerator)
+        inputs = without_filled_rows({**inputs, Key.PLACE: place}, num_own)
         self._ask_server([inputs])
         return super().prediction_step(model, inputs, *args, **kwargs)

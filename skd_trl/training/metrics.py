@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from accelerate import Accelerator
 
-from ..data.batches import IGNORE_INDEX, Key
+from ..data.batches import FILLS_UP, IGNORE_INDEX, Key
 from ..loss.distillation_loss import DistillationLoss
 from ..sampling.rollout import Rollout
 
@@ -66,8 +66,10 @@ def with_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 
 def num_own_rows(batch: dict, accelerator: Accelerator) -> int:
-    """How many rows of an evaluation's batch are its own. On several processes rows of the beginning fill the last batch up; they
-    are given out a second time. (The rows of a stream are not known to be such.)"""
+    """How many rows of an evaluation's batch are its own. On several processes others fill the last batch up; they are given out a
+    second time."""
+    if Key.SKIPPED_ROWS in batch:  # of a stream
+        return int((batch[Key.SKIPPED_ROWS] != FILLS_UP).sum())
     state = accelerator.gradient_state
     num_rows = len(batch[Key.LABELS])
     num_left = state.remainder if state.end_of_dataloader else -1
@@ -76,9 +78,10 @@ def num_own_rows(batch: dict, accelerator: Accelerator) -> int:
     return min(max(num_left - accelerator.process_index * num_rows, 0), num_rows)
 
 
-def without_filled_rows(batch: dict, accelerator: Accelerator) -> dict:
-    """A batch of an evaluation without the labels of rows that fill it up: they would be counted twice."""
-    labels, num_own = batch[Key.LABELS], num_own_rows(batch, accelerator)
+def without_filled_rows(batch: dict, num_own: int) -> dict:
+    """A batch of an evaluation of which the first `num_own` rows are its own, without the labels of the others, which would be counted
+    twice."""
+    labels = batch[Key.LABELS]
     if num_own == len(labels):
         return batch
     labels = labels.clone()
