@@ -432,6 +432,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # DDP and its kin average gradients over processes; the divisor counts the tokens of all of them.
             factor = factor * (self.accelerator.num_processes // self.get_tp_size())
+        self._loss_factor = factor
 
         def loss_fn(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
             outcome.append(self._distillation_loss(tokens.predicted_by(hidden), teacher, inputs, tokens))
@@ -500,8 +501,6 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
 
     def _add_loss_metrics(self, mode: str, outcome: DistillationLoss, inputs: dict, tokens: ResponseTokens) -> None:
         metrics = self._ratios[mode]
-        if mode == "eval":
-            metrics.add("loss", outcome.loss.detach(), len(tokens.labels))
         if self._teacher_names:
             which = inputs[Key.TEACHER_INDEX][tokens.rows]
             add_loss_by_teacher(metrics, outcome, which, self._teacher_names)

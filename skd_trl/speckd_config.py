@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from transformers import SchedulerType
+
 from .explained_options import explained
 from .ideas import IdeaField, make_idea, numbers_of
 from .loss.gates import GATE_CONTROLS, GATES, Gate
@@ -101,6 +103,10 @@ class SpecKDConfig(SKDConfig):
         check_positive("gate_top_k_end", self.gate_top_k_end)
         if self.gate_warmup_steps < 0:
             raise ValueError(f"gate_warmup_steps={self.gate_warmup_steps} must be 0 (no warm-up) or above.")
+        chooses = self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        if self.metric_for_best_model is None and chooses:
+            # In the loss rejected tokens weigh next to nothing, so a student of which all are rejected would be the best.
+            self.metric_for_best_model = "ungated_loss"
         super().__post_init__()
 
     def make_gate(self) -> Gate:

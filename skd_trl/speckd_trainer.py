@@ -68,6 +68,7 @@ class SpecKDTrainer(SKDTrainer):
         *POSITION_NAMES,
         "token_acceptance_rate_eos",
         "gate_weight",
+        "ungated_loss",
         "fully_rejected_share",
         "tv_accepted",
         "tv_rejected",
@@ -126,7 +127,8 @@ class SpecKDTrainer(SKDTrainer):
             for batch in batches:
                 num_labels = int((batch[Key.LABELS] != IGNORE_INDEX).sum())
                 batch[name] = torch.rand((num_labels, num_uniforms), generator=generator)
-        if batches and (self.args.gate_normalizer != "all" or self._gate.select is not None):
+        gates = filter(None, (self._gate, self._compared_gate))
+        if batches and (self.args.gate_normalizer != "all" or any(gate.select is not None for gate in gates)):
             num_tokens = self._weigh_window(batches, num_tokens)
         return batches, num_tokens
 
@@ -157,6 +159,11 @@ class SpecKDTrainer(SKDTrainer):
             batches, weights.weight.split(sizes), weights.accepted.split(sizes), strict=True
         ):
             batch[Key.GATE_WEIGHT], batch[Key.GATE_ACCEPTED] = weight, accepted
+        if self._compared_gate is not None:
+            parts = [self._facts(batch, ResponseTokens.of(batch), Key.COMPARED_UNIFORMS) for batch in batches]
+            other = self._weights(self._compared_gate, torch.cat(hidden), teacher, ResponseFacts.cat(parts))
+            for batch, accepted in zip(batches, other.accepted.split(sizes), strict=True):
+                batch[Key.COMPARED_ACCEPTED] = accepted
         if self.args.gate_normalizer == "all":
             return num_tokens
         total = weights.accepted.sum() if self.args.gate_normalizer == "accepted" else weights.weight.sum()
@@ -206,7 +213,7 @@ class SpecKDTrainer(SKDTrainer):
                 pairs = zip(lengths, generators, strict=True)
                 inputs[name] = torch.cat([torch.rand((length, num_uniforms), generator=own) for length, own in pairs])
         outcome = super()._distillation_loss(student_hidden, teacher, inputs, tokens)
-        if self._compared_gate is not None:
+        if self._compared_gate is not None and Key.COMPARED_ACCEPTED not in inputs:
             facts = self._facts(inputs, tokens, Key.COMPARED_UNIFORMS)
             inputs[Key.COMPARED_ACCEPTED] = self._weights(
                 self._compared_gate, student_hidden.detach(), teacher, facts
@@ -220,6 +227,7 @@ class SpecKDTrainer(SKDTrainer):
         metrics, accepted = self._ratios[mode], outcome.accepted
         metrics.add_mean("token_acceptance_rate", accepted)
         metrics.add_mean("gate_weight", outcome.weight)
+        metrics.add_mean("ungated_loss", outcome.divergence)
         for name, (start, stop) in zip(POSITION_NAMES, POSITION_BINS, strict=True):
             inside = (tokens.positions >= start) & (tokens.positions < (stop or tokens.shape[1]))
             metrics.add_mean(name, accepted[inside])

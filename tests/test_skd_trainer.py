@@ -407,6 +407,20 @@ def test_predictions_are_scored_like_an_evaluation_and_leave_its_sums_alone(tmp_
     assert trainer.evaluate()["eval_student_entropy"] == evaluated["eval_student_entropy"]
 
 
+@pytest.mark.parametrize("calls_ours", [True, False])
+def test_a_subclass_with_its_own_loss_is_evaluated_by_it(tmp_path, calls_ours):
+    class Mine(SKDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if not calls_ours:
+                return model(inputs["input_ids"]).logits.mean() * 0 + 3.0
+            return 2 * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    sizes = {"rollout": "dataset", "per_device_eval_batch_size": 3, "eval_dataset": Dataset.from_list(ROWS)}
+    ours = make_trainer(tmp_path, **sizes).evaluate()["eval_loss"]
+    theirs = make_trainer(tmp_path, trainer_class=Mine, **sizes).evaluate()["eval_loss"]
+    assert theirs == pytest.approx(2 * ours if calls_ours else 3.0, rel=1e-5)
+
+
 @pytest.mark.parametrize("rollout", ["dataset", "student"])
 def test_a_pass_over_a_stream_that_ends_within_a_window_ends_with_a_step(tmp_path, rollout):
     """As a pass over a data set does: 7 rows in steps of 4, two passes."""

@@ -198,6 +198,46 @@ def test_a_gate_that_draws_gives_an_evaluation_one_result_whatever_its_batch_siz
     assert other["eval_loss"] != pytest.approx(found[0]["eval_loss"], rel=1e-5)
 
 
+def test_the_ungated_loss_of_an_evaluation_follows_no_gate_and_chooses_the_best_model(tmp_path):
+    rows = {"eval_dataset": Dataset.from_list(ROWS)}
+    ungated = make_trainer(tmp_path, rollout="dataset", **rows).evaluate()["eval_loss"]
+    for settings in (
+        {},
+        {"gate": "spec_k", "gate_floor": 0.0},
+        {"gate_warmup_steps": 3},
+        {"gate_normalizer": "accepted"},
+    ):
+        trainer = make(
+            tmp_path, max_steps=2, learning_rate=1e-12, eval_strategy="steps", eval_steps=1, **rows, **settings
+        )
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+        assert [log["eval_ungated_loss"] for log in logs] == pytest.approx([ungated] * 2, rel=1e-5)
+        assert logs[-1]["eval_loss"] < logs[-1]["eval_ungated_loss"]
+    chosen = make(tmp_path, load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", **rows).args
+    assert (chosen.metric_for_best_model, chosen.greater_is_better) == ("ungated_loss", False)
+    named = make(
+        tmp_path,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        **rows,
+    )
+    assert named.args.metric_for_best_model == "loss"
+
+
+@pytest.mark.parametrize("compared", ["student_entropy_top", "spec_k"])
+def test_the_overlap_with_another_gate_is_that_of_the_step_however_it_is_cut(tmp_path, compared):
+    found = []
+    for size in (8, 2):
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "shuffle_dataset": False}
+        trainer = make(tmp_path, gate_compare=compared, train_sampling_strategy="sequential", **cut)
+        trainer.train()
+        found.append(trainer.state.log_history[0]["gate_overlap"])
+    assert 0 < found[0] < 1 and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_lora_trains_under_a_gate(tmp_path):
     trainer = make(
         tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj"]), gate_normalizer="mean_one", max_steps=2

@@ -52,7 +52,7 @@ def prepare_stream(
 
 class DealtStream(torch.utils.data.IterableDataset):
     """A stream for several processes, of whose rows accelerate gives each process the next in turn. Of a stream in several shards it would
-    give each process shards of its own: where these are not of equal length, one process has a batch more than the others, and waits.
+    give each process other shards: where these are not of equal length, one process has a batch more than the others, and waits.
 
     Args:
         stream (`IterableDataset`): prepared.

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..data.batches import (
     Key,
+    ResponseTokens,
     merge_prompts,
 )
 from ..data.mixed_batches import mix_sampled_rows
@@ -93,4 +94,10 @@ class EvaluatedRun(Trainer):
             (inputs,) = mix_sampled_rows([inputs], sampled_batches(rollout, [some]), is_missing, self.data_collator)
         inputs = without_filled_rows({**inputs, Key.PLACE: place}, num_own)
         self._ask_server([inputs])
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        self._loss_factor = None  # that of `compute_loss`, unless a subclass never calls it
+        output = super().prediction_step(model, inputs, *args, **kwargs)
+        if output[0] is not None:
+            num_tokens = len(ResponseTokens.of(inputs).labels)
+            divisor = num_tokens if self._loss_factor is None else 1 / self._loss_factor
+            metrics.add("loss", output[0] * divisor, num_tokens)
+        return output
