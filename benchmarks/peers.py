@@ -1,10 +1,11 @@
 """Optimizer steps of SKDTrainer beside TRL's on-policy trainers, fp32: DistillationTrainer and GKDTrainer, and where each spends its time.
 
-All arms are trained at once and take turns step by step, so other work of the machine meets all of them. Each has a process: pools of
-threads in one process slow one another, even those that sleep. The first two steps of each are not counted. Each trainer runs at its
-defaults and at its best for a CPU, without gradient checkpointing.
+All arms are trained at once and take turns, so other work of the machine meets all of them. Each has a process: pools of threads in one
+process slow one another, even those that sleep. A turn is two steps, of which the second counts: the first takes up to a tenth more, as the
+others' steps have emptied the caches and taken the free pages. The first turn is not counted. Each trainer runs at its defaults and at
+its best for a CPU, without gradient checkpointing.
 
-A step has two floors. Its matrix products alone: those of the second step are written down, with attention as one of them, and each is
+A step has two floors. Its matrix products alone: those of one step are written down, with attention as one of them, and each is
 timed by itself on numbers in the same layout, at the end. A product of few rows then finds its weight in the processor's cache, where a
 model's step has to read it from memory; so the second floor runs the decoders of that step whole, each as often and in that order, with
 nothing between them (`forwards.py`), in each turn after the step, and of the loss its products with the head, and adds the optimizer's step
@@ -143,7 +144,7 @@ def floor_of(seconds: Counter) -> list[float]:
 
 
 def train_in_turns(args: Namespace, directory: str) -> dict[str, Measured]:
-    """Trains all arms, one step of each after the other; while one works, the others wait. Raises `SystemExit` for one that fails."""
+    """Trains all arms, a turn of each after the other; while one works, the others wait. Raises `SystemExit` for one that fails."""
     context = multiprocessing.get_context("spawn")
     ends, processes = {}, {}
     for name in args.trainers:
@@ -152,9 +153,9 @@ def train_in_turns(args: Namespace, directory: str) -> dict[str, Measured]:
         processes[name].start()
         of_arm.close()  # then an arm that is gone is noticed
         answer(name, ends[name])  # its models are loaded
-    for _ in range(args.repeats + 2):
+    for _ in range(args.repeats + 1):
         for name, end in ends.items():
-            end.send("step")
+            end.send("turn")
             answer(name, end)
     measured = {}
     for name, end in ends.items():
@@ -175,7 +176,7 @@ def answer(name: str, end) -> Measured | None:
 
 
 def run_arm(name: str, args: Namespace, directory: str, end) -> None:
-    """The process of an arm: waits to be told before each step, and says when it has taken it."""
+    """The process of an arm: waits to be told before each turn, and says when it has taken it."""
     try:
         clock = prepare(args)
         arm = Arm(make_trainer(name, args, directory), clock, end)
@@ -205,7 +206,8 @@ def ratio(theirs: list[float], ours: list[float]) -> list:
 
 def make_trainer(name: str, args: Namespace, directory: str):
     trainer_class, config_class, settings = ARMS[name]
-    rows = prompts_and_completions(args, args.batch_size * (args.repeats + 2))
+    num_steps = 2 * (args.repeats + 1)
+    rows = prompts_and_completions(args, args.batch_size * num_steps)
     known = {field.name for field in fields(config_class)}
     limit = "max_completion_length" if "max_completion_length" in known else "max_new_tokens"
     prompts = rows.map(lambda row: {"prompt": row["messages"][:-1]}, remove_columns=rows.column_names)
@@ -214,7 +216,7 @@ def make_trainer(name: str, args: Namespace, directory: str):
         teacher_model=load_model(args, "teacher"),
         args=config_class(
             f"{directory}/{name}", bf16=False, use_cpu=True, per_device_train_batch_size=args.batch_size,
-            gradient_accumulation_steps=1, max_steps=args.repeats + 2, learning_rate=1e-5, save_strategy="no",
+            gradient_accumulation_steps=1, max_steps=num_steps, learning_rate=1e-5, save_strategy="no",
             logging_steps=1000, report_to="none", disable_tqdm=True, dataloader_num_workers=0, seed=7,
             **{limit: args.max_new_tokens}, **settings,
         ),
@@ -224,7 +226,7 @@ def make_trainer(name: str, args: Namespace, directory: str):
 
 
 class Arm:
-    """A training, with the time of each step but the first two, by phase, and of its forwards; and the products of the second."""
+    """A training, with the time of each turn's second step, by phase, and of its forwards; and the products of the first such step."""
 
     def __init__(self, trainer, clock: Callable[[], float], end):
         self.trainer, self.clock, self.end = trainer, clock, end
@@ -253,20 +255,24 @@ class Arm:
     def step_ended(self) -> None:
         num, seconds = self.trainer.state.global_step, self.clock() - self.started
         self.recording.close()
+        if num % 2 == 1:
+            if num == 1:
+                self.recording.enter_context(self.products.of(self))
+            self._begin()
+            return
         if num > 2:
             self.seconds.append(seconds)
             for phase in PHASES:
                 self.phases[phase].append(self.now[phase])
             self.floors.append(self.seconds_of_forwards())
-        self.now = Counter()
         self.end.send(None)
-        if num == self.trainer.args.max_steps:
-            return
-        self.end.recv()
+        if num < self.trainer.args.max_steps:
+            self.end.recv()
+            self._begin()
+
+    def _begin(self) -> None:
         self.forwards.forget()
-        if num == 1:
-            self.recording.enter_context(self.products.of(self))
-        self.started = self.clock()
+        self.now, self.started = Counter(), self.clock()
 
     def measured(self) -> Measured:
         """Times the floors."""
