@@ -423,13 +423,13 @@ def test_a_subclass_with_its_own_loss_is_evaluated_by_it(tmp_path, calls_ours):
 
 @pytest.mark.parametrize("rollout", ["dataset", "student"])
 def test_a_pass_over_a_stream_that_ends_within_a_window_ends_with_a_step(tmp_path, rollout):
-    """As a pass over a data set does: 7 rows in steps of 4, two passes."""
+    """As it does with batches of a whole step: 7 rows in steps of 4, two passes."""
     settings = {"max_steps": 4, "rollout": rollout, "optim": "sgd", "shuffle_dataset": False, "learning_rate": 0.1}
     rows = (ROWS * 2)[:7]
-    whole = make_trainer(tmp_path, rows, train_sampling_strategy="sequential", **settings)
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    whole = make_trainer(tmp_path, stream, per_device_train_batch_size=4, **settings)
     whole.train()
     for size in (1, 2):
-        stream = Dataset.from_list(rows).to_iterable_dataset()
         cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
         trainer = make_trainer(tmp_path, stream, **settings, **cut)
         trainer.train()

@@ -232,7 +232,8 @@ def test_the_overlap_with_another_gate_is_that_of_the_step_however_it_is_cut(tmp
     found = []
     for size in (8, 2):
         cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "shuffle_dataset": False}
-        trainer = make(tmp_path, gate_compare=compared, train_sampling_strategy="sequential", **cut)
+        stream = Dataset.from_list(ROWS).to_iterable_dataset()
+        trainer = make(tmp_path, stream, gate_compare=compared, **cut)
         trainer.train()
         found.append(trainer.state.log_history[0]["gate_overlap"])
     assert 0 < found[0] < 1 and found[1] == pytest.approx(found[0], rel=1e-5)
