@@ -411,9 +411,11 @@ def test_predictions_are_scored_like_an_evaluation_and_leave_its_sums_alone(tmp_
 def test_a_subclass_with_its_own_loss_is_evaluated_by_it(tmp_path, calls_ours):
     class Mine(SKDTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if not calls_ours:
-                return model(inputs["input_ids"]).logits.mean() * 0 + 3.0
-            return 2 * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if calls_ours:
+                loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch) * 2
+            else:
+                loss = model(inputs["input_ids"]).logits.mean() * 0 + 3.0
+            return (loss, {}) if return_outputs else loss
 
     sizes = {"rollout": "dataset", "per_device_eval_batch_size": 3, "eval_dataset": Dataset.from_list(ROWS)}
     ours = make_trainer(tmp_path, **sizes).evaluate()["eval_loss"]
