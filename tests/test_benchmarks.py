@@ -29,6 +29,10 @@ CASES = {
         "--num_tokens 4 --batch_sizes 2 --acceptance 0.7 --lengths 1 2 --hidden_sizes 64 64 --num_layers 4 4",
         3,
     ),
+    "paired": (
+        f"--before {BENCHMARKS.parent} --arms sampling step loss --batch_size 2 --num_tokens 4 --max_new_tokens 4",
+        3,
+    ),
     "memory": ("--vocab_sizes 2000 --lengths 32 64 --batch_size 8 --hidden_sizes 8 16", 2),
 }
 

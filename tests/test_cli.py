@@ -362,6 +362,32 @@ def test_rows_come_from_files_folders_and_saved_data_sets(tmp_path):
     assert [row["prompt"] for row in stream] == ["p0", "p1"]
 
 
+def test_a_split_may_be_numbered_files_and_a_file_compressed(tmp_path):
+    dataset = Dataset.from_list([{"prompt": f"p{i}"} for i in range(5)])
+    for i in range(2):
+        dataset.shard(2, i, contiguous=True).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    dataset.to_json(tmp_path / "test.jsonl.gz", compression="gzip")
+    assert rows.split_names(str(tmp_path)) == ["test", "train"]
+    for split in ("train", "test"):
+        assert rows.load_rows(str(tmp_path), split)["prompt"][:] == dataset["prompt"][:]
+    assert rows.load_rows(str(tmp_path / "test.jsonl.gz"), "train")["prompt"][:] == dataset["prompt"][:]
+
+
+@pytest.mark.parametrize("other", ["train.parquet", "train.jsonl.gz", "train-00000-of-00001.jsonl"])
+def test_two_files_that_may_each_be_a_split_are_refused(other, tmp_path):
+    for name in ("train.jsonl", other):
+        (tmp_path / name).write_text('{"prompt": "p"}\n')
+    with pytest.raises(ValueError, match=r"has train\S+ and train\S+: each may be its split 'train'"):
+        rows.load_rows(str(tmp_path), "train")
+
+
+def test_a_part_of_a_split_that_is_missing_is_told(tmp_path):
+    (tmp_path / "train-00001-of-00002.jsonl").write_text('{"prompt": "p"}\n')
+    with pytest.raises(ValueError, match="has 1 of the 2 files of its split 'train'"):
+        rows.load_rows(str(tmp_path), "train")
+
+
 def test_rows_that_are_not_there_are_named(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "train.jsonl").write_text('{"prompt": "p"}\n')
@@ -426,6 +452,7 @@ MESSAGES = [{"role": "user", "content": "hello 世界"}, {"role": "assistant", "
 FORMS = {
     "messages": {"messages": MESSAGES},
     "prompts": {"prompt": MESSAGES[:1]},
+    "columns": {"question": "hello 世界", "answer": "hi 🎉"},
 }
 
 
@@ -506,6 +533,49 @@ def test_two_checkpoints_are_compared_and_one_is_evaluated_with_the_same_figures
     assert two["comparison"]["metrics"]["kl_teacher_text"]["after"]["value"] == pytest.approx(0, abs=1e-6)
     assert two["comparison"]["metrics"]["draft_accepted_greedy"]["after"]["value"] == 100
     assert [row["before"] for row in two["examples"]] == [row["student"] for row in one["examples"]]
+
+
+@pytest.mark.slow
+def test_rows_with_other_columns_are_scored_and_evaluated_as_their_conversations_are(assets, tmp_path, capsys):
+    texts = [("hello", "hi"), ("what now?", "tea"), ("why", "why not")]
+    found = []
+    for form in ("columns.csv", "messages.jsonl"):
+        file, arguments = tmp_path / form, ["--dataset_name", tmp_path / form]
+        if form == "columns.csv":
+            Dataset.from_list([{"question": asked, "answer": said} for asked, said in texts]).to_csv(file)
+            arguments += ["--prompt_template", "Say: {question}", "--completion_template", "{answer}"]
+        else:
+            Dataset.from_list(
+                [
+                    {
+                        "prompt": [{"role": "user", "content": f"Say: {asked}"}],
+                        "completion": [{"role": "assistant", "content": said}],
+                    }
+                    for asked, said in texts
+                ]
+            ).to_json(file)
+        scores, figures = tmp_path / f"scores of {form}", tmp_path / f"{form}.figures"
+        code, output = run(
+            ["score", "--model", assets / "teacher", "--output_dir", scores, "--top_k", 3, *arguments], capsys
+        )
+        assert code == 0, output
+        arguments += [
+            "--max_new_tokens",
+            4,
+            "--num_draft_tokens",
+            0,
+            "--metrics",
+            "exact_match",
+            "--output_file",
+            figures,
+        ]
+        code, output = run(
+            ["evaluate", "--student", assets / "student", "--teacher", assets / "teacher", *arguments], capsys
+        )
+        assert code == 0, output
+        found.append((rows.load_rows(str(scores), "train").to_list(), json.loads(figures.read_text())))
+    assert found[0] == found[1] and len(found[0][0]) == 3
+    assert {row["reference"] for row in found[0][1]["examples"]} == {"hi", "tea", "why not"}
 
 
 def test_students_and_teacher_of_three_vocabulary_sizes_are_compared_an_adapter_among_them(assets, tmp_path, capsys):

@@ -78,6 +78,16 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors_of(linked), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_an_empty_line_ends_a_table(page):
+    """Without it the paragraph that follows becomes the table's last row."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    after = [
+        line for row, line in zip(lines, lines[1:], strict=False) if row.startswith("|") and line[:1] not in ("", "|")
+    ]
+    assert not after
+
+
 def test_every_page_is_in_the_table_of_contents():
     listed = set(re.findall(r"^(\w+)$", (DOCS / "index.md").read_text(), re.MULTILINE))
     pages = {page.stem for page in DOCS.glob("*.md")} - {"index"}

@@ -28,11 +28,11 @@ from ..training.limits import room_beside
 from ..training.run_files import as_json
 from .loading import naming, text_config
 from .options import Command
-from .rows import load_rows
+from .rows import RowTemplates, load_rows
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(RowTemplates):
     """What `skd evaluate` and `skd compare` share."""
 
     teacher: str = field(default="", metadata={"help": "The teacher's name or path."})
@@ -43,7 +43,7 @@ class EvaluationArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with a model."})
     dataset_name: str = field(
         default="",
-        metadata={"help": "A data set of the hub, a .jsonl or .parquet file, or a folder."},
+        metadata={"help": "A data set of the hub, a .jsonl, .json, .parquet or .csv file, or a folder."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub's data set."})
     dataset_split: str = field(default="", metadata={"help": "Its split. Default: test; train of a file."})
@@ -168,8 +168,10 @@ def run_compare(arguments: list[str]) -> int:
 def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[list[Scores], dict, HeldOut, list[str]]:
     """The scores of each student, the teacher's own, the prompts, and the teacher's texts."""
     split = options.dataset_split or ("train" if Path(options.dataset_name).is_file() else "test")
-    rows = load_rows(
-        options.dataset_name, split, config=options.dataset_config, num_rows=options.num_rows, seed=options.seed
+    rows = options.fill(
+        load_rows(
+            options.dataset_name, split, config=options.dataset_config, num_rows=options.num_rows, seed=options.seed
+        )
     )
     room, vocab_size = _limits({**students, "teacher": options.teacher}, options)
     first = next(iter(students.values()))

@@ -1,5 +1,7 @@
 """Rows for a command: a data set of the hub, a file, a folder of files, or what `save_to_disk` wrote."""
 
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
 
@@ -10,6 +12,32 @@ from ..training.score import num_missing_files, scored_files
 
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# One of several files of a split, as the hub names them.
+SHARD = re.compile(r"-\d+-of-(\d+)$")
+ABOUT_ROWS = ("dataset_infos.json", "dataset_info.json")  # what lies beside rows, and holds none
+
+
+@dataclass
+class RowTemplates:
+    """Options that make conversations of rows with any columns; see [`from_templates`]."""
+
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "For rows with other columns: what the user says, such as 'Summarize this dialogue.\\n\\n{dialogue}'."
+        },
+    )
+    completion_template: str | None = field(
+        default=None,
+        metadata={"help": "The same for the reference answer, such as '{summary}'. Default: prompts alone."},
+    )
+
+    def fill(self, rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """The rows as conversations, or as they are where no template was given."""
+        if self.prompt_template is None and self.completion_template is None:
+            return rows
+        return from_templates(rows, self.prompt_template, self.completion_template)
 
 
 def load_rows(
@@ -25,8 +53,9 @@ def load_rows(
     One split of a data set.
 
     Args:
-        name (`str`): a data set of the hub; a `.jsonl`, `.json`, `.parquet` or `.csv` file, which is one split; a folder with a
-            file of that kind for each split, such as `train.jsonl`; or a folder written by `save_to_disk` or `skd score`.
+        name (`str`): a data set of the hub; a `.jsonl`, `.json`, `.parquet` or `.csv` file, compressed or not, which is one split; a
+            folder with a file of that kind for each split, such as `train.jsonl`, or with several (`train-00000-of-00002.parquet`);
+            or a folder written by `save_to_disk` or `skd score`.
         split (`str`): its name. A file has the one split "train".
         config (`str`, *optional*): configuration of the hub's data set.
         num_rows (`int`): size of a random sample to take (of a stream the first rows); 0 takes all rows.
@@ -51,14 +80,15 @@ def load_rows(
         rows = saved[split] if isinstance(saved, DatasetDict) else saved
         rows = rows.to_iterable_dataset() if streaming else rows
     elif path.is_file() or (path.is_dir() and _files(path)):
-        file = path if path.is_file() else _files(path)[split]
-        if not file.stat().st_size:
-            raise ValueError(f"{file} has no rows: the file is empty.")
+        files = [path] if path.is_file() else _files(path)[split]
+        if empty := [file for file in files if not file.stat().st_size]:
+            raise ValueError(f"{empty[0]} has no rows: the file is empty.")
+        kind, _ = _kind_and_split(files[0])
         try:
-            rows = load_dataset(READERS[file.suffix], data_files=str(file), split="train", streaming=streaming)
+            rows = load_dataset(READERS[kind], data_files=list(map(str, files)), split="train", streaming=streaming)
         except DatasetGenerationError as error:
             reason = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"{file} cannot be read as {file.suffix}: {reason}") from error
+            raise ValueError(f"{files[0] if len(files) == 1 else path} cannot be read as {kind}: {reason}") from error
     else:
         rows = load_dataset(name, config, split=split, streaming=streaming)
     if isinstance(rows, IterableDataset):
@@ -76,8 +106,9 @@ def split_names(name: str, config: str | None = None) -> list[str]:
     """
     path = Path(name)
     if path.is_file():
-        if path.suffix not in READERS:
-            raise ValueError(f"{name} is a {path.suffix or 'nameless'} file; give one of {', '.join(READERS)}.")
+        kind, _ = _kind_and_split(path)
+        if kind not in READERS:
+            raise ValueError(f"{name} is a {kind or 'nameless'} file; give one of {', '.join(READERS)}.")
         return ["train"]
     if path.is_dir():
         if scored_files(path):
@@ -87,7 +118,7 @@ def split_names(name: str, config: str | None = None) -> list[str]:
             return [str(split) for split in saved] if isinstance(saved, DatasetDict) else ["train"]
         if _files(path):
             return list(_files(path))
-    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in READERS:
+    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or _kind_and_split(path)[0] in READERS:
         raise ValueError(f"the data set {name!r} does not exist: there is no such file or folder.")
     try:
         return get_dataset_split_names(name, config)
@@ -96,13 +127,51 @@ def split_names(name: str, config: str | None = None) -> list[str]:
         raise ValueError(f"the data set {name!r} cannot be read, neither here nor on the hub. {reason}") from error
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """A folder's files of rows, by the split that each is named after."""
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in READERS and path.is_file()}
+def _files(folder: Path) -> dict[str, list[Path]]:
+    """A folder's files of rows, by the split that each is named after: one file, or numbered ones of one kind.
+
+    Raises:
+        `ValueError`: for a split of which two files say that they are all of it, or of which parts are missing.
+    """
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        kind, split = _kind_and_split(path)
+        if kind in READERS and path.is_file() and path.name not in ABOUT_ROWS:
+            files.setdefault(split, []).append(path)
+    for split, of_split in files.items():
+        _check_split(folder, split, of_split)
+    return files
+
+
+def _check_split(folder: Path, split: str, files: list[Path]) -> None:
+    """Raises `ValueError` unless a split's files are one, or all the parts that their names count."""
+    kinds = {_kind_and_split(path)[0] for path in files}
+    totals = {int(shard[1]) if (shard := SHARD.search(_uncompressed(path).stem)) else None for path in files}
+    if len(kinds) > 1 or len(totals) > 1 or (totals == {None} and len(files) > 1):
+        raise ValueError(
+            f"{folder} has {' and '.join(path.name for path in files)}: each may be its split {split!r}. Give one file by its name, or "
+            "move the others."
+        )
+    (total,) = totals
+    if total is not None and total != len(files):
+        raise ValueError(f"{folder} has {len(files)} of the {total} files of its split {split!r}: fetch the others.")
+
+
+def _kind_and_split(path: Path) -> tuple[str, str]:
+    """A file's ending without that of its compression, and the split that it is named after."""
+    plain = _uncompressed(path)
+    return plain.suffix, SHARD.sub("", plain.stem)
+
+
+def _uncompressed(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
 def _is_saved(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
+    """Whether `save_to_disk` wrote it."""
+    return (folder / "dataset_dict.json").exists() or all(
+        (folder / name).exists() for name in ("dataset_info.json", "state.json")
+    )
 
 
 def from_templates(

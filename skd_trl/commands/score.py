@@ -12,14 +12,14 @@ from ..data.teacher_prompts import DEFAULT_TEMPLATE
 from ..training.score import ScoreOptions, score
 from .loading import naming
 from .options import Command
-from .rows import load_rows
+from .rows import RowTemplates, load_rows
 
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ScoreArguments:
+class ScoreArguments(RowTemplates):
     """What `skd score` takes."""
 
     model: str = field(default="", metadata={"help": "The teacher's name or path."})
@@ -31,9 +31,13 @@ class ScoreArguments:
         },
     )
     dataset: str = field(
-        default="", metadata={"help": "A name on the hub, a .jsonl, .json or .parquet file, or a folder of them."}
+        default="",
+        metadata={"help": "A data set of the hub, a .jsonl, .json, .parquet or .csv file, or a folder of them."},
     )
+    dataset_name: str = field(default="", metadata={"help": "The same, under the name that it has in other commands."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub's data set."})
     dataset_split: str = field(default="train", metadata={"help": "Which split of it."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with a model."})
     output_dir: str = field(default="", metadata={"help": "Folder that gets scores-*.parquet."})
     top_k: int = field(default=64, metadata={"help": "Tokens kept at each position; 64 are 0.5 KB a token."})
     batch_size: int = field(default=8, metadata={"help": "Rows in one forward."})
@@ -51,6 +55,7 @@ class ScoreArguments:
     )
 
     def __post_init__(self):
+        self.dataset = self.dataset or self.dataset_name
         for name in ("model", "dataset", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing.")
@@ -79,10 +84,13 @@ def run(arguments: list[str]) -> int:
     state = PartialState(cpu=not torch.cuda.is_available())
     with SCORE.one_line_errors():
         score_options = options.score_options()
-        dataset = load_rows(options.dataset, options.dataset_split)
+        dataset = options.fill(load_rows(options.dataset, options.dataset_split, config=options.dataset_config))
         with naming("teacher", options.model):
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(state.device).eval()
-            tokenizer = AutoTokenizer.from_pretrained(options.model)
+            model = AutoModelForCausalLM.from_pretrained(
+                options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+            )
+            model = model.to(state.device).eval()
+            tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
         process = (state.process_index, state.num_processes)
         num_rows = score(dataset, model, tokenizer, options.output_dir, score_options, process=process)
     logger.info(

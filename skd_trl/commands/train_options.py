@@ -15,13 +15,14 @@ from ..skd_trainer import SKDTrainer
 from ..speckd_config import SpecKDConfig
 from ..speckd_trainer import SpecKDTrainer
 from .options import Command
+from .rows import RowTemplates
 
 
 TRAINERS = {"skd": (SKDConfig, SKDTrainer), "speckd": (SpecKDConfig, SpecKDTrainer)}
 
 
 @dataclass
-class TrainArguments(ScriptArguments):
+class TrainArguments(RowTemplates, ScriptArguments):
     """What `skd train` takes beside the configuration of its trainer and TRL's `ModelConfig`; each is explained in its help."""
 
     trainer: str = field(default="skd", metadata={"help": "Which trainer.", "choices": list(TRAINERS)})
@@ -33,16 +34,6 @@ class TrainArguments(ScriptArguments):
         },
     )
     student_sft: dict[str, Any] | str | None = field(default=None, metadata={"help": "The same for the student."})
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "For rows with other columns: what the user says, such as 'Summarize this dialogue.\\n\\n{dialogue}'."
-        },
-    )
-    completion_template: str | None = field(
-        default=None,
-        metadata={"help": "The same for the reference answer, such as '{summary}'. Default: prompts alone."},
-    )
     num_train_rows: int = field(default=0, metadata={"help": "Rows to train on, a random sample; 0 is all."})
     num_eval_rows: int = field(
         default=200,
@@ -81,7 +72,7 @@ class TrainArguments(ScriptArguments):
             raise ValueError(f"trainer={self.trainer!r} is unknown; choose one of {', '.join(TRAINERS)}.")
         if not self.dataset_name:
             raise ValueError(
-                "dataset_name is not set; give a data set of the hub, a .jsonl or .parquet file, or a folder of them."
+                "dataset_name is not set; give a data set of the hub, a .jsonl, .json, .parquet or .csv file, or a folder of them."
             )
         for name in ("num_train_rows", "num_eval_rows", "draft_rows"):
             if getattr(self, name) < 0:

@@ -4,7 +4,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from ..skd_config import SKDConfig
-from .rows import from_templates, hold_out, load_rows, split_names
+from .rows import hold_out, load_rows, split_names
 from .train_options import TrainArguments
 
 
@@ -18,9 +18,7 @@ def load_train_and_test(
         rows = load_rows(
             args.dataset_name, split, config=args.dataset_config, num_rows=num_rows, seed=seed, streaming=streaming
         )
-        if args.prompt_template is None and args.completion_template is None:
-            return rows
-        return from_templates(rows, args.prompt_template, args.completion_template)
+        return args.fill(rows)
 
     train_rows = load(args.dataset_train_split, args.num_train_rows, args.dataset_streaming)
     decide_comparison(args, training_args, train_rows)
