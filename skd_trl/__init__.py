@@ -4,10 +4,13 @@ from .loss.divergences import DIVERGENCES, Divergence
 from .loss.gates import GATES, Gate
 from .loss.response_facts import ResponseFacts
 from .sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
-from .sampling.draft import Draft
+from .sampling.draft import Draft, Judgement
+from .sampling.draft_length import AutoDraftLength
 from .sampling.interleaved import Execution, interleaved_sample
 from .sampling.participants import LocalParticipant, Participant
+from .sampling.prompts import Prompts
 from .sampling.rollout import Rollout
+from .sampling.rounds import Rounds
 from .sampling.sampling_params import SamplingParams
 from .schedules import Schedule
 from .skd_config import SKDConfig
@@ -21,16 +24,20 @@ __version__ = "0.1.0"
 __all__ = [
     "ACCEPTANCE_RULES",
     "AcceptanceRule",
+    "AutoDraftLength",
     "DIVERGENCES",
     "Divergence",
     "Draft",
     "Execution",
     "GATES",
     "Gate",
+    "Judgement",
     "LocalParticipant",
     "Participant",
+    "Prompts",
     "ResponseFacts",
     "Rollout",
+    "Rounds",
     "SKDConfig",
     "SKDTrainer",
     "SamplingParams",

@@ -7,6 +7,7 @@ Whatever would have no effect is refused, and the message names what exists. Thi
 
 import inspect
 import pkgutil
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -108,7 +109,7 @@ def check_used(config: Any, used: Iterable[IdeaField]) -> None:
         entry = _entry(field, config)
         reason = f"{_name(field, config)} takes {_listed(_signature(field, entry), field)}"
         if field.is_idea(entry):
-            reason = "it is an object, which has its parameters"
+            reason = "it is an object, which has its parameters (of a function that makes one, they need defaults)"
         others = [f"{field.name}={n!r}" for n, e in field.registry.items() if parameter in _signature(field, e)]
         raise ValueError(
             f"{name}={getattr(config, name)!r} would have no effect beside {_chosen(field, config)}: {reason}. It belongs to "
@@ -127,13 +128,25 @@ def numbers_of(field: IdeaField, config: Any) -> dict[str, Number]:
             value, is_whole = getattr(config, path), isinstance(default_of(config, path), int)
         elif hasattr(config, f"{field.name}_kwargs"):
             path, value = f"{field.name}_kwargs.{parameter}", kwargs.get(parameter, default)
-            says = (int, "int") if p.annotation is not p.empty else ()
-            is_whole = p.annotation in says or (not says and isinstance(value if default is None else default, int))
+            known = value if default is None else default
+            is_whole = isinstance(known, int) if p.annotation is p.empty else _number_type(p.annotation) == "int"
         else:
             continue
-        if is_number(value) or (value is None and p.annotation in (int, float, "int", "float", p.empty)):
+        if is_number(value) or (
+            value is None and (p.annotation is p.empty or _number_type(p.annotation) in ("int", "float"))
+        ):
             numbers[path] = Number(value, is_whole)
     return numbers
+
+
+def _number_type(annotation: Any) -> str | None:
+    """The name of the one type that an annotation has beside `None`: `int | None`, `Optional[int]`, or their text."""
+    if isinstance(annotation, str):
+        names = {name.strip() for name in annotation.removeprefix("Optional[").removesuffix("]").split("|")}
+    else:
+        names = {getattr(one, "__name__", "") for one in typing.get_args(annotation) or (annotation,)}
+    names -= {"None", "NoneType"}
+    return names.pop() if len(names) == 1 else None
 
 
 def describe(value: Any) -> Any:

@@ -72,11 +72,14 @@ class Schedule:
     def at(self, step: int, num_steps: int) -> float:
         """The value at `step` (0 is the first) of a training of `num_steps`."""
         last = num_steps - 1 if self.num_steps is None else self.num_steps
-        held = self.hold * (last + 1)
+        held = min(self.hold * (last + 1), last)  # the last step is the end's
         if self.shape == "step":
             # 0.1 x 30 in floats lies a hair above 3, and step 3 is not held.
-            return self.end if step >= held - 1e-9 else self.start
-        progress = min(max((step - held) / (last - held), 0.0), 1.0) if last > held else 0.0
+            return self.end if last > 0 and step >= held - 1e-9 else self.start
+        if last > held:
+            progress = min(max((step - held) / (last - held), 0.0), 1.0)
+        else:
+            progress = float(step >= last > 0)
         if self.shape == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         # Exact at the end, where the sum may be off by a rounding.

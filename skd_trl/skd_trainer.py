@@ -30,7 +30,7 @@ from .data.batches import (
     model_inputs,
     without_response,
 )
-from .data.dataset import num_scored_tokens, prepare_dataset
+from .data.dataset import has_own_prompts, num_scored_tokens, prepare_dataset
 from .data.recorded_scores import has_scores
 from .data.row_rules import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
@@ -309,9 +309,13 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
             require(check_launch(self._inner_student(), one, args, self.accelerator))
         if self._is_recorded or (client is not None and args.teacher_signal == "top_k"):
             self._check_coarse_teacher(client)
-        has_own_prompts = "teacher_prompt_ids" in (self.train_dataset.column_names or [])
         placed = place_teacher(
-            loaded, self.model, args, self.accelerator, client=client, has_own_prompts=has_own_prompts
+            loaded,
+            self.model,
+            args,
+            self.accelerator,
+            client=client,
+            has_own_prompts=has_own_prompts(self.train_dataset),
         )
         self._teacher, self.teacher_model, self._inner_teacher = placed.teacher, placed.prepared, placed.inner
         self._average, self._shared = placed.average, placed.shared
@@ -329,9 +333,19 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
     def _check_coarse_teacher(self, client: TeacherClient | None) -> None:
         """Refuses what k tokens of a server's, or of recorded scores, cannot give."""
         self._statistics = tuple(name for name in self._statistics if name not in FULL_VOCABULARY_STATISTICS)
-        self._check_scores(num_scored_tokens(self.train_dataset, "train") if client is None else client.top_k)
+        if client is None:
+            sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+            for name, dataset in {"train": self.train_dataset, **sets}.items():
+                self._check_scored(dataset, name)
+        else:
+            self._check_scores(client.top_k)
         for rollout in self.args.rollouts - {"dataset", "student"} if client is not None else ():
             check_rule(self.args.acceptance_rule(rollout), client.top_k, self.vocab_size)
+
+    def _check_scored(self, dataset: Dataset | IterableDataset | None, name: str) -> None:
+        """The same for a prepared data set; nothing where there is a teacher to ask."""
+        if self._is_recorded and dataset is not None:
+            self._check_scores(num_scored_tokens(dataset, name))
 
     def _check_scores(self, top_k: int) -> None:
         """Refuses what k recorded tokens cannot give."""
@@ -512,6 +526,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
             metrics.add_mean(name, outcome.statistics[name])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
+        # An evaluation right before leaves the model in evaluation mode.
+        if "loss" in logs or "train_loss" in logs:
             logs.update(self._ratios["train"].compute(self.accelerator))
         super().log(logs, start_time)

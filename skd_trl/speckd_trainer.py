@@ -108,8 +108,9 @@ class SpecKDTrainer(SKDTrainer):
 
     def _check_scores(self, top_k: int) -> None:
         super()._check_scores(top_k)
-        for gate in filter(None, (self._gate, self._compared_gate)):
-            check_signal(top_k, self.vocab_size, gate=gate)
+        for config in (self.args.at(0, 2), self.args.at(1, 2)):  # of the first step, and of the last
+            for gate in filter(None, (config.make_gate(), config.make_compared_gate())):
+                check_signal(top_k, self.vocab_size, gate=gate)
 
     # One optimizer step: its noise, and where the divisor depends on the weights, its weights
 

@@ -196,7 +196,8 @@ def test_a_stream_gives_what_the_data_set_gives_and_each_row_carries_what_was_sk
     streamed = list(prepare(stream(rows)))
     assert [{key: row[key] for key in ("prompt_ids", "response_ids")} for row in streamed] == prepare(rows).to_list()
     assert [row["skipped_rows"] for row in streamed] == [1, 0, 1, 0, 1]
-    assert prepare(stream(rows)).column_names == ["prompt_ids", "response_ids", "skipped_rows"]
+    columns = ["prompt_ids", "response_ids", "teacher_prompt_ids", "skipped_rows"]
+    assert prepare(stream(rows)).column_names == columns
 
 
 def test_a_stream_skips_every_kind_of_unusable_row_and_logs_its_reason(caplog):

@@ -23,7 +23,9 @@ def config(config_class=SKDConfig, **settings):
         (Schedule(0.0, 1.0, "step", hold=0.4), [0.0, 0.0, 1.0, 1.0, 1.0]),
         (Schedule(10.0, 20.0, hold=0.4), [10.0, 10.0, 10.0, 15.0, 20.0]),  # two steps held, two to move
         (Schedule(1.0, 0.2, num_steps=2), [1.0, 0.6, 0.2, 0.2, 0.2]),
-        (Schedule(0.0, 1.0, hold=0.99), [0.0] * 5),  # nothing is left to move in
+        (Schedule(0.0, 1.0, hold=0.8), [0.0] * 4 + [1.0]),  # the last step is the end's, whatever is held
+        (Schedule(0.0, 1.0, "cosine", hold=0.99), [0.0] * 4 + [1.0]),
+        (Schedule(0.0, 1.0, "step", hold=0.99), [0.0] * 4 + [1.0]),
     ],
 )
 def test_a_schedule_has_the_values_of_its_formula(schedule, values):

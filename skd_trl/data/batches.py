@@ -125,7 +125,13 @@ class DataCollatorForDistillation:
             own = [row.get("teacher_prompt_ids") or row["prompt_ids"] for row in rows]
             batch[Key.TEACHER_PROMPTS], batch[Key.TEACHER_PROMPT_ATTENTION_MASK] = self._left_padded(own)
         if Key.TEACHER_TOP_IDS in rows[0]:
-            k = max((len(ids) for row in rows for ids in row[Key.TEACHER_TOP_IDS]), default=1)
+            numbers = {len(ids) for row in rows for ids in row[Key.TEACHER_TOP_IDS]} or {1}
+            if len(numbers) > 1:
+                raise ValueError(
+                    f"The rows of a batch have scores of {sorted(numbers)} tokens at a position, and the loss needs one number for all. "
+                    "Cut them to the smallest."
+                )
+            (k,) = numbers
             for name, shape, dtype in (
                 (Key.TEACHER_TOP_IDS, (-1, k), torch.long),
                 (Key.TEACHER_TOP_LOG_PROBS, (-1, k), torch.float32),

@@ -74,7 +74,8 @@ def prepare_dataset(
 
     Returns:
         `Dataset` or `IterableDataset`: columns `prompt_ids` and `response_ids` (empty for a prompt alone),
-        `teacher_prompt_ids` if the rows say that the teacher reads something else (`teacher_prompts.py`), and for streams `skipped_rows`: how many unusable rows were passed over since the row before.
+        `teacher_prompt_ids` if the rows say that the teacher reads something else (`teacher_prompts.py`; in streams always, empty where it
+        does not), and for streams `skipped_rows`: how many unusable rows were passed over since the row before.
 
     Raises:
         `ValueError`: for a map-style data set if it is empty, if rows have no prompt, no reference where one is
@@ -144,6 +145,13 @@ def _check_scores(dataset: Dataset | IterableDataset, tokenizer: PreTrainedToken
                 f"The {name} data set was scored with another tokenizer ({', '.join(map(str, found))}; the student's is "
                 f"{vocabulary_digest(tokenizer)}), whose ids are other tokens. Use a teacher and a student of one tokenizer."
             )
+
+
+def has_own_prompts(dataset: Dataset | IterableDataset | None) -> bool:
+    """Whether the rows of a prepared data set say what the teacher reads; of a stream the first one tells."""
+    if isinstance(dataset, IterableDataset):
+        return bool(next(iter(dataset), {}).get("teacher_prompt_ids"))
+    return "teacher_prompt_ids" in getattr(dataset, "column_names", ())
 
 
 def num_scored_tokens(dataset: Dataset | IterableDataset, name: str) -> int:

@@ -47,13 +47,12 @@ def scores_of(row: dict[str, Any], result: dict[str, Any], num_ids: int | None) 
         num_ids (`int`, *optional*): ids from here on are not known to the student.
 
     Returns:
-        `dict`: `SCORES` as arrays (T, k), (T, k), (T,), and `response_ids`.
+        `dict`: `SCORES` as lists (T, k), (T, k), (T,), and `response_ids`.
 
     Raises:
         `UnusableRow`: for scores of other texts, of another number of tokens, or that are no log-probabilities.
     """
     response_ids = result["response_ids"]
-    _check_texts(row, result)
     for name in SCORES[:2]:
         if row.get(name) is None:
             raise UnusableRow("no_scores", f"its `{name}` is empty.")
@@ -71,6 +70,7 @@ def scores_of(row: dict[str, Any], result: dict[str, Any], num_ids: int | None) 
     if num_scored == len(response_ids) - 1:  # an API does not score the end of sequence
         response_ids = response_ids[:-1]
         result["notes"].append("unscored_end")
+    _check_texts(row, result["teacher_prompt_ids"] or result["prompt_ids"], response_ids)
     if num_scored < len(response_ids) or (num_scored > len(response_ids) and not is_cut):
         raise UnusableRow(
             "unlike_scores",
@@ -94,12 +94,13 @@ def scores_of(row: dict[str, Any], result: dict[str, Any], num_ids: int | None) 
         )
     else:
         labels = np.where(is_label, log_probs, 0).sum(-1, dtype=np.float32)
-    return {**dict(zip(SCORES, (ids, log_probs, labels), strict=True)), "response_ids": response_ids}
+    # Lists, as those of rows without scores are: arrays and lists in one column are no column.
+    scores = (values.tolist() for values in (ids, log_probs, labels))
+    return {**dict(zip(SCORES, scores, strict=True)), "response_ids": response_ids}
 
 
-def _check_texts(row: dict[str, Any], result: dict[str, Any]) -> None:
-    own = {"prompt": result["teacher_prompt_ids"] or result["prompt_ids"], "response": result["response_ids"]}
-    for name, ids in own.items():
+def _check_texts(row: dict[str, Any], prompt_ids: list[int], response_ids: list[int]) -> None:
+    for name, ids in {"prompt": prompt_ids, "response": response_ids}.items():
         if row.get(f"scored_{name}_ids") is None:
             continue
         scored = list(row[f"scored_{name}_ids"])[: len(ids) if name == "response" else None]

@@ -13,7 +13,6 @@ from datasets import Features, IterableDataset, Value
 
 from .batches import FILLS_UP, Key
 from .row_reports import NOTES
-from .teacher_prompts import COLUMNS as TEACHER_COLUMNS
 from .tokenization import tokenize_row
 
 
@@ -38,8 +37,6 @@ def prepare_stream(
     first = tokenize_row(first_row, **arguments)[0]
     if first["problem"] == "form":
         raise ValueError(f"The {name} data set cannot be used. Row 0: {first['detail']}")
-    teachers = any(column in (dataset.column_names or first_row) for column in TEACHER_COLUMNS)
-    columns = {key: value for key, value in columns.items() if key != "teacher_prompt_ids" or teachers}
     return dataset.map(
         _StreamTokenizer(arguments, name, list(columns)),
         with_indices=True,

@@ -63,13 +63,14 @@ def tokenize_row(
         what was changed in a usable row).
     """
     try:
-        encoders = _encoders(row, tokenizer, rules, formatting_func)
+        row = row if formatting_func is None else _formatted(row, formatting_func)
+        encoders = _encoders(row, tokenizer, rules)
         results = [_result(encode, row, rules, len(encoders)) for encode in encoders]
     except UnusableRow as problem:
         results = [_unusable(problem)]
     names, index = rules.teacher_names, -1
-    if row.get("teacher_id") in names:
-        index = names.index(row["teacher_id"])
+    if str(row.get("teacher_id")) in names:  # a name may be a number in a row
+        index = names.index(str(row["teacher_id"]))
     elif "prompt_ids" in row and row.get("teacher_index") in range(len(names)):  # a prepared row
         index = row["teacher_index"]
     elif names:
@@ -124,17 +125,20 @@ def _unusable(problem: UnusableRow) -> dict[str, Any]:
     return {**ids, "problem": problem.kind, "detail": str(problem), "notes": []}
 
 
-def _encoders(row, tokenizer, rules, formatting_func) -> list[Encoder]:
+def _formatted(row: dict[str, Any], formatting_func: Callable[[dict], dict]) -> dict[str, Any]:
+    formatted = formatting_func(row)
+    if not isinstance(formatted, dict):
+        raise UnusableRow(
+            "form",
+            f"`formatting_func` returned a {type(formatted).__name__}. Distillation has to know where the prompt ends, "
+            "which one text does not say. Return a row with `messages`, with `prompt` and `completion`, or with "
+            "`prompt` alone.",
+        )
+    return formatted
+
+
+def _encoders(row, tokenizer, rules) -> list[Encoder]:
     """One for each example of the row, by the form that the row has."""
-    if formatting_func is not None:
-        row = formatting_func(row)
-        if not isinstance(row, dict):
-            raise UnusableRow(
-                "form",
-                f"`formatting_func` returned a {type(row).__name__}. Distillation has to know where the prompt ends, "
-                "which one text does not say. Return a row with `messages`, with `prompt` and `completion`, or with "
-                "`prompt` alone.",
-            )
     form = form_of(row)
     if form == "prompt_ids":
         given = list(row["prompt_ids"] or []), list(row["response_ids"] or [])
@@ -183,7 +187,7 @@ def _with_teacher(encode: PairEncoder, row, prompt, tokenizer, rules, notes) -> 
     if other is None:
         return *own, []
     try:
-        (encode_teacher,) = _encoders(other, tokenizer, replace(rules, needs_response=False), None)
+        (encode_teacher,) = _encoders(other, tokenizer, replace(rules, needs_response=False))
         teacher_prompt_ids = encode_teacher([])[0]
     except UnusableRow as problem:
         raise UnusableRow(problem.kind, f"of what its teacher reads: {problem}") from problem

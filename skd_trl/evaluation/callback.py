@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..data.dataset import has_own_prompts
 from ..skd_trainer import SKDTrainer
 from ..training.distributed import agree_on_maximum, is_sharded
 from ..training.run_files import as_json
@@ -160,7 +161,7 @@ def no_comparison_with(trainer: SKDTrainer) -> str | None:
         )
     if trainer.args.teacher_model_kind is not None:
         return f"this run's is the student itself (teacher_model_kind={trainer.args.teacher_model_kind!r})"
-    if "teacher_prompt_ids" in (getattr(trainer.train_dataset, "column_names", None) or []):
+    if has_own_prompts(trainer.train_dataset):
         return "this run's reads prompts that differ from the student's"
     return None
 

@@ -185,7 +185,9 @@ def _chunk(
 
     with torch.no_grad(), without_autocast:
         if isinstance(gate, Gate):
-            weights = gate.weights(gate.acceptance(gate.scores(distributions, facts)), facts)
+            acceptance = gate.acceptance(gate.scores(distributions, facts))
+            _check_one_per_position(f"gate {gate.name}", acceptance, facts)
+            weights = gate.weights(acceptance, facts)
         elif gate is None:
             ones = torch.ones(len(facts), device=raw.device)
             weights = GateWeights(ones, ones.bool())
@@ -193,9 +195,12 @@ def _chunk(
             weights = GateWeights(gate.weight.detach(), gate.accepted)
 
     with torch.set_grad_enabled(learning), without_autocast:
-        # Log-probabilities are logits too, so a plain function of logits only costs a second log-softmax.
-        of_log_probs = getattr(divergence, "from_log_probs", divergence)
-        values = of_log_probs(distributions.student_log_probs, distributions.teacher_log_probs)
+        of_log_probs = getattr(divergence, "from_log_probs", None)
+        if of_log_probs is None:  # a plain function, which may not be one of distributions: a distance of logits
+            values = divergence(*distributions.both_logits)
+        else:
+            values = of_log_probs(distributions.student_log_probs, distributions.teacher_log_probs)
+        _check_one_per_position(f"divergence {getattr(divergence, '__name__', divergence)}", values, facts)
         if replaced_loss == "nll":
             nll = -at_labels(distributions.all_student_log_probs, facts.labels)
             values = torch.where(facts.replaced, nll, values)
@@ -206,6 +211,13 @@ def _chunk(
     columns = {"divergence": values.detach(), "weight": weights.weight, "accepted": weights.accepted}
     with torch.no_grad(), without_autocast:
         return columns | {name: STATISTICS[name](distributions, facts) for name in statistics}
+
+
+def _check_one_per_position(what: str, values: Tensor, facts: ResponseFacts) -> None:
+    if values.shape != (len(facts),):
+        raise ValueError(
+            f"The {what} gives {tuple(values.shape)} for {len(facts)} positions; it has to give one number for each, (N,)."
+        )
 
 
 def _check_positions(**arguments) -> None:

@@ -172,7 +172,8 @@ class TopLogProbs(TeacherSignal):
         all_student, is_left_out = log_probs(student_logits), self.ids < 0
         ids = torch.where(is_left_out, self.ids.amax(-1, keepdim=True), self.ids)  # in its place one that is known
         student = all_student.gather(-1, ids).masked_fill(is_left_out, NOTHING)
-        teacher = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32))
+        # The logarithm of 0, which a server or a recording may hold, times a probability of 0 would be none.
+        teacher = self.log_probs.to(torch.promote_types(self.log_probs.dtype, torch.float32)).clamp(min=NOTHING)
         teacher = ranked = teacher.masked_fill(is_left_out, NOTHING)  # above the rest: that ranks k at best
         if self.ids.shape[-1] < all_student.shape[-1]:
             # Not log(1 - sum), which has no digits left where the student is sure of the k tokens.
@@ -184,7 +185,7 @@ class TopLogProbs(TeacherSignal):
             rest = torch.log1p(-mass.clamp(max=1 - torch.finfo(self.log_probs.dtype).eps)).to(teacher.dtype)
             ranked = torch.cat([teacher, torch.full_like(rest, -math.inf)], dim=-1)
             teacher = torch.cat([teacher, rest], dim=-1)
-        label_log_probs = self.label_log_probs.to(teacher.dtype)
+        label_log_probs = self.label_log_probs.to(teacher.dtype).clamp(min=NOTHING)
         return CoarseDistributions(
             student_logits, ranked, all_student, student, teacher, labels, self.ids, label_log_probs
         )

@@ -52,6 +52,12 @@ class TokenDistributions:
         return len(self.student_logits)
 
     @property
+    def both_logits(self) -> tuple[Tensor, Tensor]:
+        """The student's logits of the outcomes and the teacher's, `(N, K)` each, fp32 at least."""
+        student, teacher = self.student_logits, self.teacher_logits
+        return tuple(logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (student, teacher))  # type: ignore[return-value]
+
+    @property
     def vocab_size(self) -> int:
         return self.student_logits.shape[-1]
 
@@ -125,6 +131,11 @@ class CoarseDistributions(TokenDistributions):
 
     ids: Tensor
     label_log_probs: Tensor
+
+    @property
+    def both_logits(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities: the teacher's logits are not known."""
+        return self.student_log_probs, self.teacher_log_probs
 
     def outcome_of(self, tokens: Tensor) -> Tensor:
         is_known = self.ids == tokens[:, None]

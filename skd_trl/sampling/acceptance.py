@@ -40,6 +40,8 @@ class AcceptanceRule:
 
     def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
         """The tokens (N,) that replace rejected ones, for a draft of one column, drawn with `uniforms` (N,) in [0, 1)."""
+        if not self.judges:  # never used
+            return draft.tokens.squeeze(1)
         if type(self).replacement_probs is AcceptanceRule.replacement_probs:  # then without building them
             return draft.judgement.draw(draft.teacher_sampling, draft.nucleus, uniforms)
         outcomes = draw_from_probs(self.replacement_probs(draft).squeeze(1), uniforms)
@@ -144,9 +146,6 @@ class Always(AcceptanceRule):
 
     def __call__(self, draft: Draft) -> torch.Tensor:
         return torch.ones_like(draft.tokens, dtype=torch.bool)
-
-    def replacement(self, draft: Draft, uniforms: torch.Tensor) -> torch.Tensor:
-        return draft.tokens.squeeze(1)  # never used
 
 
 @dataclass(frozen=True)

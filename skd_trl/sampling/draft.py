@@ -129,6 +129,7 @@ class Draft:
     def probability(self, of: str, shaped: bool = True) -> torch.Tensor:
         """Probability of the proposals under `"student"` or `"teacher"`, (N, G), as drawn from or (`shaped=False`)
         at temperature 1 over the whole vocabulary."""
+        self._check_known(of)
         judgement = Judgement(self.student_logits, {}) if of == "student" else self.judgement
         if not shaped:
             return judgement.probability(self.tokens)
@@ -136,6 +137,13 @@ class Draft:
             return self.shaped_probs(of).gather(-1, self.tokens[..., None]).squeeze(-1)
         sampling = self.student_sampling if of == "student" else self.teacher_sampling
         return judgement.shaped_probability(self.tokens, sampling, self.nucleus)
+
+    def _check_known(self, of: str) -> None:
+        """Raises `ValueError` for another model than the two, or one whose logits were not kept."""
+        if of not in ("student", "teacher"):
+            raise ValueError(f"of={of!r} is neither 'student' nor 'teacher'.")
+        if of == "student" and self.student_logits.shape[-1] == 0:
+            raise ValueError("The student's logits are not kept: a rule that looks at them sets needs_student = True.")
 
     def shaped_probs(self, of: str) -> torch.Tensor:
         """The distributions that `"student"` or `"teacher"` draws from, over the judgement's outcomes: (N, G, V), or (N, G, k) where the

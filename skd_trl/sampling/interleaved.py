@@ -64,7 +64,7 @@ def interleaved_sample(
     *,
     accept: AcceptanceRule,
     max_new_tokens: int,
-    eos_token_ids: Iterable[int],
+    eos_token_ids: Iterable[int] | int,
     noise: torch.Tensor | torch.Generator | None = None,
     execution: Execution = Execution(),  # noqa: B008 (frozen)
 ) -> Rollout:
@@ -106,6 +106,11 @@ def interleaved_sample(
     """
     student, teacher = (x if isinstance(x, Participant) else LocalParticipant(x) for x in (student, teacher))
     prompts = Prompts(prompt_ids, prompt_mask)
+    if not isinstance(accept, AcceptanceRule):
+        raise ValueError(
+            f"accept={accept!r} is no AcceptanceRule: give one, such as ACCEPTANCE_RULES['top_k'](k=25), or an object of your subclass."
+        )
+    eos_token_ids = [eos_token_ids] if isinstance(eos_token_ids, int) else [i for i in eos_token_ids if i is not None]
     _check(student, teacher, prompts, max_new_tokens, execution.max_rows)
     num_uniforms = len(prompts), max_new_tokens, 3
     if not isinstance(noise, torch.Tensor):

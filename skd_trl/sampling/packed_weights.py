@@ -9,6 +9,7 @@ changed: a frozen teacher's once, a trained student's in each sampling that is l
 Shapes: M rows, I inputs, O outputs.
 """
 
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ class PackedWeights:
     @contextmanager
     def products(self, model: nn.Module):
         """While this lasts, `torch.nn.functional.linear` is [`linear`], which packs the weights of `model` where it is whole and on a CPU;
-        such times may lie in one another. Weights may change between two of them, in one only by PyTorch's own in-place operations."""
+        such times may lie in one another. Weights may change between two of them, in one only by PyTorch's own in-place operations.
+        What is written to a few numbers of `weight.data` is not seen."""
         self.copies = {key: copy for key, copy in self.copies.items() if copy.is_of_weight_as_it_is}
         own = [] if is_sharded(model) else [weight for weight in model.parameters() if is_packable(weight)]
         for weight in own:
@@ -177,7 +179,10 @@ def host_bytes() -> int:
 
 def some_numbers(weight: torch.Tensor) -> torch.Tensor:
     """A few numbers of a tensor, by which it is seen whether somebody has changed it."""
-    return weight.detach().flatten()[:: max(weight.numel() // NUM_LOOKED_AT, 1)].clone()
+    step = max(weight.numel() // NUM_LOOKED_AT, 1)
+    while math.gcd(step, weight.shape[-1] if weight.ndim else 1) > 1:  # else they would all be of one column
+        step -= 1
+    return weight.detach().flatten()[::step].clone()
 
 
 def _unpacked(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -19,6 +19,7 @@ class Prompts:
     def __init__(self, ids: torch.Tensor, mask: torch.Tensor):
         if ids.ndim != 2 or ids.shape != mask.shape:
             raise ValueError(f"prompt_ids {tuple(ids.shape)} and prompt_mask {tuple(mask.shape)} must both be (B, P).")
+        ids, mask = ids.long(), (mask != 0).long()
         self.ids, self.lengths = ids, mask.sum(dim=1)
         columns = torch.arange(ids.shape[1], device=ids.device)
         is_wrong = (mask.bool() != (columns >= ids.shape[1] - self.lengths[:, None])).any(dim=1)
@@ -26,11 +27,11 @@ class Prompts:
         if ids.numel():
             tokens = self.tokens(torch.arange(len(ids), device=ids.device), 0, ids.shape[1])
             is_shared = (tokens == tokens[:1]).all(dim=0) & (columns < self.lengths.amin() - 1)
-            of_all = [(ids * mask).max(), is_shared.long().cumprod(dim=0).sum()]
+            of_all = [(ids * mask).max(), (ids * mask).min(), is_shared.long().cumprod(dim=0).sum()]
         facts = torch.cat([self.lengths, is_wrong.long(), *(fact[None] for fact in of_all)])
         host_facts: list[int] = facts.tolist()  # the one wait for the device
         self.host_lengths, wrong_rows = host_facts[: len(ids)], host_facts[len(ids) : 2 * len(ids)]
-        self.largest_id, self.num_shared = host_facts[2 * len(ids) :] or (0, 0)
+        self.largest_id, self.smallest_id, self.num_shared = host_facts[2 * len(ids) :] or (0, 0, 0)
         empty = [row for row, length in enumerate(self.host_lengths) if length == 0]
         if empty:
             raise ValueError(f"Prompts {empty} are empty: there is nothing to continue. Give each at least one token.")
@@ -49,9 +50,10 @@ class Prompts:
             raise ValueError(
                 f"The {name} has {len(self)} separate prompts for {num_rows} rows. Give one for each row."
             )
-        if self.largest_id >= vocab_size:
+        if self.largest_id >= vocab_size or self.smallest_id < 0:
+            found = self.smallest_id if self.smallest_id < 0 else self.largest_id
             raise ValueError(
-                f"A prompt of the {name} has token id {self.largest_id}, beyond the {vocab_size} ids that both models share."
+                f"A prompt of the {name} has token id {found}, beyond the {vocab_size} ids that both models share."
             )
 
     @property

@@ -61,7 +61,7 @@ class RaggedDecoder:
         config = model.config.get_text_config()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.base = base = getattr(base, "_orig_mod", base)  # what torch.compile was given
-        self.addresses: list[int] = []
+        self.model_state: tuple = ()
         self.layers = ragged_layers(config, num_rows, num_slots, self.window)
         self.attention_layers = [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
         self.cache = new_cache(base, self.layers)
@@ -124,11 +124,20 @@ class RaggedDecoder:
         of_attention = sum(values.nbytes for values in held if isinstance(values, torch.Tensor))
         return of_attention + (0 if self.states is None else self.states.num_bytes)
 
-    def have_weights_moved(self) -> bool:
-        """Whether weights are somewhere else than when this was last asked; new values in place are no move."""
-        before, model = self.addresses, self.model
-        self.addresses = [tensor.data_ptr() for part in (model.parameters(), model.buffers()) for tensor in part]
-        return before != self.addresses
+    def has_model_changed(self) -> bool:
+        """Whether the model is another one than when this was last asked: weights somewhere else, other adapters in use or merged, other
+        hooks. New values in place are no change."""
+        before, model = self.model_state, self.model
+        addresses = [tensor.data_ptr() for part in (model.parameters(), model.buffers()) for tensor in part]
+        adapters, hooks = [], []
+        for module in model.modules():
+            hooks += [*module._forward_pre_hooks, *module._forward_hooks]
+            if hasattr(module, "merged_adapters"):  # a tuner's layer
+                adapters.append(
+                    (module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters))
+                )
+        self.model_state = addresses, adapters, hooks
+        return before != self.model_state
 
     def masks(self, positions: torch.Tensor, num_slots: int, padding: torch.Tensor | None = None) -> Masks:
         """Which of the first `num_slots` slots `positions` (N, Q) see, (N, 1, Q, L); by kind of layer if there are several. Layers with

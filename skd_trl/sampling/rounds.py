@@ -121,6 +121,8 @@ class Rounds:
         self.decoders: dict[str, RaggedDecoder] = {}
         self.graphs: OrderedDict[Hashable, tuple[Graph, Stopwatch, Signal]] = OrderedDict()
         self.warm: OrderedDict[Hashable, None] = OrderedDict()
+        self.dtypes: dict[str, torch.dtype] = {}  # of the models that the decoders are for
+        self.mode: tuple | None = None  # of the last call, in which buffers and caches were made
         self.reason: str | None = None  # why something was not captured
         self.has_failed = False  # then nothing is tried any more
         self.is_capturing, self.pool = False, None
@@ -132,6 +134,12 @@ class Rounds:
         if wanted and not can_be_captured:
             self._say_once("weights are sharded or forwards collective, or a participant is not made for it")
         self.is_capturing = wanted and can_be_captured and not self.has_failed
+        is_autocast = torch.is_autocast_enabled(device.type)
+        precision = torch.get_autocast_dtype(device.type) if is_autocast else None
+        mode = device, precision, torch.is_inference_mode_enabled()
+        if self.mode not in (None, mode):  # caches would be of another type, or tensors that may not be written to
+            self.release()
+        self.mode = mode
         if self.is_capturing and self.make_graph is None:
             if device.type != "cuda":
                 raise ValueError(f"capture=True needs models on CUDA, and these are on {device.type}. Leave it None.")
@@ -209,11 +217,12 @@ class Rounds:
 
     def decoder(self, name: str, model: nn.Module, num_rows: int, num_slots: int) -> RaggedDecoder:
         """A decoder of at least so many rows and slots for a participant called `name`: the last one if it will do."""
-        last = self.decoders.get(name)
+        last, dtype = self.decoders.get(name), next(model.parameters()).dtype
+        is_of_other_type, self.dtypes[name] = self.dtypes.get(name, dtype) != dtype, dtype
         if last is not None:
-            if last.model is model:
+            if last.model is model and not is_of_other_type:
                 if last.num_rows >= num_rows and last.num_slots >= num_slots:
-                    if last.have_weights_moved():
+                    if last.has_model_changed():
                         self.forget_graphs()
                     return last
                 num_rows, num_slots = max(num_rows, last.num_rows), max(num_slots, last.num_slots)
@@ -223,7 +232,7 @@ class Rounds:
             num_slots = -(-num_slots // SLOTS) * SLOTS
         compile = self.compile and not is_sharded(model)
         self.decoders[name] = decoder = RaggedDecoder(model, num_rows, num_slots, compile)
-        decoder.have_weights_moved()
+        decoder.has_model_changed()
         return decoder
 
     # One round

@@ -47,6 +47,9 @@ class Rows:
         self.text = rounds.buffer("text", (*shape, 3), torch.long, device)
         self.written, self.spare = self.text[:, 1:], len(self.text) - 1
         self.text[self.spare] = 0  # ids that both models have
+        uniforms = uniforms.to(
+            torch.promote_types(uniforms.dtype, torch.float32)
+        )  # in 16 bits a number rounds to 1 now and then
         self.noise = rounds.buffer("noise", (len(self.text), self.num_columns, 3), uniforms.dtype, device)
         # A number below 1 in fp64 may be 1 in fp32.
         self.noise[:num_prompts, : self.max_new_tokens] = uniforms.clamp(max=1 - 2**-24)

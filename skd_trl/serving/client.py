@@ -72,7 +72,8 @@ class TeacherClient(HiddenStatesScorer):
     ):  # noqa: B008 (frozen)
         urls = [urls] if isinstance(urls, str) else list(urls)
         self.top_k, self.patience = top_k, patience
-        self.http = Http(patience.request_seconds, api_key, NUM_CONNECTIONS)
+        request_seconds = min(patience.request_seconds, max(patience.limit_seconds, 1.0))
+        self.http = Http(request_seconds, api_key, NUM_CONNECTIONS)
         # One for the questions of a route, and one for replicas, which wait for those: in one pool they could wait for one another.
         self.threads, self.askers = (ThreadPoolExecutor(max_workers=NUM_CONNECTIONS) for _ in range(2))
         self.replicas = [Replica(url.rstrip("/"), self._find_route(url.rstrip("/"))) for url in urls]

@@ -45,14 +45,21 @@ class EvaluatedRun(Trainer):
         self._check_sampled_evaluation(prepared, name, student)
         return prepared
 
+    def _prepare_given(self, dataset):
+        """One or several sets that an evaluation is given, prepared and checked."""
+        prepared = self._prepare_eval(dataset, self._inner_student())
+        for name, one in prepared.items() if isinstance(prepared, dict) else (("eval", prepared),):
+            self._check_scored(one, name)
+        return prepared
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_eval(eval_dataset, self._inner_student())
+            eval_dataset = self._prepare_given(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """As [`~transformers.Trainer.predict`], on the responses and with the metrics of an evaluation."""
-        return super().predict(self._prepare_eval(test_dataset, self._inner_student()), ignore_keys, metric_key_prefix)
+        return super().predict(self._prepare_given(test_dataset), ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """As [`~transformers.Trainer.evaluation_loop`], with this trainer's metrics under the prefix. They, and the loss, are sums

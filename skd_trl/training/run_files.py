@@ -31,7 +31,8 @@ class LogFile(TrainerCallback):
             return
         path = Path(args.output_dir) / LOGS
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [entry for entry in read_logs(path) if 0 < entry.get("step", 0) <= state.global_step]
+        logs = read_logs(path) if state.global_step > 0 else []
+        kept = [entry for entry in logs if entry.get("step", 0) <= state.global_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(f"{as_json(entry)}\n" for entry in kept))
         os.replace(partial, path)

@@ -1,13 +1,22 @@
 """The part of the trainer that saves and resumes: whole weights, read back; what a schedule or an average needs to go on."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
+from accelerate.logging import get_logger
+from datasets import IterableDataset
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .checkpoints import load_draft_length, save_draft_length
 from .finite_check import require_finite_weights
+from .length_sampler import KeyedLengthSampler
+from .run_files import read_if_whole
 from .saved_weights import check_saved, whole_parameters, whole_weights, writes_shards
 from .whole_checkpoints import last_whole_checkpoint
+
+
+logger = get_logger(__name__)
 
 
 class SavedRun(Trainer):
@@ -25,7 +34,20 @@ class SavedRun(Trainer):
             if newest is None:
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from; start without one.")
             resume_from_checkpoint = str(newest)
+        if resume_from_checkpoint and isinstance(self.train_dataset, IterableDataset):
+            state = read_if_whole(Path(resume_from_checkpoint) / "trainer_state.json") or {}
+            if state.get("epoch", 0) > 1 and not self.args.ignore_data_skip:
+                logger.warning(
+                    f"{resume_from_checkpoint} is from a later pass over the stream. The Trainer skips rows of one pass alone, so this run goes on "
+                    "with other rows than the interrupted one would have had."
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        """As [`~transformers.Trainer._get_train_sampler`]; rows grouped by length have an order that a resumed run has too."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return KeyedLengthSampler(sampler, seed) if type(sampler) is LengthGroupedSampler else sampler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
@@ -58,6 +80,11 @@ class SavedRun(Trainer):
         save_draft_length(self._draft_length, output_dir, self.accelerator, self.args)
         if self._average is not None and self.accelerator.is_main_process:
             self._average.save(output_dir)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._average is not None:
+            self._average.load(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -121,11 +121,24 @@ class StudentAverage(TrainerCallback):
         theirs = dict(student.named_parameters())
         pairs = {name: (own, theirs[name]) for name, own in teacher.named_parameters() if own is not theirs[name]}
         self.pairs, self.update_rate, self.sync_steps = pairs, update_rate, sync_steps
+        self.shared = {name: own for name, own in teacher.named_parameters() if own is theirs[name]}
         # In 16 bits a small share of a small distance is rounded away, and the average would never move.
         self.precise = {name: own.detach().float() for name, (own, _) in pairs.items() if own.dtype.itemsize < 4}
 
+    def check_shared(self) -> None:
+        """
+        Raises:
+            `RuntimeError`: if weights that the teacher has of the student, as they were frozen, are trained.
+        """
+        if trained := [name for name, parameter in self.shared.items() if parameter.requires_grad]:
+            raise RuntimeError(
+                f"The student's {trained[0]} ({len(trained)} in all) was frozen when its teacher was made, so the teacher has it too and it is "
+                "not averaged; now it is trained. Unfreeze it before the trainer is made."
+            )
+
     @torch.no_grad()
     def on_train_begin(self, args, state, control, **kwargs):
+        self.check_shared()
         # An engine may have put the student's weights elsewhere, or in another type. A resumed average is here already, in fp32.
         for name, (own, theirs) in self.pairs.items():
             if theirs.dtype.itemsize < 4:
@@ -134,6 +147,7 @@ class StudentAverage(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
+        self.check_shared()
         if state.global_step % self.sync_steps != 0:
             return
         for name, (own, theirs) in self.pairs.items():
