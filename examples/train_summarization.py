@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
             )
         )
     decide_comparison(script_args, training_args, train_rows)
-    train(script_args, training_args, model_args, train_rows, test_rows if script_args.compare else None, command)
+    train(script_args, training_args, model_args, train_rows, test_rows, command)
 
 
 if __name__ == "__main__":

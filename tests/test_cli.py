@@ -1,5 +1,6 @@
 """The command line: help, wrong options, and each command on tiny models and every form of rows."""
 
+import gzip
 import io
 import json
 import re
@@ -168,9 +169,10 @@ def test_other_commands_say_in_a_line_what_is_wrong_with_an_option(wrong, messag
     assert code == 2 and message in output and "Traceback" not in output
 
 
-def test_the_check_of_a_pair_lists_each_topic_once(assets, capsys):
+@pytest.mark.parametrize("more", [[], ["--use_peft", "true"]])
+def test_the_check_of_a_pair_lists_each_topic_once(more, assets, capsys):
     pair = ["--model", assets / "student", "--teacher_model_name_or_path", assets / "teacher"]
-    code, output = run(["check", *pair, "--max_new_tokens", "8"], capsys)
+    code, output = run(["check", *pair, "--max_new_tokens", "8", *more], capsys)
     topics = re.findall(r"^│ (\w[\w ]*?) +│", output, re.MULTILINE)
     assert code == 0 and len(topics) > 8 and len(topics) == len(set(topics))
 
@@ -211,6 +213,18 @@ def test_the_check_looks_at_each_of_several_teachers(assets, tmp_path, capsys):
     code, output = run(command, capsys)
     _, good, other = re.split(r"With the teacher '\w+'", output)
     assert code == 1 and "refused" not in good and "different tokenizers" in " ".join(other.split())
+
+
+def test_the_check_of_a_file_is_of_the_adapter_and_the_type_that_it_trains(assets, tmp_path, capsys):
+    config, told = tmp_path / "config.yaml", []
+    pair = f"model_name_or_path: {assets / 'student'}\nteacher_model_name_or_path: {assets / 'teacher'}\nmax_new_tokens: 8\n"
+    for more in ("dtype: bfloat16\n", "use_peft: true\nlora_r: 4\n"):
+        config.write_text(pair + more)
+        code, output = run(["check", "--config", config], capsys)
+        assert code == 0, output
+        told.append(" ".join(output.replace("│", " ").split()))
+    assert "bfloat16" in told[0] and "bfloat16" not in told[1]
+    assert "LORA; no adapter" in told[1] and "LORA" not in told[0]
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -323,6 +337,13 @@ def test_a_file_of_options_is_read_and_the_command_line_overrides_it(assets, tmp
     assert (script_args.dataset_name, training_args.gate_top_k, training_args.max_new_tokens) == ("rows", 7, 5)
 
 
+def test_no_in_a_file_is_the_word_and_not_a_boolean(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("eval_strategy: no\nsave_strategy: no\ndataset_name: rows\nuse_cpu: true\nbf16: false\n")
+    _, training_args, _ = train_options.train_command().parse(["--config", str(config)])
+    assert (training_args.eval_strategy, training_args.save_strategy) == ("no", "no")
+
+
 def test_the_trainer_is_that_of_the_command_line_then_of_the_file_then_skd(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("trainer: speckd\n")
@@ -398,6 +419,29 @@ def test_rows_that_are_not_there_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             rows.load_rows(name, split)
+
+
+def test_texts_of_a_csv_file_stay_as_they_are(tmp_path):
+    lines = ["year,code,label,completion", "1990,001,true,None", ",002,false,N/A"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    for streaming in (False, True):
+        found = list(rows.load_rows(str(tmp_path / "rows.csv"), "train", streaming=streaming))
+        assert [list(row.values()) for row in found] == [
+            ["1990", "001", "true", "None"],
+            [None, "002", "false", "N/A"],
+        ]
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "nested", "compressed"])
+def test_dates_of_a_json_file_stay_the_texts_that_they_are(form, tmp_path):
+    given = [{"prompt": "when?", "completion": f"2021-01-0{day}", "at": f"2021-01-0{day}T10:00:00"} for day in (1, 2)]
+    if form == "nested":
+        given = [{"messages": [{"role": "user", "content": row["completion"]}]} for row in given]
+    lines = json.dumps(given) if form == "list" else "\n".join(map(json.dumps, given))
+    file = tmp_path / ("rows.json" if form == "list" else "rows.jsonl.gz" if form == "compressed" else "rows.jsonl")
+    file.write_bytes(gzip.compress(lines.encode()) if form == "compressed" else lines.encode())
+    for streaming in (False, True):
+        assert list(rows.load_rows(str(file), "train", streaming=streaming)) == given
 
 
 def test_rows_that_are_held_out_are_not_trained_on():
@@ -596,6 +640,33 @@ def test_students_and_teacher_of_three_vocabulary_sizes_are_compared_an_adapter_
     assert metrics["kl_teacher_text"]["num_prompts"] == 5 and "draft_accepted_sampled" in metrics
 
 
+@pytest.mark.parametrize("command", ["compare", "watch"])
+def test_a_student_of_another_tokenizer_is_refused(command, assets, tmp_path, capsys):
+    save_with_swapped_bytes(tmp_path / "other")
+    common = ["--teacher", assets / "teacher", "--max_new_tokens", 4]
+    rows_and_more = ["--dataset_name", assets / "text", "--num_draft_tokens", 0, "--metrics", "exact_match"]
+    students = {
+        "compare": ["--before", assets / "student", "--after", tmp_path / "other", *rows_and_more],
+        "watch": ["--student", tmp_path / "other"],
+    }
+    code, output = run([command, *students[command], *common], capsys)
+    assert code == 2 and "different tokenizers" in output
+
+
+def test_another_divergence_is_named_where_its_figures_are(assets, tmp_path, capsys):
+    common = ["--teacher", assets / "teacher", "--dataset_name", assets / "text", "--max_new_tokens", 4]
+    common += ["--metrics", "exact_match", "--num_draft_tokens", 0, "--divergence", "jsd"]
+    for command, students in (
+        ("evaluate", ["--student", assets / "student"]),
+        ("compare", ["--before", assets / "student", "--after", assets / "teacher"]),
+    ):
+        file = tmp_path / f"{command}.json"
+        code, output = run([command, *students, *common, "--output_file", file], capsys)
+        found = json.loads(file.read_text())
+        assert code == 0 and "the divergence jsd" in " ".join(output.split())
+        assert found.get("comparison", found)["divergence"] == "jsd"
+
+
 def test_a_response_that_takes_all_positions_of_a_model_is_refused_before_models_load(assets, tmp_path, capsys):
     shutil.copytree(assets / "student", tmp_path / "short")
     tiny_model(max_position_embeddings=64).save_pretrained(tmp_path / "short")
@@ -625,6 +696,39 @@ def test_prompts_that_leave_no_room_are_left_out_with_a_note_of_options_that_the
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_set_is_evaluated_on_without_a_comparison(assets, tmp_path, capsys):
+    settings = {
+        "output_dir": tmp_path / "out",
+        "compare": False,
+        "max_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    code, output = run(["train", *arguments_for(assets, **settings)], capsys)
+    assert code == 0 and "before and after" not in output
+    assert [entry["step"] for entry in read_logs(tmp_path / "out" / "logs.jsonl") if "eval_loss" in entry] == [1]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"compare_at_evaluation": True}, "no effect without eval_strategy"),
+        (
+            {"compare_at_evaluation": True, "compare": False, "eval_strategy": "epoch"},
+            "no effect without a comparison",
+        ),
+        ({"report_to": "tensorboard"}, "report_to='tensorboard', which is not installed"),
+    ],
+)
+def test_a_setting_that_cannot_act_is_told_before_models_load(
+    settings, message, assets, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "is_tensorboard_available", lambda: False)
+    code, output = run(["train", *arguments_for(assets, output_dir=tmp_path / "out", **settings)], capsys)
+    assert code == 2 and message in output
+
+
 def test_a_run_that_is_killed_leaves_what_its_report_needs(assets, tmp_path, capsys):
     out = tmp_path / "out"
     settings = {"output_dir": out, "save_strategy": "no", "max_steps": 3000, "draft_rows": 0, "log_fixed_prompts": 1}

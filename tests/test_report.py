@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,6 +214,38 @@ def test_the_log_that_goes_furthest_is_reported(run_dir):
     assert report.read_run(run_dir).last_step == 30
     (run_dir / "trainer_state.json").unlink()
     assert report.read_run(run_dir).history == [{"step": 12, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("older", ["trainer_state.json", "checkpoint-40/trainer_state.json"])
+def test_of_two_runs_in_one_directory_the_last_one_is_reported(run_dir, older):
+    """Whatever the first one, which went further, has left there."""
+    if older != "trainer_state.json":
+        (run_dir / "trainer_state.json").unlink()
+    (run_dir / older).parent.mkdir(exist_ok=True)
+    (run_dir / older).write_text(json.dumps({"log_history": [{"step": 40, "loss": 1.0}]}))
+    hour_ago = time.time() - 3600
+    os.utime(run_dir / older, (hour_ago, hour_ago))
+    (run_dir / "logs.jsonl").write_text(json.dumps({"step": 3, "loss": 0.5}))
+    assert report.read_run(run_dir).history == [{"step": 3, "loss": 0.5}]
+
+
+def test_a_new_run_puts_the_completions_of_an_earlier_one_aside_and_a_resumed_one_does_not(run_dir):
+    args, log_file = SimpleNamespace(output_dir=str(run_dir)), run_files.LogFile()
+    log_file.on_train_begin(args, SimpleNamespace(is_world_process_zero=True, global_step=7), None)
+    assert len(report.read_completions(run_dir)) == 60
+    for number in (1, 2):
+        log_file.on_train_begin(args, SimpleNamespace(is_world_process_zero=True, global_step=0), None)
+        assert report.read_completions(run_dir).empty
+        assert any((run_dir / f"completions-{number}").iterdir())
+        shutil.copytree(run_dir / "completions-1", run_dir / "completions")
+
+
+def test_a_run_that_was_made_longer_is_over_where_its_last_step_is(run_dir):
+    (run_dir / "trainer_state.json").unlink()
+    lines = [{"step": 3, "loss": 1.0, "max_steps": 3}, {"step": 3, "train_runtime": 9.0, "max_steps": 3}]
+    for more, is_over in (([], True), ([{"step": 8, "loss": 0.5, "max_steps": 400}], False)):
+        (run_dir / "logs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines + more))
+        assert report.read_run(run_dir).is_over == is_over
 
 
 def test_a_killed_run_is_as_long_as_it_was_to_be_where_a_checkpoint_went_as_far_as_the_log(run_dir):

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
+from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._compat import ModelConfig, get_peft_config  # pyright: ignore[reportPrivateImportUsage]
 from ..data.vocabulary import shared_vocab_size
 from ..skd_config import SKDConfig
 from ..training.findings import Finding, Verdict, finding_of, is_incomplete
@@ -24,21 +26,14 @@ from ..training.pair_check import check_pair, check_placed
 from ..training.teacher_loading import LoadedTeacher, connected, load_models
 from .loading import check_folder
 from .options import Command, for_this_machine
+from .train import set_model_init_kwargs
 
 
 @dataclass
 class StudentName:
-    """The student, by the name that the trainers give it or that TRL's scripts do."""
+    """The student, by the name that the trainers give it; a training's file calls it `model_name_or_path`."""
 
     model: str | None = field(default=None, metadata={"help": "The student's name or path."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The same, under the name that it has in a training's file."}
-    )
-
-    def __post_init__(self):
-        self.model = self.model or self.model_name_or_path
-        if self.model is None:
-            raise ValueError("--model is missing: the student's name or path.")
 
 
 PATIENCE = 20.0  # seconds for a server; a training waits longer, for one that is being restarted
@@ -46,7 +41,7 @@ CHECK = Command(
     "check",
     "Loads a student and a teacher, makes every check that SKDTrainer makes before training, and prints what it found. Exit code 1 "
     "if something is refused. The file may be a training's: what is not about the pair is ignored.",
-    (StudentName, SKDConfig),
+    (StudentName, SKDConfig, ModelConfig),
     "  skd check --model STUDENT --teacher_model_name_or_path TEACHER",
     shares_files=True,
 )
@@ -54,22 +49,34 @@ CHECK = Command(
 
 def run(arguments: list[str]) -> int:
     """The command itself."""
-    student_name, args = CHECK.parse(arguments, **for_this_machine())
+    student_name, args, model_args = CHECK.parse(arguments, **for_this_machine())
+    name = student_name.model or model_args.model_name_or_path
+    if name is None:
+        CHECK.fail("--model is missing: the student's name or path.")
+    with CHECK.one_line_errors():
+        set_model_init_kwargs(args, model_args)
     if args.n_gpu > 1:
         args._n_gpu = 1  # a training has a process for each GPU, and this checks what one of them would
-    student, loaded, tokenizer = load(student_name.model, args)
+    student, loaded, tokenizer = load(name, args)
+    peft_config = get_peft_config(model_args)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
+    pairs = [
+        (name, teacher, findings_about(student, teacher, tokenizer, args, accelerator, peft_config))
+        for name, teacher in zip(loaded.names or ("",), loaded.models, strict=True)
+    ]
+    trained = student if peft_config is None else get_peft_model(student, peft_config)
     is_refused = False
-    for name, teacher in zip(loaded.names or ("",), loaded.models, strict=True):
-        findings = findings_about(student, teacher, tokenizer, args, accelerator)
+    for name, teacher, findings in pairs:
+        launch = {found.topic: found for found in check_launch(trained, teacher, args, accelerator)}
+        findings = [launch.pop(found.topic, found) for found in findings] + list(launch.values())
         if loaded.is_served:
             findings.append(finding_of("server", check_answers, student, loaded, tokenizer, args))
         is_refused = is_refused or any(finding.verdict == Verdict.REFUSED for finding in findings)
         if accelerator.is_main_process:
             print_findings(findings, name)
             if not loaded.is_served:
-                print_plan(student, teacher, args, accelerator)
+                print_plan(trained, teacher, args, accelerator)
     return int(is_refused)
 
 
@@ -92,13 +99,14 @@ def findings_about(
     tokenizer: PreTrainedTokenizerBase,
     args: SKDConfig,
     accelerator: Accelerator,
+    peft_config: Any = None,
 ) -> list[Finding]:
     """What the trainers' checks find about a pair, each topic once."""
-    findings = check_pair(student, teacher, tokenizer, args)
+    findings = check_pair(student, teacher, tokenizer, args, peft_config)
     if is_incomplete(findings):
         later = {found.topic: found for found in check_placed(student, teacher, tokenizer, args, accelerator)}
         findings = [later.get(found.topic, found) for found in findings]
-    return findings + [found for found in check_launch(student, teacher, args, accelerator) if found not in findings]
+    return findings
 
 
 def check_answers(

@@ -4,6 +4,7 @@ Rows may have any form that the trainers take; prompts alone are scored by all t
 """
 
 import json
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from ..training.run_files import as_json
 from .loading import naming, text_config
 from .options import Command
 from .rows import RowTemplates, load_rows
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -141,8 +145,8 @@ def run_evaluate(arguments: list[str]) -> int:
     figures = {name: float(ratio(values)) for name, values in scores.values.items()}
     examples = examples_of(data, texts, student=scores)
     _show(
-        scores_table(scores, teacher, f"{options.student}"),
-        {"metrics": figures, "examples": examples},
+        scores_table(scores, teacher, f"{options.student}", options.divergence),
+        {"divergence": options.divergence, "metrics": figures, "examples": examples},
         options.output_file,
     )
     return 0
@@ -153,7 +157,7 @@ def run_compare(arguments: list[str]) -> int:
     (options,) = COMPARE.parse(arguments)
     with COMPARE.one_line_errors():
         scores, teacher, data, texts = scores_of({"before": options.before, "after": options.after}, options)
-    comparison = compare(*scores, teacher)
+    comparison = {**compare(*scores, teacher), "divergence": options.divergence}
     if options.num_draft_tokens:
         comparison["num_draft_tokens"] = options.num_draft_tokens
     examples = examples_of(data, texts, before=scores[0], after=scores[1])
@@ -181,7 +185,7 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
     data, teacher_ids, found = None, [], []
     for name, path in students.items():
         student = _load(name, path, options)
-        check_vocabularies(student, teacher, tokenizer, trust_remote_code=options.trust_remote_code)
+        _check_tokenizer(path, student, teacher, tokenizer, options)
         decoding = Decoding.of(tokenizer, student, teacher, options.max_new_tokens, options.batch_size)
         decoding = replace(decoding, seed=options.seed, vocab_size=vocab_size)
         drafting = (
@@ -205,6 +209,22 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
         del student
     texts = decode(tokenizer, teacher_ids)
     return found, scored(text_metrics(options.metrics), texts, data.references, "reference"), data, texts
+
+
+def _check_tokenizer(path: str, student: PreTrainedModel, teacher: PreTrainedModel, tokenizer, options) -> None:
+    """Refuses a student whose ids are not the teacher's, so not those of the other student either; says what is doubtful. An adapter's
+    folder may be without a tokenizer: then it is the one that all are given."""
+    try:
+        own = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError):
+        own = tokenizer
+        logger.warning(f"{path} has no tokenizer, so it was not verified that its ids are those of the others.")
+    try:
+        doubt = check_vocabularies(student, teacher, own, trust_remote_code=options.trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if doubt is not None:
+        logger.warning(f"{path}: {doubt}")
 
 
 def examples_of(data: HeldOut, teacher_texts: list[str], **students: Scores) -> list[dict[str, str | None]]:

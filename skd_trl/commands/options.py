@@ -24,6 +24,15 @@ import yaml
 from .._compat import TrlParser
 
 
+class FileParser(TrlParser):
+    """TRL's parser. In a file `eval_strategy: no` means what it does on the command line, though YAML reads a boolean."""
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """As TRL's, which `parse_args_and_config` calls with the file's content."""
+        words = {name: "no" for name, value in config.items() if value is False and name.endswith("_strategy")}
+        return super().set_defaults_with_config(**config | words)
+
+
 @dataclass(frozen=True)
 class Command:
     """A command's name, what it does, its dataclasses, an example, hints for options that it does not have, and whether its file may
@@ -45,7 +54,7 @@ class Command:
         return f"{self.prog} [--config FILE.yaml] [--OPTION VALUE ...]   ({self.prog} --help lists the options)"
 
     def parser(self) -> TrlParser:
-        return TrlParser(self.dataclasses, prog=self.prog, usage=self.usage, allow_abbrev=False, add_help=False)
+        return FileParser(self.dataclasses, prog=self.prog, usage=self.usage, allow_abbrev=False, add_help=False)
 
     def parse(self, arguments: list[str], **defaults: Any) -> tuple:
         """The dataclasses, filled from the command line, then the file named by `--config`, then `defaults`, then their own defaults.

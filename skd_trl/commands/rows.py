@@ -1,11 +1,26 @@
 """Rows for a command: a data set of the hub, a file, a folder of files, or what `save_to_disk` wrote."""
 
+import datetime
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
+from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
+import fsspec
+import pandas as pd
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    Value,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from ..training.score import num_missing_files, scored_files
@@ -85,7 +100,7 @@ def load_rows(
             raise ValueError(f"{empty[0]} has no rows: the file is empty.")
         kind, _ = _kind_and_split(files[0])
         try:
-            rows = load_dataset(READERS[kind], data_files=list(map(str, files)), split="train", streaming=streaming)
+            rows = _read(kind, files, streaming)
         except DatasetGenerationError as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise ValueError(f"{files[0] if len(files) == 1 else path} cannot be read as {kind}: {reason}") from error
@@ -96,6 +111,43 @@ def load_rows(
     if not len(rows):
         raise ValueError(f"the split {split!r} of {name} has no rows.")
     return rows.shuffle(seed=seed).select(range(num_rows)) if 0 < num_rows < len(rows) else rows
+
+
+def _read(kind: str, files: list[Path], streaming: bool) -> Dataset | IterableDataset:
+    """The rows of files of one `kind`. Texts stay as they are in the file: readers that guess types would make 1.0 of a 1 beside an empty
+    cell, nothing of the word None, and another text of a date."""
+    names, options = list(map(str, files)), {}
+    if kind == ".csv":
+        columns = pd.read_csv(names[0], nrows=0).columns
+        features = Features({column: Value("string") for column in columns})
+        options = {"features": features, "keep_default_na": False, "na_values": [""]}
+    rows = load_dataset(READERS[kind], data_files=names, split="train", streaming=streaming, **options)
+    if READERS[kind] == "json" and _has_times(rows.features if rows.features is not None else next(iter(rows), {})):
+        make = IterableDataset.from_generator if streaming else Dataset.from_generator
+        return make(_json_rows, gen_kwargs={"files": names})  # type: ignore[return-value]
+    return rows
+
+
+def _has_times(value: Any) -> bool:
+    """Whether something in features, or in a row, is a time: in a JSON file it was a string."""
+    if isinstance(value, dict):
+        return any(map(_has_times, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_times, value))
+    if isinstance(value, Value):
+        return value.dtype.startswith(("timestamp", "date", "time"))
+    if hasattr(value, "feature"):  # of a list
+        return _has_times(value.feature)
+    return isinstance(value, datetime.date | datetime.time)
+
+
+def _json_rows(files: list[str]) -> Iterator[dict]:
+    for name in files:
+        with fsspec.open(name, "rt", compression="infer", encoding="utf-8") as opened:
+            file: Any = opened
+            is_one_list = file.read(1) == "["
+            file.seek(0)
+            yield from json.load(file) if is_one_list else (json.loads(line) for line in file if line.strip())
 
 
 def split_names(name: str, config: str | None = None) -> list[str]:

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from .._compat import ModelConfig, get_peft_config, get_quantization_config
 from ..evaluation.callback import HeldOutEvaluation
@@ -25,7 +26,7 @@ from ..skd_config import SKDConfig
 from ..skd_trainer import SKDTrainer
 from ..training.console import LogLine
 from ..training.engine_settings import check_processes
-from ..training.run_files import LogFile, run_settings, write_settings
+from ..training.run_files import BEFORE, LogFile, run_settings, write_settings
 from ..training.whole_checkpoints import is_whole, last_whole_checkpoint, whole_checkpoints
 from .loading import check_folder, naming
 from .options import Command, for_this_machine
@@ -52,12 +53,21 @@ def check_names(training_args: SKDConfig, model_args: ModelConfig) -> None:
         check_processes(training_args)
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the student's name or path.")
+    check_trackers(training_args)
     for role, name in (
         ("student", model_args.model_name_or_path),
         ("teacher", training_args.teacher_model_name_or_path),
     ):
         check_folder(role, name)
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
+
+
+def check_trackers(args: SKDConfig) -> None:
+    """Raises `ValueError` for a tracker in `report_to` that is not installed."""
+    known = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
+    for name in args.report_to or ():
+        if name in known and not known[name]():
+            raise ValueError(f"report_to={name!r}, which is not installed: pip install {name}, or --report_to none.")
 
 
 def checkpoint_to_resume(args: SKDConfig) -> str | None:
@@ -89,13 +99,13 @@ def train(
     test_rows: Dataset | None,
     command: Command | None = None,
 ) -> None:
-    """Trains on `train_rows`, and compares the student before and after on `test_rows`. Errors before the first step are told in
-    one line, as `command` does."""
+    """Trains on `train_rows`, and compares the student before and after on `test_rows` (unless `script_args.compare` is `False`), on which it
+    is also evaluated. Errors before the first step are told in one line, as `command` does."""
     command = command or train_command(script_args.trainer)
     with command.one_line_errors():
         trainer, settings = make_trainer(script_args, training_args, model_args, train_rows, test_rows)
         held_out = None
-        if test_rows is not None:
+        if test_rows is not None and script_args.compare is not False:
             drafting = Drafting(num_rows=script_args.draft_rows) if script_args.draft_rows else None
             held_out = HeldOutEvaluation(
                 trainer,
@@ -108,6 +118,8 @@ def train(
     output_dir = Path(training_args.output_dir)
     if trainer.is_world_process_zero():
         write_settings(output_dir, settings)
+        if training_args.resume_from_checkpoint is None:
+            (output_dir / BEFORE).unlink(missing_ok=True)  # of an earlier run
 
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

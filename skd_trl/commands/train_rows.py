@@ -22,14 +22,17 @@ def load_train_and_test(
 
     train_rows = load(args.dataset_train_split, args.num_train_rows, args.dataset_streaming)
     decide_comparison(args, training_args, train_rows)
-    if not args.compare:
+    if args.compare_at_evaluation and (not args.compare or training_args.eval_strategy == "no"):
+        needed = "eval_strategy steps or epoch" if args.compare else "a comparison (compare)"
+        raise ValueError(f"compare_at_evaluation=True has no effect without {needed}: set it, or leave this out.")
+    if not args.compare and training_args.eval_strategy == "no":
         return train_rows, None
     if args.dataset_test_split in split_names(args.dataset_name, args.dataset_config):
         return train_rows, load(args.dataset_test_split, args.num_eval_rows)
     if isinstance(train_rows, IterableDataset):
         raise ValueError(
             f"{args.dataset_name} has no split {args.dataset_test_split!r}, and no rows can be held out of a stream. Name one with "
-            "--dataset_test_split, or give --compare false."
+            "--dataset_test_split, or give --compare false and --eval_strategy no."
         )
     train_rows, test_rows = hold_out(train_rows, args.num_eval_rows, seed)
     if PartialState().is_main_process:

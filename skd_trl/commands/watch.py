@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.vocabulary import end_of_sequence_ids, shared_vocab_size
+from ..data.vocabulary import check_vocabularies, end_of_sequence_ids, shared_vocab_size
 from ..ideas import make_idea
 from ..sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from ..sampling.draft import Draft
@@ -149,7 +149,9 @@ def run(arguments: list[str]) -> int:
         accept = Watched(options.rule())
         drafts = AUTO if options.num_draft_tokens == AUTO else int(options.num_draft_tokens)
         student, tokenizer = load("student", options.student, options.trust_remote_code)
-        teacher, _ = load("teacher", options.teacher, options.trust_remote_code)
+        teacher, tokenizer_of_teacher = load("teacher", options.teacher, options.trust_remote_code)
+        if doubt := check_vocabularies(student, teacher, tokenizer, tokenizer_of_teacher):
+            console.print(Text(doubt, style="yellow"))
         student, teacher = student.to(device), teacher.to(device)
         prompt = prompt_ids(options.prompt, tokenizer).to(device)
         vocab_size = shared_vocab_size(student, teacher)

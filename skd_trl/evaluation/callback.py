@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..data.dataset import has_own_prompts
 from ..skd_trainer import SKDTrainer
 from ..training.distributed import agree_on_maximum, is_sharded
-from ..training.run_files import as_json
+from ..training.run_files import BEFORE, as_json
 from .comparison import compare
 from .draft_model import Drafting
 from .held_out import Decoding, HeldOut, held_out
@@ -69,7 +69,7 @@ class HeldOutEvaluation(TrainerCallback):
                 "the comparison out (skd train: --compare false), and compare afterwards with skd compare."
             )
         self.trainer, self.at_evaluation = trainer, at_evaluation
-        self.file = file or Path(trainer.args.output_dir) / "before.json"
+        self.file = file or Path(trainer.args.output_dir) / BEFORE
         args, tokenizer = trainer.args, trainer.processing_class
         longest = trainer._rules.max_prompt_length
         decoding = Decoding.of(

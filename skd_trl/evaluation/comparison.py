@@ -13,9 +13,11 @@ from .scores import METRICS, Metric, Scores
 
 
 EXPLANATION = (
-    "KL(teacher || student) in nats per token; texts are greedy, samples are drawn at temperature 1. In brackets: 95% "
+    "{}; texts are greedy, samples are drawn at temperature 1. In brackets: 95% "
     "paired bootstrap interval over prompts."
 )
+KL = "KL(teacher || student) in nats per token"
+OTHER_DIVERGENCE = "In the place of KL the divergence {}, in nats per token"
 DRAFTS = "Drafts: the student drafts {} tokens for each forward of the teacher (speculative decoding)."
 # Below six, even changes that all have one sign are more likely than one in twenty by chance (two sides: 2 / 2^5).
 LEAST_PROMPTS = 6
@@ -67,12 +69,17 @@ def numbers_of(estimate: dict) -> tuple[float, float, float]:
 
 def explanation(comparison: dict) -> str:
     """How the columns of a comparison are read."""
-    sentences = [EXPLANATION]
+    sentences = [EXPLANATION.format(divergence_in_words(comparison.get("divergence")))]
     if any(map(is_of_few, comparison["metrics"].values())):
         sentences.append(TOO_FEW.format(LEAST_PROMPTS))
     if "num_draft_tokens" in comparison:
         sentences.append(DRAFTS.format(comparison["num_draft_tokens"]))
     return " ".join(sentences)
+
+
+def divergence_in_words(name: str | None) -> str:
+    """What the rows of KL are: KL, which is not named, or another divergence."""
+    return KL if name in (None, "forward_kl") else OTHER_DIVERGENCE.format(name)
 
 
 def is_of_few(metric: dict) -> bool:
@@ -129,7 +136,7 @@ def comparison_row(name: str, metric: dict) -> dict[str, str]:
     }
 
 
-def scores_table(scores: Scores, teacher: dict[str, np.ndarray], title: str) -> Table:
+def scores_table(scores: Scores, teacher: dict[str, np.ndarray], title: str, divergence: str | None = None) -> Table:
     """The scores of one student with their intervals, and the teacher's own where it has some."""
     rows = resampled_rows(len(scores.responses))
     table = Table(
@@ -138,7 +145,7 @@ def scores_table(scores: Scores, teacher: dict[str, np.ndarray], title: str) -> 
         pad_edge=False,
         caption_justify="left",
     )
-    table.caption = EXPLANATION.replace("paired ", "")
+    table.caption = EXPLANATION.format(divergence_in_words(divergence)).replace("paired ", "")
     for heading, justify in (("", "left"), ("student", "right"), ("teacher", "right")):
         table.add_column(heading, justify=justify, no_wrap=True)
     for name, values in scores.values.items():

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..training.run_files import EVALUATION, LOGS, as_json, read_if_whole, read_logs
+from ..training.run_files import BEFORE, EVALUATION, LOGS, as_json, read_if_whole, read_logs
 from .page import render_page
 from .plots import plot_training, series
 
 
+STATE = "trainer_state.json"
+# A run's end writes its log and its state within this time.
+SAME_RUN_SECONDS = 60.0
 COLUMNS = ["step", "prompt", "response", "tokens", "replaced", "proposals", "is_fixed"]
 
 
@@ -41,7 +44,8 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        return any("train_runtime" in entry for entry in self.history)
+        """Whether a training has ended at the last step: one that was made longer and resumed has older ends."""
+        return any("train_runtime" in entry for entry in self.history if entry.get("step", 0) == self.last_step)
 
 
 def write_report(run_dir: Path) -> list[Path]:
@@ -66,23 +70,34 @@ def read_run(run_dir: Path) -> Run:
         history=read_history(run_dir),
         completions=read_completions(run_dir),
         evaluation={key: value for key, value in evaluation.items() if key != "examples"},
-        examples=evaluation.get("examples") or examples_before(read_if_whole(run_dir / "before.json") or {}),
+        examples=evaluation.get("examples") or examples_before(read_if_whole(run_dir / BEFORE) or {}),
     )
 
 
 def read_history(run_dir: Path) -> list[dict]:
-    """The log that goes furthest: that of the run's end, of a checkpoint, or the one that was written while the run went on. A state
-    that was cut, as by a full disk, is left out."""
-    paths = [*run_dir.glob("trainer_state.json"), *run_dir.glob("checkpoint-*/trainer_state.json")]
-    states = [state for path in paths if (state := read_if_whole(path)) is not None]
-    logs = [[*state["log_history"], {"max_steps": state.get("max_steps", 0)}] for state in states]
-    logs = [log for log in (*logs, read_logs(run_dir / LOGS)) if any("step" in entry for entry in log)]
-    if not logs:
-        raise FileNotFoundError(
-            f"{run_dir} holds no logs.jsonl and no trainer_state.json that can be read, nor does a checkpoint in it, so there is no log to "
-            "report. Give the output directory of a run by `skd train`, or of one that called trainer.save_state() or saved a checkpoint."
-        )
-    return max(logs, key=lambda log: (max(entry.get("step", 0) for entry in log), len(log)))
+    """The log of the run that was made last in this directory: that of its end, or the one that was written while it went on, and only
+    where neither is there a checkpoint's. A state that was cut, as by a full disk, is left out."""
+    for paths in ([run_dir / LOGS, run_dir / STATE], [*run_dir.glob(f"checkpoint-*/{STATE}")]):
+        found = [(path.stat().st_mtime, log) for path in paths if (log := _read_log(path))]
+        if found:
+            newest = max(time for time, _ in found)
+            # Both are of one run where they were written together, or copied.
+            logs = [log for time, log in found if newest - time < SAME_RUN_SECONDS]
+            return max(logs, key=lambda log: (max(entry.get("step", 0) for entry in log), len(log)))
+    raise FileNotFoundError(
+        f"{run_dir} holds no logs.jsonl and no trainer_state.json that can be read, nor does a checkpoint in it, so there is no log to "
+        "report. Give the output directory of a run by `skd train`, or of one that called trainer.save_state() or saved a checkpoint."
+    )
+
+
+def _read_log(path: Path) -> list[dict]:
+    """The entries of a `logs.jsonl` or of a Trainer's state; none if it is not there or holds no step."""
+    if path.name == LOGS:
+        log = read_logs(path)
+    else:
+        state = read_if_whole(path) or {"log_history": []}
+        log = [*state["log_history"], {"max_steps": state.get("max_steps", 0)}]
+    return log if any("step" in entry for entry in log) else []
 
 
 def read_completions(run_dir: Path) -> pd.DataFrame:

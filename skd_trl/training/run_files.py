@@ -5,16 +5,19 @@ the run is over the comparison of before and after. So a run that was killed can
 """
 
 import json
+import logging
 import math
 import os
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 
-LOGS, EVALUATION = "logs.jsonl", "evaluation.json"
+LOGS, EVALUATION, BEFORE, COMPLETIONS = "logs.jsonl", "evaluation.json", "before.json", "completions"
+logger = logging.getLogger(__name__)
 VERSIONS = ("skd_trl", "trl", "transformers", "torch", "datasets", "accelerate", "peft")
 SETTINGS = (
     "rollout", "accept", "accept_top_k", "accept_kwargs", "num_draft_tokens", "temperature", "student_top_p",
@@ -24,7 +27,8 @@ SETTINGS = (
 
 
 class LogFile(TrainerCallback):
-    """Appends each log to `output_dir/logs.jsonl` as it comes. A resumed run goes on after the step that it resumes from."""
+    """Appends each log to `output_dir/logs.jsonl` as it comes. A resumed run goes on after the step that it resumes from; a new run in the
+    directory of another one puts that one's completions aside."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -36,6 +40,11 @@ class LogFile(TrainerCallback):
         partial = path.with_suffix(".partial")
         partial.write_text("".join(f"{as_json(entry)}\n" for entry in kept))
         os.replace(partial, path)
+        completions = path.parent / COMPLETIONS
+        if state.global_step == 0 and completions.is_dir() and any(completions.iterdir()):
+            aside = next(name for i in count(1) if not (name := path.parent / f"{COMPLETIONS}-{i}").exists())
+            completions.rename(aside)
+            logger.warning(f"The completions of an earlier run are in {aside} now.")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
