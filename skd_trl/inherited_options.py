@@ -42,6 +42,12 @@ NOT_FOLLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
         "`prompt` alone (columns are renamed with Dataset.rename_column).",
     ),
 }
+# What the help of an inherited option, which is TRL's or transformers', does not say of it here.
+DIFFERENT_HERE = {
+    "teacher_model_name_or_path": "without any teacher the run is refused",
+    "max_length": "prompts that are too long are left out, never cut",
+    "metric_for_best_model": "SpecKDTrainer's default is ungated_loss",
+}
 # Methods that a subclass, or a script, may put its own in the place of, and what to use instead.
 NOT_CALLED = {
     "generalized_jsd_loss": "Give your function as `divergence`: it takes the student's and the teacher's logits, (N, V) each, and "
@@ -58,6 +64,13 @@ GENERATION_ADVICE = (
 )
 # Numbers that GKDTrainer keeps as attributes of the trainer, where callbacks change them.
 FOLLOWED_ATTRIBUTES = ("lmbda", "beta", "temperature")
+
+
+def note_on(name: str) -> str:
+    """What the help of an inherited option does not say: that it is not followed, or what is different."""
+    if name in NOT_FOLLOWED:
+        return f"Another value than {NOT_FOLLOWED[name][0][0]!r} is refused here: {NOT_FOLLOWED[name][1]}"
+    return f"Here {DIFFERENT_HERE[name]}." if name in DIFFERENT_HERE else ""
 
 
 class Absent:

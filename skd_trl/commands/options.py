@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from .._compat import TrlParser
+from ..inherited_options import note_on
 
 
 class FileParser(TrlParser):
@@ -220,7 +221,7 @@ def _names(group: str, fields: Iterable[dataclasses.Field], width: int) -> list[
 
 
 def _explained(field: dataclasses.Field, width: int) -> str:
-    text = " ".join(str(field.metadata.get("help", "")).split())
+    text = " ".join([*str(field.metadata.get("help", "")).replace("%%", "%").split(), note_on(field.name)]).strip()
     if field.default not in (None, "", dataclasses.MISSING):
         text += f" [{field.default}]"
     lines = textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")

@@ -40,7 +40,8 @@ class RowTemplates:
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "For rows with other columns: what the user says, such as 'Summarize this dialogue.\\n\\n{dialogue}'."
+            "help": "For rows with other columns: what the user says, such as 'Summarize this dialogue: {dialogue}'. A line break is \\n in a "
+            "YAML file's double quotes, and in a shell in $'...'."
         },
     )
     completion_template: str | None = field(

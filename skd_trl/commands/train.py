@@ -4,6 +4,7 @@ Ends with a table (before, after, change) on held-out prompts, and leaves metric
 directory. On several GPUs: `accelerate launch -m skd_trl train --config ...`.
 """
 
+import logging
 import shlex
 import sys
 import time
@@ -38,12 +39,20 @@ from .train_rows import load_train_and_test
 def run(arguments: list[str]) -> int:
     """The command itself."""
     command = train_command(chosen_trainer(arguments))
+    if PartialState().is_main_process:
+        show_notes()
     script_args, training_args, model_args = command.parse(arguments, **for_this_machine())
     with command.one_line_errors(), PartialState().main_process_first():
         check_names(training_args, model_args)
         rows = load_train_and_test(script_args, training_args)
     train(script_args, training_args, model_args, *rows, command=command)
     return 0
+
+
+def show_notes() -> None:
+    """What the package notes, such as the memory that a training takes and the rounds that were captured, besides its warnings."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("skd_trl").setLevel(logging.INFO)
 
 
 def check_names(training_args: SKDConfig, model_args: ModelConfig) -> None:
