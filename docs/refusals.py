@@ -129,7 +129,7 @@ def _table(tree: ast.Module, name: str) -> Iterator[tuple[str, str]]:
 def _text(value: ast.expr) -> str:
     """A message as Markdown, what it fills in as ‹name›."""
     if isinstance(value, ast.Constant) and isinstance(value.value, str):
-        return re.sub(r"\s+", " ", value.value).replace("<", "\\<").replace("*", "\\*")
+        return re.sub(r"\s+", " ", value.value).replace("<", "\\<").replace("*", "\\*").replace("](", "]\\(")
     if isinstance(value, ast.JoinedStr):
         return "".join(_text(part) for part in value.values)
     if isinstance(value, ast.FormattedValue):

@@ -59,7 +59,8 @@ def make_idea(field: IdeaField, config: Any) -> Any:
     if field.is_idea(entry):
         if kwargs:
             raise ValueError(
-                f"{where} would have no effect: {chosen} is an object, which has its parameters. Drop them."
+                f"{where} would have no effect: {chosen} is an object, which has its parameters (of a function that makes one, they need "
+                "defaults). Drop them."
             )
         return entry
     own = {parameter: getattr(config, name) for parameter, name in field.parameters.items() if parameter in takes}

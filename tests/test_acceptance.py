@@ -1,6 +1,7 @@
 """Acceptance rules: what each keeps, and for the ones that promise a distribution, that distribution."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import reference
@@ -125,6 +126,47 @@ def test_speculative_texts_are_the_teachers_and_mixture_texts_the_mixtures(
     keep = wanted > 0
     assert keep.sum() > 5
     assert chisquare(observed[keep].numpy(), wanted[keep].numpy()).pvalue > 1e-5
+
+
+@dataclass(frozen=True)
+class Everything(AcceptanceRule):
+    judges: ClassVar[bool] = False
+
+    def __call__(self, draft):
+        return torch.ones_like(draft.tokens, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.7, top_p=1.0),
+        SamplingParams(top_p=0.9),
+    ],
+)
+def test_a_users_rule_that_does_not_judge_gives_the_students_own_text(sampling):
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    noise = torch.rand((4, 12, 3), generator=torch.Generator().manual_seed(0))
+    settings = {"noise": noise, "student_sampling": sampling, "teacher_sampling": sampling}
+    always, own = (
+        sample(student, teacher, rule=rule, **settings) for rule in (ACCEPTANCE_RULES["always"](), Everything())
+    )
+    assert torch.equal(own.labels, always.labels) and not own.replaced.any()
+
+
+@pytest.mark.parametrize("shaped", [True, False])
+@pytest.mark.parametrize(
+    "of, message",
+    [("student", "not kept.*needs_student = True"), ("Student", "of='Student' is neither 'student' nor")],
+)
+def test_a_rule_that_asks_for_a_probability_that_is_not_there_is_told_so(of, message, shaped):
+    class Sure(AcceptanceRule):
+        def __call__(self, draft):
+            return draft.probability(of, shaped) > 0.5
+
+    with pytest.raises(ValueError, match=message):
+        sample(tiny_model("llama", seed=1), tiny_model("llama", seed=2), rule=Sure())
 
 
 def test_a_rule_that_holds_a_list_is_run_as_any_other():

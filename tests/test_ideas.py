@@ -169,6 +169,18 @@ def test_a_field_that_only_the_compared_gate_takes_is_its():
     assert args.make_compared_gate()(student_logits=student, teacher_logits=teacher).item() < 1
 
 
+def tempered(temperature, floor):
+    return lambda student, teacher: (student - teacher).abs().sum(-1) / temperature + floor
+
+
+@pytest.mark.parametrize(
+    "settings", [{"divergence_kwargs": {"temperature": 2.0, "floor": 0.0}}, {"beta": 0.1}], ids=str
+)
+def test_a_factory_of_a_divergence_that_is_taken_for_one_is_told_to_have_defaults(settings):
+    with pytest.raises(ValueError, match="is an object, which has its parameters .*they need defaults"):
+        config(divergence=tempered, **settings)
+
+
 def test_where_the_teacher_writes_all_tokens_their_likelihood_can_be_the_loss():
     assert config(rollout="teacher", replaced_loss="nll").rollouts == {"teacher"}
     assert config(rollout="dataset", seq_kd=True, replaced_loss="nll").rollouts == {"teacher"}

@@ -15,10 +15,10 @@ from skd_trl.loss import chunks
 from skd_trl.loss.chunks import default_chunk_size
 from skd_trl.loss.distillation_loss import distillation_loss, gate_weights
 from skd_trl.loss.divergences import DIVERGENCES
-from skd_trl.loss.gates import GATE_CONTROLS, GATES, GateWeights
+from skd_trl.loss.gates import GATE_CONTROLS, GATES, Gate, GateWeights
 from skd_trl.loss.lm_head import LMHead, backbone
 from skd_trl.loss.response_facts import ResponseFacts
-from skd_trl.loss.teacher_signal import HiddenStates
+from skd_trl.loss.teacher_signal import HiddenStates, top_log_probs
 from skd_trl.loss.token_distributions import STATISTICS
 
 
@@ -271,6 +271,47 @@ def test_a_plain_function_of_logits_serves_as_a_divergence():
 
     out = _ours(hidden, student, teacher_hidden, teacher, total_variation, statistics=["tv"])
     torch.testing.assert_close(out.divergence, out.statistics["tv"], **CLOSE)
+
+
+def mse(student, teacher):
+    return (student - teacher).square().mean(-1)
+
+
+@pytest.mark.parametrize(
+    "shaping", [{}, {"bias": True}, {"softcap": 5.0}, {"bias": True, "softcap": 5.0, "scale": 1.5}], ids=str
+)
+def test_a_plain_functions_values_and_gradients_are_those_of_the_logits(shaping):
+    student, teacher = _heads(**shaping)
+    hidden, teacher_hidden, _ = _hidden()
+    out = _ours(hidden, student, teacher_hidden, teacher, mse)
+    expected = mse(_reference_logits(hidden, student, 50), _reference_logits(teacher_hidden, teacher, 50).detach())
+    torch.testing.assert_close(out.divergence.double(), expected.detach(), **CLOSE)
+    for gradient, wanted in zip(
+        _gradients(out.loss, hidden, student), _gradients(expected.sum(), hidden, student), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted, **CLOSE)
+
+
+def test_a_plain_function_gets_logits_of_all_tokens_or_log_probabilities_of_k_and_the_rest():
+    student, teacher = _heads()
+    hidden, teacher_hidden, labels = _hidden()
+    seen = []
+
+    def spy(*both):
+        seen.append([one.detach().double() for one in both])
+        return mse(*both)
+
+    facts = ResponseFacts.of(labels)
+    top = top_log_probs(teacher_hidden, teacher, labels, 7, 50)
+    for signal in (HiddenStates(teacher_hidden, teacher), top):
+        settings = {"divergence": spy, "vocab_size": 50, "chunk_size": 17}
+        out = distillation_loss(HiddenStates(hidden, student), signal, facts, **settings)
+        torch.testing.assert_close(out.divergence.double(), mse(*seen[-1]), **CLOSE)
+    logits = [_reference_logits(hidden, student, 50).detach(), _reference_logits(teacher_hidden, teacher, 50)]
+    for given, wanted in zip(seen[0], logits, strict=True):
+        torch.testing.assert_close(given, wanted, **CLOSE)
+    for given, wanted in zip(seen[1], logits, strict=True):
+        torch.testing.assert_close(given.exp(), reference.coarsened(wanted.softmax(-1), top.ids), **CLOSE)
 
 
 def test_a_tied_heads_gradient_joins_that_of_the_embeddings_and_equals_autograd_on_full_logits():
@@ -562,3 +603,41 @@ def test_what_cannot_work_is_refused_with_a_reason(options, message):
     hidden, teacher_hidden, _ = _hidden()
     with pytest.raises(ValueError, match=message):
         _ours(hidden, student, teacher_hidden, teacher, **options)
+
+
+SHAPES = {r"\(\)": torch.sum, r"\(\d+, 1\)": lambda values: values[:, None]}
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=["no dimension", "two dimensions"])
+def test_a_divergence_that_does_not_give_one_number_for_each_position_is_refused(shape, with_gradients):
+    student, teacher = _heads()
+    hidden, teacher_hidden, _ = _hidden()
+
+    def my_divergence(student_logits, teacher_logits):
+        return SHAPES[shape](mse(student_logits, teacher_logits))
+
+    message = f"divergence my_divergence gives {shape} for 5 positions"
+    with torch.set_grad_enabled(with_gradients), pytest.raises(ValueError, match=message):
+        _ours(hidden, student, teacher_hidden, teacher, my_divergence)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("select", [None, lambda scores: scores], ids=["alone", "of a population"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["no dimension", "two dimensions"])
+def test_a_gate_that_does_not_give_one_number_for_each_position_is_refused(shape, select, with_gradients):
+    student, teacher = _heads()
+    hidden, teacher_hidden, labels = _hidden()
+
+    def score(distributions, facts):
+        return SHAPES[shape](distributions.total_variation)
+
+    gate = Gate(score, select=select, name="my_gate")
+    pair = HiddenStates(hidden, student), HiddenStates(teacher_hidden, teacher)
+    for weigh in (
+        lambda: _ours(hidden, student, teacher_hidden, teacher, gate=gate),
+        lambda: gate_weights(*pair, ResponseFacts.of(labels), gate=gate, vocab_size=50, chunk_size=5),
+    ):
+        message = rf"gate my_gate gives {shape} for \d+ positions"
+        with torch.set_grad_enabled(with_gradients), pytest.raises(ValueError, match=message):
+            weigh()

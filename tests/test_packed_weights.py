@@ -11,7 +11,7 @@ from torch.nn import functional
 from skd_trl import ACCEPTANCE_RULES
 from skd_trl.sampling import few_rows, packed_weights
 from skd_trl.sampling.interleaved import Execution, interleaved_sample
-from skd_trl.sampling.packed_weights import PackedWeights, packed_bytes
+from skd_trl.sampling.packed_weights import NUM_LOOKED_AT, PackedWeights, packed_bytes, some_numbers
 from skd_trl.sampling.rounds import Rounds
 
 
@@ -85,6 +85,23 @@ def test_a_weight_that_has_changed_is_multiplied_as_it_is_now(change, times):
     with torch.no_grad():
         change(layer.weight)
     check_close(*used(packed, layer, times=times))
+
+
+@pytest.mark.parametrize("rows, columns", [(1024, 256), (512, 256), (49152, 576), (4096, 4096), (32000, 2048)])
+def test_the_numbers_that_are_looked_at_are_of_many_rows_and_columns(rows, columns):
+    column_of = torch.arange(columns, dtype=torch.int16).repeat(rows, 1)
+    row_of = torch.arange(rows, dtype=torch.int32)[:, None].expand(rows, columns)
+    for place_of in (row_of, column_of):
+        assert len(some_numbers(place_of).unique()) > NUM_LOOKED_AT / 2
+
+
+def test_a_change_of_some_rows_behind_pytorchs_back_is_seen():
+    packed, head = PackedWeights(MANY), layer_of(256, 1024)
+    used(packed, head)
+    copy = packed.copies[id(head.weight)].packed
+    head.weight.data[1:32].mul_(30)
+    check_close(*used(packed, head))
+    assert packed.copies[id(head.weight)].packed is not copy
 
 
 def test_a_change_in_place_is_seen_within_one_time_too():

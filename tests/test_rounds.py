@@ -4,6 +4,7 @@
 """
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -117,6 +118,54 @@ def test_what_cannot_be_captured_runs_as_it_is_and_is_said_once(caplog):
     said = [record.message for record in caplog.records if "not captured" in record.message]
     assert len(said) == 1 and "stream is capturing (_local_scalar_dense)" in said[0]
     assert not rounds.graphs
+
+
+LORA = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+CHANGES = {
+    "disable_adapter": lambda model: model.disable_adapter(),
+    "set_adapter": lambda model: model.set_adapter("two"),
+    "merge_adapter": lambda model: model.merge_adapter(),
+    "a forward hook": lambda model: model.get_input_embeddings().register_forward_hook(lambda m, i, out: 2 * out),
+}
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_rounds_are_captured_again_where_an_adapter_or_a_hook_changes_a_model_and_only_there(change, whose):
+    models, rounds = {"student": tiny_model(seed=1), "teacher": tiny_model(seed=2)}, captured()
+    torch.manual_seed(0)
+    models[whose] = model = get_peft_model(models[whose], LORA)
+    model.add_adapter("two", LORA)
+
+    def captured_is_fresh():
+        before = Tape.num_captures
+        check_same(texts(**models, rounds=rounds), texts(**models))
+        return Tape.num_captures - before
+
+    assert captured_is_fresh() > 0
+    with CHANGES[change](model) or nullcontext():
+        assert [captured_is_fresh() > 0 for _ in range(3)] == [True, False, False]
+    captured_is_fresh()
+
+
+MODES = {
+    "autocast": [(torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)), (torch.float32, nullcontext)],
+    "other types": [(dtype, nullcontext) for dtype in (torch.float32, torch.bfloat16, torch.float32)],
+    "inference mode": [(torch.float32, torch.inference_mode), (torch.float32, nullcontext)],
+}
+
+
+@pytest.mark.parametrize("modes", MODES)
+def test_kept_rounds_work_after_a_call_in_another_precision_or_in_inference_mode(modes):
+    models, rounds = (tiny_model(seed=1), tiny_model(seed=2)), captured()
+    for dtype, mode in MODES[modes]:
+        for model in models:
+            model.to(dtype)
+        with mode():
+            fresh = texts(*models, rounds=captured())  # in half precision texts depend on the shapes
+            for _ in range(2):
+                check_same(texts(*models, rounds=rounds), fresh)
+    assert rounds.graphs and rounds.reason is None
 
 
 def test_capturing_on_a_cpu_is_refused():

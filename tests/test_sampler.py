@@ -281,6 +281,7 @@ def test_an_adapter_takes_part_in_the_draft():
         ([[1, 2]], {"max_rows": 0}, "max_rows=0"),
         ([[1, 2]], {"vocab_size": 300}, "vocab_size=300"),
         ([[1, 2, 250]], {"vocab_size": 100}, "token id 250"),
+        ([[1, -7, 2], [3]], {}, "token id -7"),
         ([[1, 2]], {"noise": torch.rand(1, 9, 3)}, r"\(1, 9, 3\).*1 prompts with max_new_tokens=12"),
         ([[1, 2], [3]], {"noise": torch.rand(1, 12, 3)}, r"2 prompts with max_new_tokens=12.*torch.rand\(2, 12, 3\)"),
     ],
@@ -288,6 +289,45 @@ def test_an_adapter_takes_part_in_the_draft():
 def test_input_that_cannot_work_is_refused_with_its_number(prompts, kwargs, message):
     with pytest.raises(ValueError, match=message):
         sample(tiny_model(seed=1), tiny_model(seed=2), prompts, **kwargs)
+
+
+@pytest.mark.parametrize("accept", ["top_k", ACCEPTANCE_RULES["top_k"], 25])
+def test_a_rule_that_is_no_object_of_one_is_refused_with_what_to_give(accept):
+    with pytest.raises(
+        ValueError, match=r"accept=.* is no AcceptanceRule: give one, such as ACCEPTANCE_RULES\['top_k'\]\(k=25\)"
+    ):
+        sample(tiny_model(seed=1), tiny_model(seed=2), rule=accept)
+
+
+def test_whole_numbers_of_other_types_and_a_mask_of_floats_are_taken():
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+    ids, mask = left_padded(PROMPTS)
+    settings = {"accept": ACCEPTANCE_RULES["top_k"](k=60), "max_new_tokens": 12, "eos_token_ids": [EOS]}
+
+    def rollout(ids, mask):
+        return interleaved_sample(student, teacher, ids, mask, noise=torch.Generator().manual_seed(0), **settings)
+
+    expected = rollout(ids, mask)
+    for types in ((torch.int32, torch.float32), (torch.int64, torch.bfloat16), (torch.int16, torch.bool)):
+        found = rollout(*(values.to(dtype) for values, dtype in zip((ids, mask), types, strict=True)))
+        for name in ("input_ids", "attention_mask", "labels", "replaced"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
+            assert getattr(found, name).dtype == getattr(expected, name).dtype
+
+
+def test_an_end_of_sequence_is_one_id_or_several_of_which_some_are_none():
+    student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+
+    def texts(eos_token_ids):
+        return responses(
+            sample(student, teacher, student_sampling=GREEDY, teacher_sampling=GREEDY, eos_token_ids=eos_token_ids)
+        )
+
+    end = texts([])[0][5]
+    expected = texts([end])
+    assert expected[0][-1] == end and len(expected[0]) <= 6
+    assert texts(end) == texts([end, None]) == texts((None, end)) == expected
+    assert texts([None]) == texts([])
 
 
 def test_right_padded_prompts_and_mismatched_vocabularies_are_refused():
@@ -366,6 +406,22 @@ def test_what_ties_with_the_last_token_of_a_nucleus_or_a_top_k_is_in_it_whatever
     assert alone.count_nonzero() == 101
     assert shaped_probs(logits, SamplingParams(top_k=3)).count_nonzero(-1).tolist() == [101, 3000]
     assert shaped_probs(logits, SamplingParams(top_p=0.3)).sum(-1).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("vocab_size", [259, 2000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_noise_of_one_in_half_precision_draws_from_the_nucleus(dtype, vocab_size):
+    student, teacher = (tiny_model(seed=seed, vocab_size=vocab_size) for seed in (1, 2))
+    noise = torch.rand((len(PROMPTS), 12, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
+    noise[:, ::2] = 1.0
+    cut = SamplingParams(top_p=0.5)
+    for rule in ("top_k", "mixture", "always", "never"):
+        settings = {"rule": ACCEPTANCE_RULES[rule](), "student_sampling": cut, "teacher_sampling": cut}
+        found, expected = (
+            sample(student, teacher, noise=values, **settings)
+            for values in (noise, noise.float().clamp(max=1 - 2**-24))
+        )
+        assert torch.equal(found.labels, expected.labels) and torch.equal(found.replaced, expected.replaced)
 
 
 BEGINNING = list(range(60, 80))

@@ -2,12 +2,13 @@
 
 import json
 import math
+from typing import Optional
 
 import pytest
 import torch
 from test_skd_trainer import ROWS, losses, make_trainer
 
-from skd_trl import SKDConfig, SpecKDConfig
+from skd_trl import ACCEPTANCE_RULES, SKDConfig, SpecKDConfig
 from skd_trl.schedules import Schedule
 
 
@@ -68,6 +69,18 @@ def test_whole_numbers_stay_whole_and_others_do_not_become_so():
     assert all(isinstance(args.at(step, 5).accept_top_k, int) for step in range(5))
     assert [args.at(step, 5).lmbda for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert args.accept_top_k == 25 and args.lmbda == 1.0  # the configuration itself stays as it was
+
+
+@pytest.mark.parametrize("default", [None, 25])
+@pytest.mark.parametrize("annotation", [int | None, Optional[int], "int | None", "Optional[int]"], ids=repr)  # noqa: UP045
+def test_a_whole_number_that_may_be_none_stays_whole(annotation, default):
+    def make_rule(rank=default):
+        return ACCEPTANCE_RULES["top_k"](k=rank or 1)
+
+    make_rule.__annotations__["rank"] = annotation
+    args = config(accept=make_rule, schedules={"accept_kwargs.rank": {"start": 25, "end": 20}})
+    assert [args.at(step, 5).acceptance_rule().k for step in range(5)] == [25, 24, 22, 21, 20]
+    assert all(isinstance(args.at(step, 5).accept_kwargs["rank"], int) for step in range(5))
 
 
 @pytest.mark.parametrize(

@@ -152,12 +152,17 @@ def gate_weights(
         logits = student.head.logits(student.states[rows], vocab_size)
         distributions = teacher[rows].compare(logits, facts.labels[rows])
         with torch.autocast(logits.device.type, enabled=False):
-            _move(table, rows, {"scores": gate.scores(distributions, facts[rows])}, len(facts))
+            columns = {"scores": gate.scores(distributions, facts[rows])}
+            if gate.select is None or columns["scores"].ndim == 0:
+                _check_one_per_position(f"gate {gate.name}", columns["scores"], facts[rows])
+            _move(table, rows, columns, len(facts))
         del logits, distributions  # or the next chunk's would be beside them
     together, own = table["scores"], slice(None)
     if gate.select is not None and population is not None:
         together, own = population(together)
-    return gate.weights(gate.acceptance(together)[own], facts)
+    acceptance = gate.acceptance(together)[own]
+    _check_one_per_position(f"gate {gate.name}", acceptance, facts)
+    return gate.weights(acceptance, facts)
 
 
 def _chunk(
