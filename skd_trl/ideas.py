@@ -7,6 +7,8 @@ Whatever would have no effect is refused, and the message names what exists. Thi
 
 import inspect
 import pkgutil
+import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -143,9 +145,11 @@ def numbers_of(field: IdeaField, config: Any) -> dict[str, Number]:
 def _number_type(annotation: Any) -> str | None:
     """The name of the one type that an annotation has beside `None`: `int | None`, `Optional[int]`, or their text."""
     if isinstance(annotation, str):
-        names = {name.strip() for name in annotation.removeprefix("Optional[").removesuffix("]").split("|")}
+        inner = re.sub(r"^(typing\.)?Optional\[(.*)\]$", r"\2", annotation)
+        names = {name.strip() for name in inner.split("|")}
     else:
-        names = {getattr(one, "__name__", "") for one in typing.get_args(annotation) or (annotation,)}
+        is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        names = {getattr(one, "__name__", "") for one in (typing.get_args(annotation) if is_union else (annotation,))}
     names -= {"None", "NoneType"}
     return names.pop() if len(names) == 1 else None
 

@@ -1,6 +1,7 @@
 """Acceptance rules: what each keeps, and for the ones that promise a distribution, that distribution."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -155,15 +156,15 @@ def test_a_users_rule_that_does_not_judge_gives_the_students_own_text(sampling):
     assert torch.equal(own.labels, always.labels) and not own.replaced.any()
 
 
-@pytest.mark.parametrize("shaped", [True, False])
+@pytest.mark.parametrize("ask", [Draft.probability, partial(Draft.probability, shaped=False), Draft.shaped_probs])
 @pytest.mark.parametrize(
     "of, message",
     [("student", "not kept.*needs_student = True"), ("Student", "of='Student' is neither 'student' nor")],
 )
-def test_a_rule_that_asks_for_a_probability_that_is_not_there_is_told_so(of, message, shaped):
+def test_a_rule_that_asks_for_a_probability_that_is_not_there_is_told_so(of, message, ask):
     class Sure(AcceptanceRule):
         def __call__(self, draft):
-            return draft.probability(of, shaped) > 0.5
+            return (ask(draft, of=of) > 0.5).view(*draft.tokens.shape, -1).any(-1)
 
     with pytest.raises(ValueError, match=message):
         sample(tiny_model("llama", seed=1), tiny_model("llama", seed=2), rule=Sure())

@@ -72,7 +72,7 @@ def test_whole_numbers_stay_whole_and_others_do_not_become_so():
 
 
 @pytest.mark.parametrize("default", [None, 25])
-@pytest.mark.parametrize("annotation", [int | None, Optional[int], "int | None", "Optional[int]"], ids=repr)  # noqa: UP045
+@pytest.mark.parametrize("annotation", [int | None, Optional[int], "int | None", "typing.Optional[int]"], ids=repr)  # noqa: UP045
 def test_a_whole_number_that_may_be_none_stays_whole(annotation, default):
     def make_rule(rank=default):
         return ACCEPTANCE_RULES["top_k"](k=rank or 1)

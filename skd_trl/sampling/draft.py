@@ -142,13 +142,14 @@ class Draft:
         """Raises `ValueError` for another model than the two, or one whose logits were not kept."""
         if of not in ("student", "teacher"):
             raise ValueError(f"of={of!r} is neither 'student' nor 'teacher'.")
-        if of == "student" and self.student_logits.shape[-1] == 0:
+        if of == "student" and self.student_logits.shape[-1] == 0 and not self.drawn:
             raise ValueError("The student's logits are not kept: a rule that looks at them sets needs_student = True.")
 
     def shaped_probs(self, of: str) -> torch.Tensor:
         """The distributions that `"student"` or `"teacher"` draws from, over the judgement's outcomes: (N, G, V), or (N, G, k) where the
         teacher sends its top k. A rule that takes them from here never waits for the device, and no vocabulary is sorted where
         the nuclei are small."""
+        self._check_known(of)
         if of not in self._shaped_probs:
             if of == "student":
                 probs = self.judgement.at_outcomes(self.student_uncut.cut())
