@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import byte_tokenizer, save_models, tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
 from skd_trl import SKDConfig
 from skd_trl.__main__ import main
 from skd_trl.training.findings import Verdict, require
+from skd_trl.training.launch_check import check_launch
 from skd_trl.training.pair_check import check_pair
 from skd_trl.training.pair_checks import PAIR_CHECKS
 
@@ -176,6 +178,33 @@ def test_a_model_without_a_cache_is_refused_for_sampling_and_good_for_given_resp
 def test_rounding_of_half_precision_is_no_reason_to_refuse(dtype):
     findings = found(tiny_model("gemma2", seed=1).to(dtype), tiny_model("llama", seed=2).to(dtype))
     assert findings["padding"].verdict == findings["heads"].verdict == Verdict.GOOD
+
+
+class Launched:
+    """An accelerator as that of one of several processes."""
+
+    def __init__(self, num_processes, even_batches):
+        self.own, self.num_processes, self.even_batches = Accelerator(cpu=True), num_processes, even_batches
+
+    def __getattr__(self, name):
+        return getattr(self.own, name)
+
+
+@pytest.mark.parametrize("drops_last", [False, True])
+@pytest.mark.parametrize("even_batches", [False, True])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_batches_that_are_not_even_are_refused_on_several_processes_unless_the_last_is_dropped(
+    num_processes, even_batches, drops_last
+):
+    findings = check_launch(
+        tiny_model(seed=1), tiny_model(seed=2), arguments(dataloader_drop_last=drops_last), Launched(num_processes, even_batches)
+    )  # fmt: skip
+    engine = next(finding for finding in findings if finding.topic == "engine")
+    if num_processes == 2 and not even_batches and not drops_last:
+        assert engine.verdict == Verdict.REFUSED
+        assert "even_batches=False" in engine.detail and "dataloader_drop_last=True" in engine.detail
+    else:
+        assert engine.verdict == Verdict.GOOD
 
 
 # The command

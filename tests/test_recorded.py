@@ -319,11 +319,86 @@ def test_scores_that_cannot_be_of_these_rows_are_refused_by_row(tmp_path, messag
         make_recorded(tmp_path, [row])
 
 
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_row_that_is_left_out_after_others_leaves_their_scores_as_they_are(tmp_path, caplog, place):
+    rows = [api_row() for _ in range(3)]
+    rows[place]["prompt"] = "q" * 30
+    dataset = make_recorded(tmp_path, rows, max_prompt_length=10, shuffle_dataset=False).train_dataset
+    assert "1 of 3 rows of the train data set" in caplog.text
+    assert dataset[:] == make_recorded(tmp_path, [api_row()] * 2).train_dataset[:]
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_row_with_scores_of_another_response_is_named_after_good_ones_too(tmp_path, place):
+    rows = [api_row(scored_response_ids=TOKENIZER("ab").input_ids) for _ in range(3)]
+    rows[place]["scored_response_ids"] = TOKENIZER("ac").input_ids
+    with pytest.raises(ValueError, match=rf"\(row {place}: the teacher read another response: token 1 differs"):
+        make_recorded(tmp_path, rows)
+
+
+@pytest.mark.parametrize("ids", [TOKENIZER("ab").input_ids, [*TOKENIZER("ab").input_ids, TOKENIZER.eos_token_id]])
+def test_scores_without_the_end_of_sequence_may_say_which_response_they_are_of(tmp_path, ids):
+    expected = make_recorded(tmp_path, [api_row()]).train_dataset[:]
+    assert make_recorded(tmp_path, [api_row(scored_response_ids=ids)]).train_dataset[:] == expected
+
+
+def test_scores_that_a_formatting_func_leaves_out_are_those_of_the_row(tmp_path):
+    rows = [{"question": row.pop("prompt"), "answer": row.pop("completion"), **row} for row in [api_row(), api_row()]]
+    trainer = make_recorded(
+        tmp_path, rows, formatting_func=lambda row: {"prompt": row["question"], "completion": row["answer"]}
+    )
+    assert trainer.train_dataset[:] == make_recorded(tmp_path, [api_row()] * 2).train_dataset[:]
+
+
+def with_fewer(row, k=2):
+    return {**row, **{name: [position[:k] for position in row[name]] for name in SCORES[:2]}}
+
+
+def stream_of(rows):
+    return Dataset.from_list(rows).to_iterable_dataset()
+
+
 def test_rows_with_different_numbers_of_scores_are_refused(tmp_path):
-    other = api_row()
-    other = {**other, **{name: [position[:2] for position in other[name]] for name in SCORES[:2]}}
-    with pytest.raises(ValueError, match=r"scores of \[2, 3\] tokens"):
-        make_recorded(tmp_path, [api_row(), other])
+    rows = [api_row(), with_fewer(api_row())]
+    with pytest.raises(ValueError, match=r"train data set have scores of \[2, 3\] tokens"):
+        make_recorded(tmp_path, rows)
+    evaluated = Dataset.from_list(rows)
+    for given, name in ((evaluated, "eval"), ({"other": evaluated}, "other")):
+        with pytest.raises(ValueError, match=rf"{name} data set have scores of \[2, 3\] tokens"):
+            make_recorded(tmp_path, [api_row()], eval_dataset=given)
+    with pytest.raises(ValueError, match=r"eval data set have scores of \[2, 3\] tokens"):
+        make_recorded(tmp_path, [api_row()]).evaluate(evaluated)
+
+
+def test_a_batch_of_streamed_rows_with_different_numbers_of_scores_is_refused(tmp_path):
+    rows = [with_fewer(api_row()), api_row()]
+    message = r"rows of a batch have scores of \[2, 3\] tokens"
+    with pytest.raises(ValueError, match=message):
+        make_recorded(tmp_path, stream_of(rows), per_device_train_batch_size=2).train()
+    with pytest.raises(ValueError, match=message):
+        make_recorded(tmp_path, [api_row()]).evaluate(stream_of(rows))
+
+
+@pytest.mark.parametrize("make_set", [Dataset.from_list, stream_of])
+def test_an_evaluation_set_with_fewer_scores_than_the_gate_needs_is_refused(tmp_path, make_set):
+    settings = {"trainer_class": without_teacher(SpecKDTrainer), "rollout": "dataset", "gate_top_k": 3}
+    few, message = make_set([with_fewer(api_row())]), "gate .*greedy_top_k needs 3"
+    for given in (few, {"enough": Dataset.from_list([api_row()]), "few": few}):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, [api_row()], eval_dataset=given, **settings)
+    trainer = make_trainer(tmp_path, [api_row()], **settings)
+    for ask in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match=message):
+            ask(few)
+
+
+@pytest.mark.parametrize("schedule", [{"gate_top_k_end": 60}, {"schedules": {"gate_top_k": {"end": 60}}}])
+def test_a_gate_that_comes_to_need_more_scores_than_there_are_is_refused_when_the_trainer_is_made(tmp_path, schedule):
+    with pytest.raises(ValueError, match=f"{K} most probable tokens, but .*gate .*greedy_top_k needs 60"):
+        make_trainer(
+            tmp_path, scored(tmp_path / "scores", ROWS[:2]), trainer_class=without_teacher(SpecKDTrainer), rollout="dataset",
+            gate_top_k=5, **schedule,
+        )  # fmt: skip
 
 
 def test_what_recorded_scores_cannot_give_is_refused_by_name_before_training(tmp_path):

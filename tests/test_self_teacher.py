@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_mixed_batches import spy_on_trained_batches
 from test_skd_trainer import KillAfter, Killed, losses, make_trainer
@@ -209,6 +210,19 @@ def test_a_killed_run_resumes_with_the_teacher_that_it_had(tmp_path, kind, peft_
     assert losses(resumed) == losses(whole)
 
 
+def test_at_the_end_the_teacher_is_the_average_of_the_best_checkpoint(tmp_path):
+    """Best by the greatest loss, which the last checkpoint does not have."""
+    trainer = make(
+        tmp_path, teacher_model_kind="ema", teacher_update_rate=0.5, max_steps=3, save_strategy="steps", save_steps=1,
+        eval_dataset=Dataset.from_list(ROWS), eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert max(found) == trainer.state.best_metric != found[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+
 def test_an_average_of_16_bits_moves_by_less_than_their_rounding():
     student, teacher = (nn.Linear(4, 4, bias=False).bfloat16() for _ in range(2))
     with torch.no_grad():
@@ -318,6 +332,17 @@ def test_a_base_whose_own_weights_are_trained_is_refused():
     student.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"model\.norm\.weight.*bias='none'"):
         self_teacher(student, "base")
+
+
+def test_a_student_whose_weights_were_unfrozen_beside_an_average_is_refused_when_training_begins(tmp_path):
+    student = tiny_model(seed=1)
+    student.model.embed_tokens.requires_grad_(False)
+    trainer = make(tmp_path, model=student, teacher_model_kind="ema")
+    student.model.embed_tokens.requires_grad_(True)
+    before = student.model.embed_tokens.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"model\.embed_tokens\.weight \(1 in all\) was frozen.*Unfreeze it before"):
+        trainer.train()
+    assert torch.equal(student.model.embed_tokens.weight, before)
 
 
 @pytest.mark.parametrize("kind", ["live", "base"])

@@ -1,5 +1,6 @@
 """The client and its routes against servers that answer, and servers that do not."""
 
+import socket
 import sys
 import threading
 import time
@@ -150,6 +151,22 @@ def test_the_routes_of_a_server_are_tried_from_the_best_to_the_slowest(model, ca
 def test_without_a_server_the_error_names_the_address_and_the_command():
     with pytest.raises(TeacherServerError, match=r"No teacher's server answers at http://127.0.0.1:9 .*skd_trl serve"):
         TeacherClient("http://127.0.0.1:9", 20, patience=QUICK)
+
+
+@pytest.mark.parametrize("request_seconds, limit_seconds, expected", [(120, 60, 60), (120, 0.5, 1), (30, 600, 30)])
+def test_a_question_waits_no_longer_than_questions_are_repeated(model, request_seconds, limit_seconds, expected):
+    """But a second: a limit of less, which asks once, would leave no time for the answer."""
+    with serving(model) as server:
+        client = TeacherClient(server.url, 20, patience=Patience(request_seconds, limit_seconds))
+        assert client.http.timeout == (min(10, expected), expected)
+
+
+def test_a_server_that_takes_a_connection_and_says_nothing_is_given_up_at_the_limit():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(TeacherServerError, match="No teacher's server answers at"):
+            TeacherClient(f"http://127.0.0.1:{silent.getsockname()[1]}", 20, patience=Patience(limit_seconds=1.0))
+        assert time.monotonic() - start < 20
 
 
 def test_a_wrong_key_is_refused_at_once(model):

@@ -260,6 +260,31 @@ def test_teachers_may_be_named_with_paths_in_the_configuration(tmp_path):
     assert torch.equal(update_of(named), update_of(given))
 
 
+def test_a_formatting_func_may_say_whose_a_row_is_or_leave_it_to_the_row(tmp_path):
+    expected = [NAMES.index(name) for name in NAMES]
+    plain = [{"messages": row["messages"], "whose": row["teacher_id"]} for row in ROWS]
+    functions = [
+        (plain, lambda row: {"messages": row["messages"], "teacher_id": row["whose"]}),
+        (ROWS, lambda row: {"messages": row["messages"]}),
+    ]
+    for rows, function in functions:
+        for given in (rows, Dataset.from_list(rows).to_iterable_dataset()):
+            trainer = make(tmp_path, given, formatting_func=function, shuffle_dataset=False)
+            assert [row["teacher_index"] for row in trainer.train_dataset] == expected
+
+
+def test_teachers_may_be_named_with_numbers(tmp_path):
+    numbers = [NAMES.index(name) for name in NAMES]
+    rows = [{**row, "teacher_id": i} for row, i in zip(ROWS, numbers, strict=True)]
+    settings = {"rollout": "dataset", "max_grad_norm": 0.0, "per_device_train_batch_size": 8, "shuffle_dataset": False}
+    numbered = dict(enumerate(teachers().values()))
+    trainer = make(tmp_path, rows, teacher=numbered, **settings)
+    assert trainer.train_dataset["teacher_index"][:] == numbers
+    assert torch.equal(update_of(trainer), update_of(make(tmp_path, **settings)))
+    with pytest.raises(ValueError, match="Row 1.*its `teacher_id` is 7; the teachers are 0, 1"):
+        make(tmp_path, [rows[0], {**rows[1], "teacher_id": 7}], teacher=numbered)
+
+
 def test_what_several_teachers_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Row 1.*its `teacher_id` is 'third'; the teachers are first, second"):
         make(tmp_path, [ROWS[0], {**ROWS[1], "teacher_id": "third"}])

@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, tiny_model
 
 from skd_trl import SKDConfig
 from skd_trl.data.batches import DataCollatorForDistillation, ResponseTokens, as_teacher_reads
-from skd_trl.data.dataset import prepare_dataset
+from skd_trl.data.dataset import has_own_prompts, prepare_dataset
 from skd_trl.data.row_rules import RowRules
 from skd_trl.data.teacher_prompts import DEFAULT_TEMPLATE, with_context
 from skd_trl.training.distributed import keyed_generator
@@ -137,6 +137,57 @@ def test_references_end_at_the_positions_that_the_teacher_has_left_beside_its_ow
 def test_a_stream_has_prompts_of_the_teachers_own_too():
     rows = list(prepare(IterableDataset.from_generator(lambda: iter(ROWS))))
     assert [row["teacher_prompt_ids"] for row in rows] == prepare(ROWS)["teacher_prompt_ids"][:]
+
+
+def stream_of(rows):
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def with_hint(row):
+    return {"prompt": row["prompt"], "completion": row["completion"], "privileged_context": row["hint"]}
+
+
+PAIRS = [
+    {"prompt": "q" * (3 + i), "completion": "ab" * (1 + i), "teacher_prompt": "Think of q" * i} for i in range(1, 8)
+]
+ALONE = {"prompt": "qqq", "completion": "ab"}
+# A stream's rows, the same rows as a map-style set has them, and how both are formatted.
+STREAMED = {
+    "made by formatting_func": (
+        [{**{k: v for k, v in row.items() if k != "privileged_context"}, "hint": row["privileged_context"]} for row in ROWS],
+        None,
+        with_hint,
+    ),
+    "prepared": (prepare(ROWS).to_list(), None, None),
+    "from the second row on": ([ALONE, *PAIRS], [{**ALONE, "teacher_prompt": "qqq"}, *PAIRS], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STREAMED)
+def test_a_stream_has_the_batches_and_the_loss_of_a_map_style_set_whatever_its_first_row_says(tmp_path, case):
+    rows, same_rows, formatting_func = STREAMED[case]
+    settings = {
+        "rollout": "dataset", "shuffle_dataset": False, "per_device_train_batch_size": 8, "learning_rate": 0.0,
+        "formatting_func": formatting_func,
+    }  # fmt: skip
+    trainers = [make_trainer(tmp_path, given, **settings) for given in (stream_of(rows), same_rows or rows)]
+    streamed, expected = (trainer.data_collator(list(trainer.train_dataset)) for trainer in trainers)
+    streamed.pop("skipped_rows")
+    assert streamed.keys() == expected.keys() and "teacher_prompts" in streamed
+    assert all(torch.equal(streamed[name], expected[name]) for name in streamed)
+    for trainer in trainers:
+        trainer.train()
+    assert losses(trainers[0])[0] == pytest.approx(losses(trainers[1])[0], rel=1e-5)
+    assert losses(trainers[0])[0] == pytest.approx(mean_divergence(trainers[0], expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("make_set", [Dataset.from_list, stream_of])
+def test_a_prepared_set_tells_whether_its_rows_say_what_the_teacher_reads(make_set):
+    plain = [{k: v for k, v in row.items() if k != "privileged_context"} for row in ROWS]
+    assert has_own_prompts(prepare(make_set(ROWS)))
+    assert has_own_prompts(prepare(make_set(prepare(ROWS).to_list())))
+    assert not has_own_prompts(prepare(make_set(plain)))
+    assert not has_own_prompts(None)
 
 
 @pytest.mark.parametrize("template", ["{prompt}", "{other} {privileged_context}", "{privileged_context"])

@@ -129,6 +129,22 @@ def test_tokens_beyond_the_shared_ones_are_part_of_the_rest(name, parameters, k)
         torch.testing.assert_close(gradient, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("k", [7, VOCAB])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_logarithm_of_no_probability_costs_what_a_very_small_one_does(name, k):
+    """A server or a recording may say -inf, of the label too."""
+    pair, outcomes = Pair(), []
+    top = pair.top(k)
+    for least in (-math.inf, -1e4):
+        log_probs, labels = top.log_probs.clone(), top.label_log_probs.clone()
+        log_probs[:, -1], labels[::3] = least, least
+        signal = TopLogProbs(top.ids, log_probs, labels)
+        out = pair.loss(signal, name, statistics=["teacher_nll"])
+        outcomes.append([out.loss, out.divergence, out.statistics["teacher_nll"], *pair.gradients(out.loss)])
+    for found, expected in zip(*outcomes, strict=True):
+        assert found.isfinite().all() and torch.equal(found, expected)
+
+
 def test_a_token_that_is_not_known_never_ranks_among_the_known_ones():
     pair = Pair()
     top, logits = pair.top(7).prepared(40), pair.student.head.logits(pair.student.states, 40).detach()

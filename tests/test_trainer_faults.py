@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from datasets import Dataset
 from processes import torchrun
 from rich.console import Console
-from test_skd_trainer import ROWS, losses, make_trainer
+from test_mixed_batches import spy_on_trained_batches
+from test_skd_trainer import ROWS, KillAfter, Killed, losses, make_trainer
 from tiny import BOS, EOS, byte_tokenizer, save_models, tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, TrainerCallback
@@ -97,6 +98,56 @@ def test_a_run_is_resumed_from_the_checkpoint_before_one_that_was_cut(tmp_path, 
         (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text("")
     with pytest.raises(ValueError, match="has no whole checkpoint to resume from"):
         make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
+LENGTHS = [{"prompt": "q" * (1 + 5 * i % 7), "completion": "ab" * (1 + i)} for i in range(12)]
+
+
+@pytest.mark.parametrize("killed_after", [5, 8])
+def test_a_run_of_rows_grouped_by_length_resumes_within_a_later_epoch_with_the_same_rows(tmp_path, killed_after):
+    settings = {
+        "train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 4, "max_steps": 9, "rollout": "dataset",
+        "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3,
+    }  # fmt: skip
+    whole = make_trainer(tmp_path / "whole", LENGTHS, **settings)
+    order = spy_on_trained_batches(whole)
+    whole.train()
+    with pytest.raises(Killed):
+        make_trainer(tmp_path / "killed", LENGTHS, callbacks=[KillAfter(killed_after)], **settings).train()
+    resumed = make_trainer(tmp_path / "killed", LENGTHS, **settings)
+    torch.manual_seed(99)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(resumed.model.get_parameter(name), parameter)
+    epochs = [[batch["input_ids"].tolist() for batch in order[start : start + 3]] for start in (0, 3, 6)]
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.distributed
+def test_on_two_processes_a_run_resumes_within_a_later_epoch_with_the_rows_that_were_left(tmp_path):
+    """In accelerate's own order of rows, and in that of their lengths."""
+    strategies = ["random", "group_by_length"]
+    torchrun([__file__.replace("test_trainer_faults", "resuming_worker"), str(tmp_path), *strategies])
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for strategy in strategies:
+            whole, resumed = found[strategy]["whole"], found[strategy]["resumed"]
+            assert resumed["batches"] == whole["batches"][5:], strategy
+            assert resumed["losses"] == whole["losses"]
+            assert len(whole["losses"]) == 9
+
+
+@pytest.mark.parametrize("killed_after, is_later", [(2, False), (3, True)])
+def test_a_stream_that_is_resumed_in_a_later_pass_says_that_its_rows_are_others(
+    tmp_path, caplog, killed_after, is_later
+):
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "rollout": "dataset"}
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, stream, callbacks=[KillAfter(killed_after + 1)], **settings).train()
+    make_trainer(tmp_path, stream, **settings).train(resume_from_checkpoint=True)
+    assert ("is from a later pass over the stream" in caplog.text) is is_later
 
 
 def test_a_student_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
@@ -283,6 +334,53 @@ def test_evaluations_during_training_use_the_same_noise_and_leave_training_as_it
     plain.train()
     logged = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (trainer, plain)]
     assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+class Evaluates(TrainerCallback):
+    """After each step, by itself."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.evaluate()
+        control.should_log = True  # the log of an evaluation takes it back
+
+
+SAMPLING = ("acceptance_rate", "response_length", "tokens_per_round", "student_entropy", "teacher_entropy")
+
+
+def training_logs(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_logs_of_training_have_its_metrics_although_a_callback_evaluates_after_each_step(tmp_path):
+    settings = {"max_steps": 3, "eval_dataset": Dataset.from_list(ROWS)}
+    callback = Evaluates()
+    callback.trainer = trainer = make_trainer(tmp_path, callbacks=[callback], **settings)
+    plain = make_trainer(tmp_path, **settings)
+    for one in (trainer, plain):
+        one.train()
+    found, expected = ([[log[name] for name in SAMPLING] for log in training_logs(one)] for one in (trainer, plain))
+    assert len(expected) == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert not any("response_length" in entry for entry in trainer.state.log_history if "eval_loss" in entry)
+
+
+def test_the_metrics_of_an_epochs_log_are_of_its_steps_whatever_was_evaluated_in_between(tmp_path):
+    settings = {"max_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
+    each = make_trainer(tmp_path, **settings)
+    by_epoch = make_trainer(
+        tmp_path, logging_strategy="epoch", eval_dataset=Dataset.from_list(ROWS), eval_strategy="steps", eval_steps=1, **settings
+    )  # fmt: skip
+    for trainer in (each, by_epoch):
+        trainer.train()
+    steps, epochs = training_logs(each), training_logs(by_epoch)
+    assert [entry["step"] for entry in epochs] == [2, 4]  # eight rows in batches of four
+    for epoch, of_epoch in zip(epochs, (steps[:2], steps[2:]), strict=True):
+        numbers = [log["response_length"] for log in of_epoch]
+        assert epoch["response_length"] == pytest.approx(sum(numbers) / 2)
+        for name in ("acceptance_rate", "student_entropy", "teacher_entropy"):
+            mean = sum(log[name] * number for log, number in zip(of_epoch, numbers, strict=True)) / sum(numbers)
+            assert epoch[name] == pytest.approx(mean, rel=1e-5) and of_epoch[0][name] != of_epoch[1][name]
 
 
 def test_a_gate_weighs_the_students_text_of_an_evaluation_too(tmp_path):
@@ -553,6 +651,5 @@ def test_a_gate_that_rejects_everything_is_reported_with_the_weights_that_count(
     trainer = make_trainer(tmp_path, trainer_class=SpecKDTrainer, **gate)
     trainer._ratios["train"].add("token_acceptance_rate", 0.0, 1.0)
     trainer._ratios["train"].add("gate_weight", 0.4321, 1.0)
-    trainer.model.train()
-    trainer.log({})
+    trainer.log({"loss": 1.0})
     assert "rejected every token since the last log; they weigh 0.432 on average" in caplog.text

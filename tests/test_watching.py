@@ -176,6 +176,24 @@ def test_the_logs_of_a_run_are_in_its_directory_while_it_goes_on_and_a_resumed_r
     assert [entry["step"] for entry in read_logs(tmp_path / "out" / "logs.jsonl") if "loss" in entry] == [1, 2, 3]
 
 
+def test_a_resumed_run_keeps_the_evaluation_before_its_first_step_and_a_new_run_has_its_own(tmp_path):
+    settings = {"logging_steps": 1, "eval_on_start": True, "eval_dataset": Dataset.from_list(ROWS)}
+
+    def evaluated(checkpoint=None, **more):
+        trainer = make_trainer(tmp_path, **settings, **more)
+        trainer.add_callback(LogFile())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        logs = read_logs(tmp_path / "out" / "logs.jsonl")
+        assert [entry["step"] for entry in logs if "loss" in entry] == list(range(1, trainer.state.global_step + 1))
+        return [entry["eval_loss"] for entry in logs if "eval_loss" in entry and entry["step"] == 0]
+
+    first = evaluated(max_steps=2, save_strategy="steps", save_steps=1)
+    assert len(first) == 1
+    assert evaluated(str(tmp_path / "out" / "checkpoint-1"), max_steps=3, save_strategy="no") == first
+    other = evaluated(max_steps=1, model=tiny_model(seed=3))
+    assert len(other) == 1 and other != first
+
+
 def test_the_same_prompts_are_sampled_again_with_the_same_noise(tmp_path):
     trainer = make_trainer(
         tmp_path, max_steps=2, logging_steps=1, log_completions=True, log_fixed_prompts=2, learning_rate=0.0

@@ -22,7 +22,7 @@ from .conversations import (
     turns_of,
     with_system_column,
 )
-from .recorded_scores import scores_of
+from .recorded_scores import SCORES, scores_of
 from .row_rules import RowRules
 from .teacher_prompts import teacher_row
 from .templates import make_renderer
@@ -34,6 +34,8 @@ NOTES_OF_PROMPTS = ("lost_turn", "lost_tools")
 MEDIA_COLUMNS = {"image", "images", "video", "videos", "audio", "audios"}
 # The columns by which a row's form is known; earlier ones override later ones.
 FORMS = ("prompt_ids", "input_ids", "messages", "conversations", "prompt")
+# What a row says beside its example, of itself where `formatting_func` leaves it out.
+BESIDE_EXAMPLES = ("teacher_id", *SCORES, "scored_prompt_ids", "scored_response_ids")
 # Of one example: adds to the notes it is given, and returns the ids of the prompt, of the response, and of the teacher's prompt if
 # it has its own.
 Encoder = Callable[[list[str]], tuple[list[int], list[int], list[int]]]
@@ -134,7 +136,7 @@ def _formatted(row: dict[str, Any], formatting_func: Callable[[dict], dict]) -> 
             "which one text does not say. Return a row with `messages`, with `prompt` and `completion`, or with "
             "`prompt` alone.",
         )
-    return formatted
+    return {name: row[name] for name in BESIDE_EXAMPLES if name in row} | formatted
 
 
 def _encoders(row, tokenizer, rules) -> list[Encoder]:

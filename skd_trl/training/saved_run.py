@@ -49,6 +49,14 @@ class SavedRun(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return KeyedLengthSampler(sampler, seed) if type(sampler) is LengthGroupedSampler else sampler
 
+    def get_train_dataloader(self):
+        """As [`~transformers.Trainer.get_train_dataloader`]; on several processes accelerate's loaders that skip batches find the sampler."""
+        loader = super().get_train_dataloader()
+        of_all = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+        if isinstance(sampler := getattr(of_all, "sampler", None), KeyedLengthSampler):
+            loader.set_sampler(sampler)
+        return loader
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`], with whole weights whatever the engine's configuration says of its checkpoints.
         Weights that are not finite are not written over good ones, and what was written is read back and counted."""
