@@ -30,7 +30,7 @@ from .data.batches import (
     model_inputs,
     without_response,
 )
-from .data.dataset import has_own_prompts, num_scored_tokens, prepare_dataset
+from .data.dataset import columns_of, has_own_prompts, num_scored_tokens, prepare_dataset
 from .data.recorded_scores import has_scores
 from .data.row_rules import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
@@ -215,7 +215,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         check_overrides(self, SKDTrainer)
         model = given_model("model", model)
         args = copied_arguments(args, self._config_class, f"-{self._name}", model)
-        scored = has_scores(getattr(train_dataset, "column_names", None))
+        scored = has_scores(columns_of(train_dataset))
         student, loaded, tokenizer = load_models(model, teacher_model, processing_class, args, scored)
         name_layers_to_shard(student)
         teachers, self._teacher_names = loaded.models, loaded.names

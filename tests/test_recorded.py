@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from processes import launch
 from test_mixed_batches import spy_on_trained_batches
 from test_skd_trainer import losses, make_trainer, update_of
@@ -356,6 +356,11 @@ def with_fewer(row, k=2):
 
 def stream_of(rows):
     return Dataset.from_list(rows).to_iterable_dataset()
+
+
+def test_a_stream_that_does_not_say_its_columns_is_known_by_its_first_row(tmp_path):
+    trainer = make_recorded(tmp_path, IterableDataset.from_generator(lambda: iter([api_row()] * 2)))
+    assert next(iter(trainer.train_dataset))["teacher_top_ids"] == api_row()["teacher_top_ids"]
 
 
 def test_rows_with_different_numbers_of_scores_are_refused(tmp_path):

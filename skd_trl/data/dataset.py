@@ -131,7 +131,7 @@ def _extra_columns(rules: RowRules) -> dict[str, Any]:
 
 def _check_scores(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Refuses a data set without scores, or with those of another tokenizer (if it says so)."""
-    columns = dataset.column_names or list(next(iter(dataset), {}))
+    columns = columns_of(dataset)
     if not has_scores(columns):
         raise ValueError(
             f"The {name} data set has no scores of a teacher (`teacher_top_ids` and others), and there is no teacher. Score it "
@@ -145,6 +145,13 @@ def _check_scores(dataset: Dataset | IterableDataset, tokenizer: PreTrainedToken
                 f"The {name} data set was scored with another tokenizer ({', '.join(map(str, found))}; the student's is "
                 f"{vocabulary_digest(tokenizer)}), whose ids are other tokens. Use a teacher and a student of one tokenizer."
             )
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """The columns of a data set; of a stream that does not say, those of its first row. None of what is no data set."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.column_names or list(next(iter(dataset), {}))
+    return list(getattr(dataset, "column_names", None) or ())
 
 
 def has_own_prompts(dataset: Dataset | IterableDataset | None) -> bool:
