@@ -442,6 +442,8 @@ def test_dates_of_a_json_file_stay_the_texts_that_they_are(form, tmp_path):
     file.write_bytes(gzip.compress(lines.encode()) if form == "compressed" else lines.encode())
     for streaming in (False, True):
         assert list(rows.load_rows(str(file), "train", streaming=streaming)) == given
+    file.write_bytes(file.read_bytes().replace(b"2021", b"2022") if form != "compressed" else file.read_bytes())
+    assert ("2022" in str(list(rows.load_rows(str(file), "train")))) == (form != "compressed")
 
 
 def test_rows_that_are_held_out_are_not_trained_on():

@@ -1,36 +1,14 @@
 """Rows for a command: a data set of the hub, a file, a folder of files, or what `save_to_disk` wrote."""
 
-import datetime
-import json
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
-from typing import Any
 
-import fsspec
-import pandas as pd
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    IterableDataset,
-    Value,
-    get_dataset_split_names,
-    load_dataset,
-    load_from_disk,
-)
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
 
+from ..data.dataset import columns_of
 from ..training.score import num_missing_files, scored_files
-
-
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# One of several files of a split, as the hub names them.
-SHARD = re.compile(r"-\d+-of-(\d+)$")
-ABOUT_ROWS = ("dataset_infos.json", "dataset_info.json")  # what lies beside rows, and holds none
+from .row_files import READERS, files_by_split, kind_and_split, read_files
 
 
 @dataclass
@@ -95,16 +73,8 @@ def load_rows(
         saved = load_from_disk(name)
         rows = saved[split] if isinstance(saved, DatasetDict) else saved
         rows = rows.to_iterable_dataset() if streaming else rows
-    elif path.is_file() or (path.is_dir() and _files(path)):
-        files = [path] if path.is_file() else _files(path)[split]
-        if empty := [file for file in files if not file.stat().st_size]:
-            raise ValueError(f"{empty[0]} has no rows: the file is empty.")
-        kind, _ = _kind_and_split(files[0])
-        try:
-            rows = _read(kind, files, streaming)
-        except DatasetGenerationError as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"{files[0] if len(files) == 1 else path} cannot be read as {kind}: {reason}") from error
+    elif path.is_file() or (path.is_dir() and files_by_split(path)):
+        rows = read_files([path] if path.is_file() else files_by_split(path)[split], streaming)
     else:
         rows = load_dataset(name, config, split=split, streaming=streaming)
     if isinstance(rows, IterableDataset):
@@ -112,43 +82,6 @@ def load_rows(
     if not len(rows):
         raise ValueError(f"the split {split!r} of {name} has no rows.")
     return rows.shuffle(seed=seed).select(range(num_rows)) if 0 < num_rows < len(rows) else rows
-
-
-def _read(kind: str, files: list[Path], streaming: bool) -> Dataset | IterableDataset:
-    """The rows of files of one `kind`. Texts stay as they are in the file: readers that guess types would make 1.0 of a 1 beside an empty
-    cell, nothing of the word None, and another text of a date."""
-    names, options = list(map(str, files)), {}
-    if kind == ".csv":
-        columns = pd.read_csv(names[0], nrows=0).columns
-        features = Features({column: Value("string") for column in columns})
-        options = {"features": features, "keep_default_na": False, "na_values": [""]}
-    rows = load_dataset(READERS[kind], data_files=names, split="train", streaming=streaming, **options)
-    if READERS[kind] == "json" and _has_times(rows.features if rows.features is not None else next(iter(rows), {})):
-        make = IterableDataset.from_generator if streaming else Dataset.from_generator
-        return make(_json_rows, gen_kwargs={"files": names})  # type: ignore[return-value]
-    return rows
-
-
-def _has_times(value: Any) -> bool:
-    """Whether something in features, or in a row, is a time: in a JSON file it was a string."""
-    if isinstance(value, dict):
-        return any(map(_has_times, value.values()))
-    if isinstance(value, list):
-        return any(map(_has_times, value))
-    if isinstance(value, Value):
-        return value.dtype.startswith(("timestamp", "date", "time"))
-    if hasattr(value, "feature"):  # of a list
-        return _has_times(value.feature)
-    return isinstance(value, datetime.date | datetime.time)
-
-
-def _json_rows(files: list[str]) -> Iterator[dict]:
-    for name in files:
-        with fsspec.open(name, "rt", compression="infer", encoding="utf-8") as opened:
-            file: Any = opened
-            is_one_list = file.read(1) == "["
-            file.seek(0)
-            yield from json.load(file) if is_one_list else (json.loads(line) for line in file if line.strip())
 
 
 def split_names(name: str, config: str | None = None) -> list[str]:
@@ -159,7 +92,7 @@ def split_names(name: str, config: str | None = None) -> list[str]:
     """
     path = Path(name)
     if path.is_file():
-        kind, _ = _kind_and_split(path)
+        kind, _ = kind_and_split(path)
         if kind not in READERS:
             raise ValueError(f"{name} is a {kind or 'nameless'} file; give one of {', '.join(READERS)}.")
         return ["train"]
@@ -169,55 +102,15 @@ def split_names(name: str, config: str | None = None) -> list[str]:
         if _is_saved(path):
             saved = load_from_disk(name)
             return [str(split) for split in saved] if isinstance(saved, DatasetDict) else ["train"]
-        if _files(path):
-            return list(_files(path))
-    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or _kind_and_split(path)[0] in READERS:
+        if files_by_split(path):
+            return list(files_by_split(path))
+    elif not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or kind_and_split(path)[0] in READERS:
         raise ValueError(f"the data set {name!r} does not exist: there is no such file or folder.")
     try:
         return get_dataset_split_names(name, config)
     except Exception as error:  # whatever a hub, a proxy or a loading script raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the data set {name!r} cannot be read, neither here nor on the hub. {reason}") from error
-
-
-def _files(folder: Path) -> dict[str, list[Path]]:
-    """A folder's files of rows, by the split that each is named after: one file, or numbered ones of one kind.
-
-    Raises:
-        `ValueError`: for a split of which two files say that they are all of it, or of which parts are missing.
-    """
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        kind, split = _kind_and_split(path)
-        if kind in READERS and path.is_file() and path.name not in ABOUT_ROWS:
-            files.setdefault(split, []).append(path)
-    for split, of_split in files.items():
-        _check_split(folder, split, of_split)
-    return files
-
-
-def _check_split(folder: Path, split: str, files: list[Path]) -> None:
-    """Raises `ValueError` unless a split's files are one, or all the parts that their names count."""
-    kinds = {_kind_and_split(path)[0] for path in files}
-    totals = {int(shard[1]) if (shard := SHARD.search(_uncompressed(path).stem)) else None for path in files}
-    if len(kinds) > 1 or len(totals) > 1 or (totals == {None} and len(files) > 1):
-        raise ValueError(
-            f"{folder} has {' and '.join(path.name for path in files)}: each may be its split {split!r}. Give one file by its name, or "
-            "move the others."
-        )
-    (total,) = totals
-    if total is not None and total != len(files):
-        raise ValueError(f"{folder} has {len(files)} of the {total} files of its split {split!r}: fetch the others.")
-
-
-def _kind_and_split(path: Path) -> tuple[str, str]:
-    """A file's ending without that of its compression, and the split that it is named after."""
-    plain = _uncompressed(path)
-    return plain.suffix, SHARD.sub("", plain.stem)
-
-
-def _uncompressed(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
 def _is_saved(folder: Path) -> bool:
@@ -239,7 +132,7 @@ def from_templates(
     """
     if prompt is None:
         raise ValueError("completion_template needs a prompt_template beside it.")
-    columns = rows.column_names or list(next(iter(rows), {}))
+    columns = columns_of(rows)
     named = {}
     for name, template in (("prompt_template", prompt), ("completion_template", completion)):
         if template is None:

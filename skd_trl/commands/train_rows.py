@@ -3,6 +3,7 @@
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
+from ..data.dataset import columns_of
 from ..skd_config import SKDConfig
 from .rows import hold_out, load_rows, split_names
 from .train_options import TrainArguments
@@ -49,7 +50,7 @@ def decide_comparison(
     """Sets `compare` where nothing was given, and says why if there is no one teacher to compare with."""
     if script_args.compare is not None:
         return
-    own_prompts = {"teacher_prompt", "privileged_context"} & set(train_rows.column_names or [])
+    own_prompts = {"teacher_prompt", "privileged_context"} & set(columns_of(train_rows))
     if training_args.teacher_model_kind is not None:
         reason = "the teacher is the student itself"
     elif training_args.teacher_model_name_or_path is None:
