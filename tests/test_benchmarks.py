@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CASES = {
     "sampler": ("--batch_sizes 1 2 --fixed_batch 2 --num_tokens 6 --one_by_one_lengths 2", 9),
     "cost_model": ("--num_tokens 6 --lengths 1 2 --batch_size 2 --num_prompts 3", 2),
-    "peers": ("--batch_size 2 --max_new_tokens 4 --prompt_tokens 100 130", 4 + 6 + 6 + 6),
+    "peers": (
+        "--batch_size 2 --max_new_tokens 4 --prompt_tokens 100 130 --trainers 'SKDTrainer interleaved' DistillationTrainer",
+        7,
+    ),
     "step": ("--batch_size 2 --max_new_tokens 4", 5),
     "draft_length": ("--num_tokens 6 --batch_size 2 --acceptance 0.8 real --lengths 1 2", 2),
     "scaling": (
@@ -30,10 +34,10 @@ CASES = {
         3,
     ),
     "paired": (
-        f"--before {BENCHMARKS.parent} --arms sampling step loss --batch_size 2 --num_tokens 4 --max_new_tokens 4",
-        3,
+        f"--before {BENCHMARKS.parent} --arms sampling step --batch_size 2 --num_tokens 4 --max_new_tokens 4",
+        2,
     ),
-    "memory": ("--vocab_sizes 2000 --lengths 32 64 --batch_size 8 --hidden_sizes 8 16", 2),
+    "memory": ("--vocab_sizes 2000 --lengths 32 --batch_size 8 --hidden_sizes 8 16", 1),
 }
 
 
@@ -62,7 +66,16 @@ def test_a_benchmark_runs_and_writes_its_tables(name, assets, tmp_path):
     models = [] if name in ("hybrid", "memory") else ["--assets", str(assets)]
     result = tmp_path / f"{name}.md"
     subprocess.run(
-        [sys.executable, BENCHMARKS / f"{name}.py", *arguments.split(), *models, "--repeats", "1", "--output", result],
+        [
+            sys.executable,
+            BENCHMARKS / f"{name}.py",
+            *shlex.split(arguments),
+            *models,
+            "--repeats",
+            "1",
+            "--output",
+            result,
+        ],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
