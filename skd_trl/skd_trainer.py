@@ -315,7 +315,7 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
             args,
             self.accelerator,
             client=client,
-            has_own_prompts=has_own_prompts(self.train_dataset),
+            has_own_prompts=args.teacher_model_kind is not None and has_own_prompts(self.train_dataset),
         )
         self._teacher, self.teacher_model, self._inner_teacher = placed.teacher, placed.prepared, placed.inner
         self._average, self._shared = placed.average, placed.shared

@@ -24,7 +24,7 @@ from trl import ModelConfig
 import skd_trl
 from skd_trl import SKDConfig
 from skd_trl.__main__ import COMMANDS, main
-from skd_trl.commands import check, options, rows, train, train_options, train_rows, watch
+from skd_trl.commands import check, loading, options, rows, train, train_options, train_rows, watch
 from skd_trl.data.dataset import prepare_dataset
 from skd_trl.data.row_rules import RowRules
 from skd_trl.training.run_files import read_logs
@@ -251,7 +251,7 @@ def test_a_teacher_keeps_the_type_of_its_file_on_an_accelerator_and_is_fp32_on_a
     ):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda found=has_accelerator: found)
         args = SKDConfig(str(tmp_path), use_cpu=True, bf16=False, teacher_model_name_or_path="teacher")
-        train.set_model_init_kwargs(args, ModelConfig(model_name_or_path="student", dtype=given))
+        loading.set_model_init_kwargs(args, ModelConfig(model_name_or_path="student", dtype=given))
         assert args.teacher_model_init_kwargs["dtype"] == expected and args.model_init_kwargs["dtype"] == given
 
 
@@ -259,7 +259,7 @@ def test_a_teacher_keeps_the_type_of_its_file_on_an_accelerator_and_is_fp32_on_a
 def test_a_student_is_fine_tuned_first_whoever_its_teacher_is(teacher, tmp_path):
     """The configuration is made once more after the stage, with all its checks."""
     args = SKDConfig(str(tmp_path), use_cpu=True, bf16=False, **teacher)
-    train.set_model_init_kwargs(args, ModelConfig(model_name_or_path="student"))
+    loading.set_model_init_kwargs(args, ModelConfig(model_name_or_path="student"))
     assert replace(args).teacher_model_init_kwargs is None
 
 
@@ -640,6 +640,15 @@ def test_students_and_teacher_of_three_vocabulary_sizes_are_compared_an_adapter_
     assert code == 0, output
     metrics = json.loads((tmp_path / "found.json").read_text())["comparison"]["metrics"]
     assert metrics["kl_teacher_text"]["num_prompts"] == 5 and "draft_accepted_sampled" in metrics
+
+
+def test_a_later_student_without_a_tokenizer_has_that_of_the_first(assets, tmp_path, capsys, caplog):
+    tiny_model(seed=5).save_pretrained(tmp_path / "bare")
+    common = ["--teacher", assets / "teacher", "--dataset_name", assets / "text", "--max_new_tokens", 4]
+    common += ["--num_draft_tokens", 0, "--metrics", "exact_match"]
+    code, output = run(["compare", "--before", assets / "student", "--after", tmp_path / "bare", *common], capsys)
+    assert code == 0, output
+    assert "bare has no tokenizer, so it was not verified" in caplog.text
 
 
 @pytest.mark.parametrize("command", ["compare", "watch"])

@@ -24,9 +24,8 @@ from ..training.memory_advice import describe_plan
 from ..training.memory_plan import fitted_plan
 from ..training.pair_check import check_pair, check_placed
 from ..training.teacher_loading import LoadedTeacher, connected, load_models
-from .loading import check_folder
+from .loading import check_folder, set_model_init_kwargs
 from .options import Command, for_this_machine
-from .train import set_model_init_kwargs
 
 
 @dataclass
@@ -50,14 +49,14 @@ CHECK = Command(
 def run(arguments: list[str]) -> int:
     """The command itself."""
     student_name, args, model_args = CHECK.parse(arguments, **for_this_machine())
-    name = student_name.model or model_args.model_name_or_path
-    if name is None:
+    model = student_name.model or model_args.model_name_or_path
+    if model is None:
         CHECK.fail("--model is missing: the student's name or path.")
     with CHECK.one_line_errors():
         set_model_init_kwargs(args, model_args)
     if args.n_gpu > 1:
         args._n_gpu = 1  # a training has a process for each GPU, and this checks what one of them would
-    student, loaded, tokenizer = load(name, args)
+    student, loaded, tokenizer = load(model, args)
     peft_config = get_peft_config(model_args)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..data.vocabulary import check_vocabularies
+from ..data.vocabulary import check_vocabularies, tokenizer_at
 from ..evaluation.bootstrap import ratio
 from ..evaluation.comparison import compare, comparison_table, scores_table
 from ..evaluation.draft_model import Drafting
@@ -212,15 +212,13 @@ def scores_of(students: dict[str, str], options: EvaluationArguments) -> tuple[l
 
 
 def _check_tokenizer(path: str, student: PreTrainedModel, teacher: PreTrainedModel, tokenizer, options) -> None:
-    """Refuses a student whose ids are not the teacher's, so not those of the other student either; says what is doubtful. An adapter's
-    folder may be without a tokenizer: then it is the one that all are given."""
-    try:
-        own = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError):
-        own = tokenizer
+    """Refuses a student whose ids are not the teacher's, so not those of the other student either; says what is doubtful. A folder may be
+    without a tokenizer, as an adapter's: then it is the one that all are given."""
+    own = tokenizer_at(path, trust_remote_code=options.trust_remote_code)
+    if own is None:
         logger.warning(f"{path} has no tokenizer, so it was not verified that its ids are those of the others.")
     try:
-        doubt = check_vocabularies(student, teacher, own, trust_remote_code=options.trust_remote_code)
+        doubt = check_vocabularies(student, teacher, own or tokenizer, trust_remote_code=options.trust_remote_code)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if doubt is not None:

@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 from transformers.integrations import is_tensorboard_available, is_trackio_available, is_wandb_available
 
-from .._compat import ModelConfig, get_peft_config, get_quantization_config
+from .._compat import ModelConfig, get_peft_config
 from ..evaluation.callback import HeldOutEvaluation
 from ..evaluation.comparison import comparison_table
 from ..evaluation.draft_model import Drafting
@@ -29,7 +28,7 @@ from ..training.console import LogLine
 from ..training.engine_settings import check_processes
 from ..training.run_files import BEFORE, LogFile, run_settings, write_settings
 from ..training.whole_checkpoints import is_whole, last_whole_checkpoint, whole_checkpoints
-from .loading import check_folder, naming
+from .loading import check_folder, naming, set_model_init_kwargs
 from .options import Command, for_this_machine
 from .supervised import supervised_stage
 from .train_options import TRAINERS, TrainArguments, chosen_trainer, train_command
@@ -207,21 +206,3 @@ def make_trainer(
         trainer.add_callback(LogFile())
     dataset = {"dataset": script_args.dataset_name, "command": shlex.join(["skd", *sys.argv[1:]])}
     return trainer, {"trainer": script_args.trainer, **models, **dataset, **run_settings(trainer)}
-
-
-def set_model_init_kwargs(training_args: SKDConfig, model_args: ModelConfig) -> None:
-    """What ModelConfig says about loading holds for the student, and for a teacher that is loaded, unless its own settings differ.
-
-    TRL's default, fp32, is for weights that are trained. A teacher keeps the type of its file, but on a CPU, where 16 bits are slow.
-    """
-    common = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
-    student = {**common, "revision": model_args.model_revision}
-    quantization_config = get_quantization_config(model_args)
-    if quantization_config is not None:
-        student["quantization_config"] = quantization_config
-    training_args.model_init_kwargs = {**student, **(training_args.model_init_kwargs or {})}
-    if training_args.teacher_model_name_or_path is None and training_args.teacher_models is None:
-        return
-    if model_args.dtype == ModelConfig.__dataclass_fields__["dtype"].default and torch.accelerator.is_available():
-        common["dtype"] = "auto"
-    training_args.teacher_model_init_kwargs = {**common, **(training_args.teacher_model_init_kwargs or {})}

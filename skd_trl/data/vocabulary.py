@@ -102,14 +102,7 @@ def check_vocabularies(
     found = f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}."
     path = getattr(teacher_model.config, "_name_or_path", None)
     if teacher_tokenizer is None and path:
-        try:
-            loaded = AutoTokenizer.from_pretrained(path, **loading)
-        except Exception as error:  # whatever a folder without a tokenizer, a missing hub or a missing package raises
-            logger.info(f"No tokenizer could be loaded from {path!r}: {error}")
-        else:
-            # Some classes (Qwen2, Gemma, GPT-2) come up empty in a folder that holds a model and no tokenizer.
-            is_empty = loaded.get_vocab().keys() <= {*loaded.all_special_tokens, *loaded.get_added_vocab()}
-            teacher_tokenizer = None if is_empty else loaded
+        teacher_tokenizer = tokenizer_at(path, **loading)
     if teacher_tokenizer is not None and (difference := describe_tokenizer_difference(tokenizer, teacher_tokenizer)):
         raise ValueError(
             f"The student and the teacher have different tokenizers: {difference}. Their next-token distributions are "
@@ -134,6 +127,17 @@ def check_vocabularies(
             "untrained ids: keep them out of the data."
         )
     return None
+
+
+def tokenizer_at(path: str, **loading: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer at a path or id, `None` if there is none."""
+    try:
+        loaded = AutoTokenizer.from_pretrained(path, **loading)
+    except Exception as error:  # whatever a folder without a tokenizer, a missing hub or a missing package raises
+        logger.info(f"No tokenizer could be loaded from {path!r}: {error}")
+        return None
+    # Some classes (Qwen2, Gemma, GPT-2) come up empty in a folder that holds a model and no tokenizer.
+    return None if loaded.get_vocab().keys() <= {*loaded.all_special_tokens, *loaded.get_added_vocab()} else loaded
 
 
 def _advice() -> str:

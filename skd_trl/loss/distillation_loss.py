@@ -152,17 +152,12 @@ def gate_weights(
         logits = student.head.logits(student.states[rows], vocab_size)
         distributions = teacher[rows].compare(logits, facts.labels[rows])
         with torch.autocast(logits.device.type, enabled=False):
-            columns = {"scores": gate.scores(distributions, facts[rows])}
-            if gate.select is None or columns["scores"].ndim == 0:
-                _check_one_per_position(f"gate {gate.name}", columns["scores"], facts[rows])
-            _move(table, rows, columns, len(facts))
+            _move(table, rows, {"scores": gate.scores(distributions, facts[rows])}, len(facts))
         del logits, distributions  # or the next chunk's would be beside them
     together, own = table["scores"], slice(None)
     if gate.select is not None and population is not None:
         together, own = population(together)
-    acceptance = gate.acceptance(together)[own]
-    _check_one_per_position(f"gate {gate.name}", acceptance, facts)
-    return gate.weights(acceptance, facts)
+    return gate.weights(gate.acceptance(together)[own], facts)
 
 
 def _chunk(
@@ -190,9 +185,7 @@ def _chunk(
 
     with torch.no_grad(), without_autocast:
         if isinstance(gate, Gate):
-            acceptance = gate.acceptance(gate.scores(distributions, facts))
-            _check_one_per_position(f"gate {gate.name}", acceptance, facts)
-            weights = gate.weights(acceptance, facts)
+            weights = gate.weights(gate.acceptance(gate.scores(distributions, facts)), facts)
         elif gate is None:
             ones = torch.ones(len(facts), device=raw.device)
             weights = GateWeights(ones, ones.bool())
@@ -205,7 +198,7 @@ def _chunk(
             values = divergence(*distributions.both_logits)
         else:
             values = of_log_probs(distributions.student_log_probs, distributions.teacher_log_probs)
-        _check_one_per_position(f"divergence {getattr(divergence, '__name__', divergence)}", values, facts)
+        facts.check_one_each(f"divergence {getattr(divergence, '__name__', divergence)}", values)
         if replaced_loss == "nll":
             nll = -at_labels(distributions.all_student_log_probs, facts.labels)
             values = torch.where(facts.replaced, nll, values)
@@ -216,13 +209,6 @@ def _chunk(
     columns = {"divergence": values.detach(), "weight": weights.weight, "accepted": weights.accepted}
     with torch.no_grad(), without_autocast:
         return columns | {name: STATISTICS[name](distributions, facts) for name in statistics}
-
-
-def _check_one_per_position(what: str, values: Tensor, facts: ResponseFacts) -> None:
-    if values.shape != (len(facts),):
-        raise ValueError(
-            f"The {what} gives {tuple(values.shape)} for {len(facts)} positions; it has to give one number for each, (N,)."
-        )
 
 
 def _check_positions(**arguments) -> None:

@@ -110,13 +110,17 @@ class Gate:
         return self.weights(self.acceptance(self.scores(distributions, facts)), facts).weight
 
     def scores(self, distributions: TokenDistributions, facts: ResponseFacts) -> Tensor:
-        """`score`, with its noise checked."""
+        """`score`, with its noise checked, and how many there are. One that `select` reads may have columns."""
         if self.num_uniforms and facts.uniforms.shape[-1] != self.num_uniforms:
             raise ValueError(
                 f"uniforms has shape {tuple(facts.uniforms.shape)}, but the gate {self.name} draws; pass facts with "
                 f"uniforms=torch.rand({len(facts)}, {self.num_uniforms})."
             )
-        return self.score(distributions, facts)
+        scores = self.score(distributions, facts)
+        facts.check_one_each(
+            f"gate {self.name}", scores[..., 0] if self.select is not None and scores.ndim > 1 else scores
+        )
+        return scores
 
     def acceptance(self, scores: Tensor) -> Tensor:
         """Acceptances `(N,)` in [0, 1], from the scores of the whole population."""
@@ -124,6 +128,7 @@ class Gate:
 
     def weights(self, acceptance: Tensor, facts: ResponseFacts) -> GateWeights:
         """w = b + (1 - b) A, exactly b at A = 0 and exactly 1 at A = 1; 1 at ends of sequence with `keep_eos`."""
+        facts.check_one_each(f"gate {self.name}", acceptance)
         weight = torch.lerp(acceptance.new_tensor(self.floor), acceptance.new_tensor(1.0), acceptance)
         return GateWeights(weight.masked_fill(facts.is_end, 1.0) if self.keep_eos else weight, acceptance >= 0.5)
 

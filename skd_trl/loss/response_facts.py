@@ -77,5 +77,12 @@ class ResponseFacts:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def check_one_each(self, what: str, values: Tensor) -> None:
+        """Raises `ValueError`, naming `what` they are of, unless `values` are one number for each position, `(N,)`."""
+        if values.shape != self.labels.shape:
+            raise ValueError(
+                f"The {what} gives {tuple(values.shape)} for {len(self)} positions; it has to give one number for each, (N,)."
+            )
+
     def __getitem__(self, rows: slice) -> "ResponseFacts":
         return ResponseFacts(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})

@@ -195,12 +195,10 @@ def run_round(
         return interleave_round(student, teacher, rows, accept, num_draft, nucleus, stopwatch)
 
     begin()
-    device = rows.owner.device
-    precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     key = (
-        num_rows, num_draft, rows.max_new_tokens, by_value(accept), nucleus.level, precision, student.round_key(), teacher.round_key(),
+        num_rows, num_draft, rows.max_new_tokens, by_value(accept), nucleus.level, student.round_key(), teacher.round_key(),
     )  # fmt: skip
-    return rows.rounds.run(key, play, device)
+    return rows.rounds.run(key, play, rows.owner.device)
 
 
 def interleave_round(

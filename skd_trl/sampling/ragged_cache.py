@@ -62,6 +62,7 @@ class RaggedDecoder:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.base = base = getattr(base, "_orig_mod", base)  # what torch.compile was given
         self.model_state: tuple = ()
+        self.dtype = next(model.parameters()).dtype
         self.layers = ragged_layers(config, num_rows, num_slots, self.window)
         self.attention_layers = [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
         self.cache = new_cache(base, self.layers)

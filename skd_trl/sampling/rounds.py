@@ -121,7 +121,6 @@ class Rounds:
         self.decoders: dict[str, RaggedDecoder] = {}
         self.graphs: OrderedDict[Hashable, tuple[Graph, Stopwatch, Signal]] = OrderedDict()
         self.warm: OrderedDict[Hashable, None] = OrderedDict()
-        self.dtypes: dict[str, torch.dtype] = {}  # of the models that the decoders are for
         self.mode: tuple | None = None  # of the last call, in which buffers and caches were made
         self.reason: str | None = None  # why something was not captured
         self.has_failed = False  # then nothing is tried any more
@@ -217,10 +216,9 @@ class Rounds:
 
     def decoder(self, name: str, model: nn.Module, num_rows: int, num_slots: int) -> RaggedDecoder:
         """A decoder of at least so many rows and slots for a participant called `name`: the last one if it will do."""
-        last, dtype = self.decoders.get(name), next(model.parameters()).dtype
-        is_of_other_type, self.dtypes[name] = self.dtypes.get(name, dtype) != dtype, dtype
+        last = self.decoders.get(name)
         if last is not None:
-            if last.model is model and not is_of_other_type:
+            if last.model is model and last.dtype == next(model.parameters()).dtype:
                 if last.num_rows >= num_rows and last.num_slots >= num_slots:
                     if last.has_model_changed():
                         self.forget_graphs()

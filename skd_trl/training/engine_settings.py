@@ -73,8 +73,14 @@ def check_settings(args: TrainingArguments, accelerator: Accelerator, student: n
 
     Raises:
         `ValueError`: for tensor, context and sequence parallelism, DeepSpeed's numbers that differ from the arguments', quantised
-            weights that FSDP2 would have to split, FSDP's activation checkpointing beside an adapter, and a best model that FSDP could not load.
+            weights that FSDP2 would have to split, FSDP's activation checkpointing beside an adapter, a best model that FSDP could not load, and
+            batches that some processes have and others have not.
     """
+    if accelerator.num_processes > 1 and not accelerator.even_batches and not args.dataloader_drop_last:
+        raise ValueError(
+            "even_batches=False gives some processes a batch less than others, which then wait for them in the count of a step's tokens. Leave it "
+            "True, or set dataloader_drop_last=True."
+        )
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
     # The sizes of the groups that share a row, by the names under which they were configured.
     parallelism, names = getattr(accelerator, "parallelism_config", None), ("tp_size", "cp_size", "sp_size")

@@ -33,11 +33,6 @@ def _check_engine(
     check_processes(args)
     check_engine(accelerator, args.shard_teacher, args.compile_student)
     check_settings(args, accelerator, student, teacher)
-    if accelerator.num_processes > 1 and not accelerator.even_batches and not args.dataloader_drop_last:
-        raise ValueError(
-            "even_batches=False gives some processes a batch less than others, which then wait for them in the count of a step's tokens. Leave it "
-            "True, or set dataloader_drop_last=True."
-        )
     for name, model in (("student", student), ("teacher", teacher)):
         check_head(LMHead.of(model), name, accelerator)
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)

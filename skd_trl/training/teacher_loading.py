@@ -117,7 +117,7 @@ def place_teacher(
         args ([`SKDConfig`]): for `shard_teacher` and what concerns a self-teacher.
         accelerator ([`~accelerate.Accelerator`]): the trainer's.
         client ([`TeacherClient`], *optional*): the connection to a served teacher.
-        has_own_prompts (`bool`, *optional*): whether rows say what the teacher reads.
+        has_own_prompts (`bool`, *optional*): whether rows say what the teacher reads; of a self-teacher.
 
     Raises:
         `ValueError`: for a self-teacher whose student is spread, or that would never differ from it.
