@@ -227,9 +227,19 @@ def test_the_teachers_engine_takes_over_types_and_placement_and_nothing_of_train
     assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}  # the student's own
 
 
+def launched(distributed_type, *, state=None, parallelism_config=None, even_batches=True):
+    return SimpleNamespace(
+        distributed_type=distributed_type,
+        state=state,
+        parallelism_config=parallelism_config,
+        num_processes=2,
+        even_batches=even_batches,
+    )
+
+
 def fsdp_accelerator(**settings):
     plugin = SimpleNamespace(activation_checkpointing=False, state_dict_type="FULL_STATE_DICT", **settings)
-    return SimpleNamespace(distributed_type="FSDP", state=SimpleNamespace(fsdp_plugin=plugin), parallelism_config=None)
+    return launched("FSDP", state=SimpleNamespace(fsdp_plugin=plugin))
 
 
 def test_a_quantised_student_under_fsdp2_is_refused_and_zero_named():
@@ -244,11 +254,11 @@ def test_a_quantised_student_under_fsdp2_is_refused_and_zero_named():
 
 @pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
 def test_every_group_that_shares_a_row_is_refused_by_its_name_and_others_are_not(name):
-    accelerator = SimpleNamespace(distributed_type="MULTI_GPU", parallelism_config=SimpleNamespace(**{name: 2}))
+    accelerator = launched("MULTI_GPU", parallelism_config=SimpleNamespace(**{name: 2}))
     with pytest.raises(ValueError, match=f"parallelism_config's {name}=2"):
         check_settings(None, accelerator, None, None)
     hybrid = SimpleNamespace(dp_replicate_size=2, dp_shard_size=4, tp_size=1, cp_size=1, sp_size=1)
-    check_settings(None, SimpleNamespace(distributed_type="MULTI_GPU", parallelism_config=hybrid), None, None)
+    check_settings(None, launched("MULTI_GPU", parallelism_config=hybrid), None, None)
 
 
 def test_a_model_that_was_loaded_with_tensor_parallelism_is_refused_by_name():
@@ -288,7 +298,7 @@ def test_checkpoints_of_shards_are_announced_with_the_way_to_merge_them():
 def test_an_optimizer_that_offloading_replaces_is_named_and_adamw_is_not():
     config = zero_file(2, {"offload_optimizer": {"device": "cpu"}})
     plugin = SimpleNamespace(deepspeed_config=config)
-    accelerator = SimpleNamespace(distributed_type="DEEPSPEED", state=SimpleNamespace(deepspeed_plugin=plugin))
+    accelerator = launched("DEEPSPEED", state=SimpleNamespace(deepspeed_plugin=plugin))
     sgd, adamw = (SimpleNamespace(optim=name) for name in ("sgd", "adamw_torch_fused"))
     assert describe_offloading(adamw, accelerator) is None
     assert "DeepSpeedCPUAdam" in describe_offloading(sgd, accelerator)
