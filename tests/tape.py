@@ -20,8 +20,17 @@ def address(tensor):
     return tensor.untyped_storage().data_ptr()
 
 
+def check_wait(func, args):
+    name = func.overloadpacket.__name__
+    if name in WAITS or (name == "index" and any(getattr(i, "dtype", None) == torch.bool for i in args[1])):
+        raise RuntimeError(f"operation not permitted when stream is capturing ({name})")
+
+
 class Tape:
     num_captures = num_replays = 0  # of all
+
+    def trial(self):
+        return Waits()
 
     def capture(self, play):
         recorder = Recorder()
@@ -43,6 +52,12 @@ class Tape:
                     output.copy_(result)
 
 
+class Waits(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        check_wait(func, args)
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -50,9 +65,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name, inputs = func.overloadpacket.__name__, tensors((args, kwargs))
-        if name in WAITS or (name == "index" and any(getattr(i, "dtype", None) == torch.bool for i in args[1])):
-            raise RuntimeError(f"operation not permitted when stream is capturing ({name})")
+        check_wait(func, args)
+        inputs = tensors((args, kwargs))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             self.keep(argument, value)
         for argument in func._schema.arguments:

@@ -2,16 +2,19 @@
 
 A round is a function over fixed buffers, so a CUDA graph of it does what it does. A graph belongs to the shapes and addresses it was
 captured with: rows, slots and draft lengths come in few numbers, buffers and caches are kept for as long as they are large enough, and
-weights change in place (where they were moved, graphs are captured again). The first round of a shape runs as it is and is the warm-up; the second is captured, and replayed from then on.
-What cannot be captured (a rule that waits for the device, experts in a loop) is found by trying, and runs as it is.
+weights change in place (where they were moved, graphs are captured again). The first round of a shape runs as it is and is the warm-up;
+the second is captured, and replayed from then on. What cannot be captured (a rule that waits for the device, experts in a loop) is found
+by trying, and runs as it is: before the first capture of all a round runs in which a wait is an error, for a capture that fails
+leaves torch's allocator and generators in a state that has to be mended.
 
 Shapes: R places, L slots.
 """
 
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,12 +36,16 @@ SLOTS = 128
 MOST_GRAPHS = 64
 # Shapes that are known to have run once; forgotten in the same order.
 MOST_WARM = 16 * MOST_GRAPHS
-# Share of the device's memory that caches may keep between calls. Larger ones are given back, and their graphs with them.
+# Share of the device's memory that caches may keep between calls, where nobody knows how much is needed in between. Larger ones are given
+# back, and their graphs with them.
 KEPT_SHARE = 1 / 8
 
 
 class Graph(Protocol):
     """What a captured round needs of a graph: [`CudaGraph`], or what a test puts in its place."""
+
+    def trial(self) -> AbstractContextManager[None]:
+        """The time in which a wait for the device is an error, and all else happens as ever."""
 
     def capture(self, play: Callable[[], None]) -> None:
         """Records what `play` does to the device, without doing it."""
@@ -48,24 +55,56 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph. All of `pool` share memory: no two of them run at once."""
+    """A CUDA graph, captured on `stream`. All of `pool` share memory: no two of them run at once."""
 
-    def __init__(self, pool):
-        self.graph, self.pool = torch.cuda.CUDAGraph(), pool
+    def __init__(self, pool, stream):
+        self.graph, self.pool, self.stream = torch.cuda.CUDAGraph(), pool, stream
+
+    @contextmanager
+    def trial(self):
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():  # "a prototype feature"
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
     def capture(self, play: Callable[[], None]) -> None:
-        # Casts that autocast keeps would be freed when it ends, and the graph would go on reading them.
-        is_cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
+        before = torch.cuda.current_stream()
         try:
             # Other threads (a data loader that pins memory) may talk to the device while this one captures.
-            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 play()
-        finally:
-            torch.set_autocast_cache_enabled(is_cached)
+        except Exception:
+            self._mend(before)
+            raise
+
+    def _mend(self, stream) -> None:
+        """After a capture that failed: ending it raises before torch has left its stream, before its allocator stops to take memory from the
+        pool, and (2.11) before the generators know that it is over, which the end of a next capture tells them."""
+        torch.cuda.set_stream(stream)
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+        with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+            torch.zeros((), device="cuda")
+        torch.cuda.set_stream(stream)
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+@contextmanager
+def without_autocast_cache():
+    """The casts that autocast keeps are freed when it ends, and a graph would go on reading them. What is compiled, is compiled again where
+    they are kept and where not, so a warm-up has to run as the capture does."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +149,17 @@ class Rounds:
             Whether both models' forwards in a round go through `torch.compile`: a minute or two at first, for long runs. With
             `capture` its kernels are inside the graphs.
         make_graph (`Callable`, *optional*): makes a [`Graph`] for a device, instead of a CUDA graph.
+
+    Attributes:
+        most_kept (`int`, *optional*):
+            Bytes of caches that may be kept between calls on a GPU. By default an eighth of its memory.
     """
 
     def __init__(
         self, capture: bool | None = None, compile: bool = False, make_graph: Callable[[], Graph] | None = None
     ):
         self.capture, self.compile, self.make_graph = capture, compile, make_graph
+        self.most_kept: int | None = None
         self.packed = PackedWeights()
         self.buffers: dict[str, torch.Tensor] = {}
         self.decoders: dict[str, RaggedDecoder] = {}
@@ -124,7 +168,8 @@ class Rounds:
         self.mode: tuple | None = None  # of the last call, in which buffers and caches were made
         self.reason: str | None = None  # why something was not captured
         self.has_failed = False  # then nothing is tried any more
-        self.is_capturing, self.pool = False, None
+        self.is_tried = False  # whether a round has run in which a wait is an error
+        self.is_capturing, self.pool, self.stream = False, None, None
 
     @contextmanager
     def session(self, device: torch.device, can_be_captured: bool):
@@ -139,18 +184,25 @@ class Rounds:
         if self.mode not in (None, mode):  # caches would be of another type, or tensors that may not be written to
             self.release()
         self.mode = mode
-        if self.is_capturing and self.make_graph is None:
-            if device.type != "cuda":
-                raise ValueError(f"capture=True needs models on CUDA, and these are on {device.type}. Leave it None.")
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
+        if self.is_capturing and self.make_graph is None and device.type != "cuda":
+            raise ValueError(f"capture=True needs models on CUDA, and these are on {device.type}. Leave it None.")
         try:
             yield
         finally:
-            held = sum(decoder.num_bytes for decoder in self.decoders.values())
-            is_cuda = device.type == "cuda"
-            most = torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE if is_cuda else float("inf")
-            if not self.has_fixed_shapes or held > most:
+            if not self.has_fixed_shapes or self.num_kept_bytes > self._most_kept(device):
                 self.release()
+
+    @property
+    def num_kept_bytes(self) -> int:
+        """Bytes of the caches that are there."""
+        return sum(decoder.num_bytes for decoder in self.decoders.values())
+
+    def _most_kept(self, device: torch.device) -> float:
+        if self.most_kept is not None:
+            return self.most_kept
+        if device.type != "cuda":
+            return float("inf")
+        return torch.cuda.get_device_properties(device).total_memory * KEPT_SHARE
 
     def products(self, model: nn.Module):
         """The time in which a CPU multiplies with packed copies of a model's weights; what is compiled has products of its compiler."""
@@ -175,6 +227,7 @@ class Rounds:
     def forget_graphs(self) -> None:
         self.graphs.clear()
         self.warm.clear()
+        self.pool = None  # torch refuses one whose graphs are gone for as long as there is memory in it
 
     # Shapes
 
@@ -240,36 +293,68 @@ class Rounds:
     ) -> tuple[Stopwatch, Signal, bool]:
         """Runs `play`, a round of the shape `key`. Returns the stopwatch with its marks, what `play` returns, and whether this was
         a warm-up, whose times say nothing of the rounds to come."""
-        if self.is_capturing and key in self.warm and key not in self.graphs:
-            self._capture(key, play, device)
         if self.is_capturing and key in self.graphs:
-            self.graphs.move_to_end(key)
-            graph, stopwatch, signal = self.graphs[key]
-            graph.replay()
-            return stopwatch, signal, False
-        is_warm_up = self.has_fixed_shapes and key not in self.warm
-        self.warm[key] = None
-        while len(self.warm) > MOST_WARM:
-            self.warm.popitem(last=False)
-        stopwatch, before = Stopwatch(device), self.packed.num_bytes
-        signal = play(stopwatch)
-        return stopwatch, signal, is_warm_up or self.packed.num_bytes > before
+            return self._replay(key)
+        with without_autocast_cache() if self.has_fixed_shapes else nullcontext():
+            is_new = key not in self.warm
+            if self.is_capturing and not is_new:
+                if not self.is_tried:
+                    found = self._try(play, device)
+                    if found is not None:
+                        return *found, True
+                elif self._capture(key, play, device):
+                    return self._replay(key)
+            self.warm[key] = None
+            while len(self.warm) > MOST_WARM:
+                self.warm.popitem(last=False)
+            stopwatch, before = Stopwatch(device), self.packed.num_bytes
+            signal = play(stopwatch)
+            return stopwatch, signal, (is_new and self.has_fixed_shapes) or self.packed.num_bytes > before
 
-    def _capture(self, key: Hashable, play: Callable[[Stopwatch], Signal], device: torch.device) -> None:
+    def _replay(self, key: Hashable) -> tuple[Stopwatch, Signal, bool]:
+        self.graphs.move_to_end(key)
+        graph, stopwatch, signal = self.graphs[key]
+        graph.replay()
+        return stopwatch, signal, False
+
+    def _try(self, play: Callable[[Stopwatch], Signal], device: torch.device) -> tuple[Stopwatch, Signal] | None:
+        """A round as it is, in which a wait for the device is an error. `None` if there is one: what has run by then is overwritten where
+        the round is run once more."""
+        self.is_tried, stopwatch = True, Stopwatch(device)
+        try:
+            with self._new_graph(device).trial():
+                return stopwatch, play(stopwatch)
+        except Exception as error:  # whatever a forward or a rule may do that no graph can
+            self._give_up(error)
+            return None
+
+    def _capture(self, key: Hashable, play: Callable[[Stopwatch], Signal], device: torch.device) -> bool:
         start, stopwatch, signals = time.perf_counter(), Stopwatch(device, in_graph=True), []
-        graph = CudaGraph(self.pool) if self.make_graph is None else self.make_graph()
+        graph = self._new_graph(device)
         try:
             graph.capture(lambda: signals.append(play(stopwatch)))
-        except Exception as error:  # whatever a forward or a rule may do that no graph can
-            self.is_capturing, self.has_failed = False, True
-            while error.__context__ is not None:  # ending a capture that failed raises once more
-                error = error.__context__
-            self._say_once(f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
-            return
+        except Exception as error:  # a library that asks the device in its own way
+            self._give_up(error)
+            return False
         self.graphs[key] = graph, stopwatch, signals[0]
         while len(self.graphs) > MOST_GRAPHS:
             self.graphs.popitem(last=False)
         logger.info(f"Captured the sampling round {key} in {time.perf_counter() - start:.1f} s.")
+        return True
+
+    def _new_graph(self, device: torch.device) -> Graph:
+        if self.make_graph is not None:
+            return self.make_graph()
+        # Libraries keep a workspace for each stream, and give it back when a graph of it goes: no others may capture on this one.
+        self.stream = self.stream or torch.cuda.Stream(device)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        return CudaGraph(self.pool, self.stream)
+
+    def _give_up(self, error: BaseException) -> None:
+        self.is_capturing, self.has_failed = False, True
+        while error.__context__ is not None:  # ending a capture that failed raises once more
+            error = error.__context__
+        self._say_once(f"{type(error).__name__}: {error}".strip().splitlines()[0][:300])
 
     def _say_once(self, reason: str) -> None:
         if self.reason is None:

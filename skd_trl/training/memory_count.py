@@ -122,10 +122,10 @@ def _counted_once(count: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[
 
 
 def sampling_bytes(
-    student: nn.Module, teacher: nn.Module, machine: Machine, window: Window, casts: bool
+    student: nn.Module, teacher: nn.Module, machine: Machine, window: Window, casts: bool, is_captured: bool
 ) -> tuple[dict[str, int], int]:
     """Bytes of a window's sampling by part, and those of one more place. With `casts` the student samples with weights of two
-    bytes a number."""
+    bytes a number; with `is_captured` graphs have memory of a round for themselves, which the first rounds and the prompts cannot use."""
     places, draft, longest = window.num_places, window.num_draft_tokens, window.longest_prompt
     slots = longest + window.max_new_tokens + draft - 1
     few = min(places, 2)  # quick, and nothing but caches, masks, logits and activations grows with them
@@ -141,7 +141,9 @@ def sampling_bytes(
     in_round = {"logits of a draft": logits, "a forward": of_blocks}
     worse = {"prompts": of_prompts} if of_prompts > logits + of_blocks else in_round
     grows = of_prompts if places * longest <= MOST_TOKENS else 0  # else prompts take turns
-    return {"caches": caches, **worse}, (caches + max(logits + of_blocks, grows)) // places
+    graphs = {"graphs": logits + of_blocks} if is_captured else {}
+    per_place = (caches + max(logits + of_blocks, grows) + sum(graphs.values())) // places
+    return {"caches": caches, **worse, **graphs}, per_place
 
 
 @_counted_once

@@ -14,17 +14,18 @@ from .memory_plan import RESERVE, gib
 logger = get_logger(__name__)
 
 
-def places_now(student: nn.Module, teacher: nn.Module, machine: Machine, window: Window) -> int:
-    """How many rows of `window` can be written at once with what is free on the device at this moment; fewer than it asks for are
-    said in the log. All of them, with a warning, where a model's forward cannot be counted on tensors that hold nothing."""
+def places_now(student: nn.Module, teacher: nn.Module, machine: Machine, window: Window, kept: int = 0) -> int:
+    """How many rows of `window` can be written at once with what is free on the device at this moment, and with the `kept` bytes that
+    caches of the last window have; fewer than it asks for are said in the log. All of them, with a warning, where a model's forward cannot be
+    counted on tensors that hold nothing."""
     slots, draft = window.longest_prompt + window.max_new_tokens + window.num_draft_tokens, window.num_draft_tokens
     try:
-        room = machines.free_bytes(machine.device, now=True) * (1 - RESERVE)
+        room = (machines.free_bytes(machine.device, now=True) + kept) * (1 - RESERVE)
         room -= window.num_prompts * window.max_new_tokens * hidden_bytes(teacher)
         rough = sum(_rough_bytes(model, slots, draft) for model in (student, teacher))
         if 2 * rough * window.num_places <= room:  # there is no need to count
             return window.num_places
-        parts, per_place = sampling_bytes(student, teacher, machine, window, casts=False)
+        parts, per_place = sampling_bytes(student, teacher, machine, window, False, machine.is_gpu)
     except Exception:  # whatever a model may do with such tensors
         logger.warning_once(
             "The memory of a sampling could not be counted, so all responses of a step are written at once. If the memory runs out, lower "

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..sampling.packed_weights import packed_bytes
-from ..sampling.rounds import KEPT_SHARE
 from .machine import Machine
 from .memory_count import (
     Window,
@@ -30,12 +29,15 @@ from .sampling_copy import CopySettings, copied_bytes
 GIB = 2**30
 # Of the memory that is free, what is left to the allocator and to libraries.
 RESERVE = 0.1
+# The same where caches are kept for the next step's sampling, and with them the graphs: they may be given back, and a run that ends for them may not.
+KEPT_RESERVE = 0.2
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on one device. `held` is there throughout, `sampling` and `training` in turns; `per_place` is what one more row that is
-    written at once costs, `free` what the device has for all of it (0: not known)."""
+    written at once costs, `free` what the device has for all of it (0: not known), `most_kept` how much of it caches may have during a
+    micro-batch."""
 
     held: dict[str, int]
     sampling: dict[str, int]
@@ -44,6 +46,7 @@ class MemoryPlan:
     num_places: int
     num_prompts: int
     free: int = 0
+    most_kept: int = 0
 
     @property
     def peak(self) -> int:
@@ -101,7 +104,8 @@ def plan_memory(
     if copied.is_needed:
         held["student's copy for sampling"] = copied_bytes(student, copied)
     casts = copied.dtype is not None
-    sampling, per_place = sampling_bytes(student, teacher, machine, window, casts or keeps_copies)
+    is_captured = machine.is_gpu and stage < 3 and not is_spread
+    sampling, per_place = sampling_bytes(student, teacher, machine, window, casts or keeps_copies, is_captured)
     if machine.device.type == "cpu" and machine.mixed_precision == "no":
         held["teacher's packed weights"] = packed_bytes(beside, without=student)
         sampling["student's packed weights"] = packed_bytes(student)
@@ -109,18 +113,19 @@ def plan_memory(
         sampling["gathered student"] = weights
     if is_spread:
         sampling["gathered layer of the teacher"] = 2 * largest_layer(teacher)
-    if machine.is_gpu and stage < 3 and not is_spread:
-        sampling["graphs"] = 64 * 2**20  # a pool that all share; their buffers are the caches
     hidden = window.num_prompts * window.max_new_tokens * hidden_bytes(teacher)
     sampling["hidden states"] = hidden
     gradients //= ranks if stage > 1 else 1
     training = {"hidden states": hidden}
     training |= training_bytes(student, teacher, machine, args, window, gradients, sum(held.values()) + hidden)
-    if machine.is_gpu and sampling["caches"] <= KEPT_SHARE * machine.memory:
-        training["kept caches"] = sampling["caches"]
     if stage == 3:
         training["gathered layer"] = 2 * largest_layer(student)
-    return MemoryPlan(held, sampling, training, per_place, window.num_places, window.num_prompts, machine.memory)
+    graphs = sampling.get("graphs", 0)
+    most_kept = int(machine.memory * (1 - KEPT_RESERVE)) - sum(held.values()) - sum(training.values()) - graphs
+    if is_captured and sampling["caches"] <= most_kept:
+        training |= {"kept caches": sampling["caches"], "graphs": graphs}
+    places = per_place, window.num_places, window.num_prompts
+    return MemoryPlan(held, sampling, training, *places, machine.memory, max(most_kept, 0))
 
 
 def fitted_plan(student: nn.Module, teacher: nn.Module, machine: Machine, args, longest_prompt: int) -> MemoryPlan:

@@ -144,7 +144,8 @@ class SampledSteps(Trainer):
             at_once = min(num_places or len(prompts), len(prompts))
             if self._teacher.inner and at_once > 1:  # fewer, if only those fit
                 counted = Window(at_once, len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts))
-                num_places = places_now(student, self._teacher.inner[0], Machine.of(self.accelerator), counted)
+                machine, kept = Machine.of(self.accelerator), self._rounds.num_kept_bytes
+                num_places = places_now(student, self._teacher.inner[0], machine, counted, kept)
             teacher = self._teacher.participant(
                 window, self._args_of_step.teacher_sampling(), self.vocab_size, self.accelerator
             )

@@ -38,7 +38,7 @@ class ShownRun(Trainer):
         super().add_callback(callback)
 
     def _log_plan(self) -> None:
-        """Logs what the training will hold on a GPU, as a warning if it does not fit."""
+        """Logs what the training will hold on a GPU, as a warning if it does not fit, and has caches kept if there is room for them."""
         if self.accelerator.device.type == "cpu" or not self._teacher.inner:
             return
         rows = (
@@ -52,6 +52,7 @@ class ShownRun(Trainer):
         except Exception:  # whatever a model may do with tensors that hold nothing
             logger.warning("The memory of this training could not be planned; it starts all the same.", exc_info=True)
             return
+        self._rounds.most_kept = plan.most_kept if plan.free else None
         logger.log(logging.INFO if plan.fits else logging.WARNING, describe_plan(plan, machine, self.args))
 
     def _keep_completions(self, sampled: Rollout, rollout: str) -> None:
