@@ -37,7 +37,7 @@ class ScheduledNumbers:
         Raises:
             `ValueError`: for a name that is no number, or none that this run uses; for a start beside another value of the field.
         """
-        numbers, schedules = self._numbers(), {}
+        numbers, schedules = self.used_numbers(), {}
         for path, setting in self._schedule_settings().items():
             if path not in numbers:
                 raise ValueError(f"schedules: {path!r} is no number that this run uses; it uses {', '.join(numbers)}.")
@@ -61,10 +61,10 @@ class ScheduledNumbers:
         """
         changed = {name: value for name, value in values.items() if value != getattr(self, name)}
         for name, value in changed.items():
-            if name not in self._numbers():
+            if name not in self.used_numbers():
                 raise ValueError(
                     f"{name} was set to {value}, which would have no effect: this run does not use it (it uses "
-                    f"{', '.join(self._numbers())}). Choose an idea that does, such as divergence='jsd' for beta, or leave it "
+                    f"{', '.join(self.used_numbers())}). Choose an idea that does, such as divergence='jsd' for beta, or leave it "
                     f"at {getattr(self, name)}."
                 )
         config = self._with(changed) if changed else self
@@ -80,7 +80,7 @@ class ScheduledNumbers:
             raise ValueError(f"schedules={self.schedules!r} is not a dict; write it as {{'lmbda': {{'end': 1.0}}}}.")
         return dict(settings)
 
-    def _numbers(self) -> dict[str, Number]:
+    def used_numbers(self) -> dict[str, Number]:
         """The numbers that a schedule may move: those that this run uses."""
         raise NotImplementedError
 
@@ -90,7 +90,7 @@ class ScheduledNumbers:
 
     def _with(self, values: dict[str, float]):
         """A copy with numbers replaced, whole ones rounded, and without schedules."""
-        config, numbers = copy.copy(self), self._numbers()
+        config, numbers = copy.copy(self), self.used_numbers()
         config.schedules = None
         for path, value in values.items():
             name, _, parameter = path.partition(".")

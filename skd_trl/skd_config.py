@@ -1,12 +1,14 @@
 """Configuration of `SKDTrainer`: GKDConfig's fields keep their meaning, and the fields of interleaved sampling are added."""
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
+from trl import SFTConfig
 
 from ._compat import GKDConfig
 from .explained_options import explained
@@ -267,6 +269,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     )
 
     def __post_init__(self):
+        check_types(self)
         super().__post_init__()
         check_choice("rollout", self.rollout, ROLLOUTS)
         check_choice("lmbda_unit", self.lmbda_unit, LMBDA_UNITS)
@@ -391,7 +394,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     def make_divergence(self) -> Callable[..., Tensor]:
         return make_idea(DIVERGENCE, self)
 
-    def _numbers(self) -> dict[str, Number]:
+    def used_numbers(self) -> dict[str, Number]:
         """The numbers that a schedule may move: those that this run uses."""
         numbers = {"lmbda": Number(self.lmbda, False)} if self.rollout != "dataset" else {}
         names = ("temperature", "student_top_p") if self.rollout in ("interleaved", "student") else ()
@@ -446,3 +449,20 @@ def check_choice(name: str, value: str, choices) -> None:
 def check_positive(name: str, value: int | None) -> None:
     if value is not None and (not isinstance(value, int) or value < 1):
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def check_types(config: Any) -> None:
+    """Refuses what is no number in a field of numbers, of those that [`~trl.SFTConfig`] does not have.
+
+    Raises:
+        `ValueError`: with the field.
+    """
+    hints, inherited = get_type_hints(type(config)), {one.name for one in dataclasses.fields(SFTConfig)}
+    for name in (one.name for one in dataclasses.fields(config) if one.init and one.name not in inherited):
+        kinds, value = set(get_args(hints[name]) or [hints[name]]), getattr(config, name)
+        if not kinds <= {int, float, type(None)} or (value is None and type(None) in kinds):
+            continue
+        if float in kinds and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name}={value!r} must be a number.")
+        if float not in kinds and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name}={value!r} must be a whole number.")

@@ -30,7 +30,7 @@ from .data.batches import (
     model_inputs,
     without_response,
 )
-from .data.dataset import columns_of, has_own_prompts, num_scored_tokens, prepare_dataset
+from .data.dataset import columns_of, fullest_row, has_own_prompts, num_scored_tokens, prepare_dataset
 from .data.recorded_scores import has_scores
 from .data.row_rules import RowRules
 from .data.vocabulary import end_of_sequence_ids, shared_vocab_size
@@ -58,7 +58,7 @@ from .training.distributed import (
 )
 from .training.ends_of_sequence import stop_at
 from .training.engine_lifetime import check_first_training
-from .training.engine_settings import describe_offloading
+from .training.engine_settings import check_batches, check_capturing, describe_offloading
 from .training.evaluated_run import EvaluatedRun
 from .training.findings import is_incomplete, require
 from .training.finite_check import FiniteCheck, GradientCheck
@@ -262,8 +262,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         self._prepared_sets = WeakSet([train_dataset])
         eval_dataset = self._prepare_eval(eval_dataset, base_model(student))
 
-        if data_collator is not None and isinstance(train_dataset, Dataset):
-            check_collator(data_collator, train_dataset[0], args.samples)
+        if data_collator is not None:
+            check_collator(data_collator, fullest_row(train_dataset), args.samples)
 
         # Adapters are initialised at random, and the oldest supported TRL seeds too late for that.
         set_seed(args.seed)
@@ -300,6 +300,8 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
             check_merging(self.model, self.accelerator)
         if args.sampling_copy:
             check_casting(self.model, self.accelerator)
+        check_capturing(args, self.accelerator)
+        check_batches(train_dataset, args)
         for note in args.without_effect():
             logger.warning(note)
         self._sampling_copy = SamplingCopy()

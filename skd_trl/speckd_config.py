@@ -8,7 +8,7 @@ from transformers import SchedulerType
 from .explained_options import explained
 from .ideas import IdeaField, make_idea, numbers_of
 from .loss.gates import GATE_CONTROLS, GATES, Gate
-from .skd_config import ROLLOUTS, SKDConfig, check_choice, check_positive
+from .skd_config import ROLLOUTS, SKDConfig, check_choice, check_positive, check_types
 
 
 NORMALIZERS = ("all", "accepted", "mean_one")
@@ -92,6 +92,7 @@ class SpecKDConfig(SKDConfig):
     )
 
     def __post_init__(self):
+        check_types(self)
         check_choice("gate_normalizer", self.gate_normalizer, NORMALIZERS)
         if isinstance(self.gate, str) and self.gate in GATE_CONTROLS and self.gate not in GATES:
             raise ValueError(
@@ -100,7 +101,8 @@ class SpecKDConfig(SKDConfig):
             )
         if self.gate_control is not None:
             check_choice("gate_control", self.gate_control, GATE_CONTROLS)
-        check_positive("gate_top_k_end", self.gate_top_k_end)
+        for name in ("gate_top_k", "gate_top_k_end"):
+            check_positive(name, getattr(self, name))
         if self.gate_warmup_steps < 0:
             raise ValueError(f"gate_warmup_steps={self.gate_warmup_steps} must be 0 (no warm-up) or above.")
         chooses = self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU

@@ -99,9 +99,15 @@ def matrix() -> dict[str, dict]:
         cases[f"{mode}-refused_head"] = {**DATASET, "lora": True, "lora_kwargs": head, "refused": "target_modules"}
     for mode in ("ddp", "zero3", "fsdp2"):
         own = {} if mode == "ddp" else {"ds3_gather_for_generation": False}
-        cases[f"{mode}-per_prompt-sampled"] = {"max_steps": 3, "lmbda": 0.3, "lmbda_unit": "prompt", **own}
+        per_prompt = {"max_steps": 3, "lmbda": 0.3, "lmbda_unit": "prompt"}
+        cases[f"{mode}-per_prompt-sampled"] = {**per_prompt, **own}
         in_turn = {"rows": LONG_ROWS, "train_sampling_strategy": "sequential"}
         cases[f"{mode}-long_prompts-sampled"] = {**SAMPLED, **own, **in_turn}
+    for mode in (
+        "zero3",
+        "fsdp2",
+    ):  # gathered, beside a teacher that is whole: a rank without rows has no forward at all
+        cases[f"{mode}-per_prompt_gathered-sampled"] = {**per_prompt, "shard_teacher": False}
     # Hybrid decoders: their mixers read a block token by token, and gather their weights for each where these are sharded.
     for mode in MODES:
         both = {"student_architecture": "qwen3_5_text", "teacher_architecture": "qwen3_5_text"}
@@ -123,6 +129,11 @@ def matrix() -> dict[str, dict]:
     cases["ddp-refused_sharding"] = {**DATASET, "shard_teacher": True, "refused": "shard_teacher=True"}
     version = {"FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false"}
     cases["fsdp2-refused_version"] = {**DATASET, "environment": version, "refused": "fsdp_version: 2"}
+    untied = {
+        "lora_kwargs": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        "refused": "ensure_weight_tying",
+    }
+    cases["fsdp2-refused_tying"] = {**DATASET, "lora": True, "tied": True, **untied}
     cases["fsdp2-from_path-dataset"] = {**DATASET, "from_path": True}
     # Models that come into being sharded.
     cases["zero3-from_path-dataset"] = {

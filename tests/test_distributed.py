@@ -34,7 +34,8 @@ CASES = matrix()
 def sampled_reference(name: str) -> str:
     """The case that samples the same in the plainest engine there is."""
     _, case, _ = name.split("-")
-    case = {"own_engine": "full", "left_sharded": "full", "auto": "full", "hybrid_sharded": "hybrid"}.get(case, case)
+    plain = {"own_engine": "full", "left_sharded": "full", "auto": "full", "hybrid_sharded": "hybrid"}
+    case = {**plain, "per_prompt_gathered": "per_prompt"}.get(case, case)
     return f"ddp-{case}-sampled" if f"ddp-{case}-sampled" in CASES else f"fsdp2-{case}-sampled"
 
 

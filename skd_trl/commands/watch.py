@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.vocabulary import check_vocabularies, end_of_sequence_ids, shared_vocab_size
-from ..ideas import make_idea
+from ..ideas import check_used, make_idea
 from ..sampling.acceptance import ACCEPTANCE_RULES, AcceptanceRule
 from ..sampling.draft import Draft
 from ..sampling.draft_length import AUTO
@@ -77,6 +77,7 @@ class WatchArguments:
         if isinstance(self.accept_kwargs, str):
             self.accept_kwargs = json.loads(self.accept_kwargs)
         self.rule()
+        check_used(self, [ACCEPT])
 
     def rule(self) -> AcceptanceRule:
         """The acceptance rule."""

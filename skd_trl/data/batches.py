@@ -188,13 +188,17 @@ PROMPT_KEYS = ((Key.PROMPTS, Key.PROMPT_ATTENTION_MASK), (Key.TEACHER_PROMPTS, K
 
 
 def check_collator(collate: Callable[[list[dict]], Mapping], row: dict[str, Any], samples: bool) -> None:
-    """Looks at what a data collator makes of a prepared row. Where responses are sampled it has to give prompts too.
+    """Looks at what a data collator makes of a prepared row. Where responses are sampled it has to give prompts too, and all that the row
+    has of the teacher.
 
     Raises:
         `ValueError`: for a collator that cannot take such a row, or whose batches lack an entry.
     """
     needed = [Key.INPUT_IDS, Key.ATTENTION_MASK, Key.LABELS]
     needed += [Key.PROMPTS, Key.PROMPT_ATTENTION_MASK] if samples else []
+    needed += [Key.TEACHER_PROMPTS, Key.TEACHER_PROMPT_ATTENTION_MASK] if row.get("teacher_prompt_ids") else []
+    scores = Key.TEACHER_TOP_IDS, Key.TEACHER_TOP_LOG_PROBS, Key.TEACHER_LABEL_LOG_PROBS
+    needed += [key for key in (Key.TEACHER_INDEX, *scores, Key.SKIPPED_ROWS) if key in row]
     name = getattr(collate, "__name__", type(collate).__name__)
     try:
         found = set(collate([dict(row)]))

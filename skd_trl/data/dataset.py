@@ -5,7 +5,7 @@ data set is settled before training starts: rows without a prompt (or without th
 rows with a prompt over its limit are left out and counted. `streams.py` has those that cannot be read ahead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow.compute as pc
@@ -159,6 +159,14 @@ def has_own_prompts(dataset: Dataset | IterableDataset | None) -> bool:
     if isinstance(dataset, IterableDataset):
         return bool(next(iter(dataset), {}).get("teacher_prompt_ids"))
     return "teacher_prompt_ids" in getattr(dataset, "column_names", ())
+
+
+def fullest_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    """A prepared row that has what any row has: the first with a prompt for the teacher, if there is one; of a stream the first."""
+    rows: Iterator[Any] = iter(dataset)
+    first = next(rows)
+    is_fullest = not isinstance(dataset, Dataset) or not has_own_prompts(dataset) or first["teacher_prompt_ids"]
+    return first if is_fullest else next(row for row in rows if row["teacher_prompt_ids"])
 
 
 def num_scored_tokens(dataset: Dataset | IterableDataset, name: str) -> int:

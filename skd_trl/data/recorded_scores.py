@@ -12,7 +12,7 @@ Shapes: T response tokens, k known tokens.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,9 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
 
 
-def scores_of(row: dict[str, Any], result: dict[str, Any], num_ids: int | None) -> dict[str, Any]:
+def scores_of(
+    row: dict[str, Any], result: dict[str, Any], num_ids: int | None, eos_token_ids: Collection[int]
+) -> dict[str, Any]:
     """
     The scores of a row at the tokens of its response, checked.
 
@@ -45,6 +47,7 @@ def scores_of(row: dict[str, Any], result: dict[str, Any], num_ids: int | None) 
         row (`dict`): with the columns above.
         result (`dict`): what `tokenization.py` made of it; its response may have been cut, but not changed.
         num_ids (`int`, *optional*): ids from here on are not known to the student.
+        eos_token_ids (`Collection[int]`): the ends of sequence, which an API may have left unscored.
 
     Returns:
         `dict`: `SCORES` as lists (T, k), (T, k), (T,), and `response_ids`.
@@ -67,7 +70,7 @@ def scores_of(row: dict[str, Any], result: dict[str, Any], num_ids: int | None) 
             f"its ids have the shape {ids.shape} and their log-probabilities {log_probs.shape}; both are (tokens of the response, k).",
         )
     num_scored, is_cut = len(ids), any(note.startswith(("cut", "early")) for note in result["notes"])
-    if num_scored == len(response_ids) - 1:  # an API does not score the end of sequence
+    if num_scored == len(response_ids) - 1 and response_ids[-1] in eos_token_ids:
         response_ids = response_ids[:-1]
         result["notes"].append("unscored_end")
     _check_texts(row, result["teacher_prompt_ids"] or result["prompt_ids"], response_ids)

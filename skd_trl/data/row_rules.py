@@ -50,7 +50,7 @@ class RowRules:
     is_limited_by_positions: bool = False
     # `datasets` hashes importable functions by name only: raise this when a row would come out differently, else
     # caches of the older rules are read.
-    version: int = 9
+    version: int = 10
 
     def narrowed(self, tokenizer: PreTrainedTokenizerBase) -> "RowRules":
         """The same with a prompt limit that leaves room for a token of the response, and without ids that are no tokens."""

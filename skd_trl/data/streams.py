@@ -28,15 +28,14 @@ def prepare_stream(
     """`columns` of ids and what else rows have, with the `arguments` of [`~skd_trl.data.tokenization.tokenize_row`].
 
     Raises:
-        `ValueError`: if it is empty, or its first row has no form that is known; and after 1000 unusable rows in a row.
+        `ValueError`: if it is empty, if its first row has no form that is known, or if no row can be used; and after 1000 unusable rows in
+            a row.
     """
     dataset = dataset.with_format(None)
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError(f"The {name} data set is empty: give at least one row.")
-    first = tokenize_row(first_row, **arguments)[0]
-    if first["problem"] == "form":
-        raise ValueError(f"The {name} data set cannot be used. Row 0: {first['detail']}")
+    _check_first_rows(dataset, arguments, name)
     return dataset.map(
         _StreamTokenizer(arguments, name, list(columns)),
         with_indices=True,
@@ -44,6 +43,26 @@ def prepare_stream(
         batch_size=1,
         remove_columns=dataset.column_names or list(first_row),
         features=Features(**columns, skipped_rows=Value("int32")),
+    )
+
+
+def _check_first_rows(dataset: IterableDataset, arguments: dict[str, Any], name: str) -> None:
+    """Reads up to the first row that can be used."""
+    problems: Counter[str] = Counter()
+    for number, row in enumerate(dataset):
+        results = tokenize_row(row, **arguments)
+        if not all(result["problem"] for result in results):
+            return
+        problems.update(result["problem"] for result in results)
+        detail = results[-1]["detail"]
+        if number == 0 and results[0]["problem"] == "form":
+            raise ValueError(f"The {name} data set cannot be used. Row 0: {detail}")
+        if number + 1 >= MAX_CONSECUTIVE_SKIPS:
+            break
+    counts = ", ".join(f"{count} {problem}" for problem, count in problems.items())
+    limit = f" max_prompt_length is {arguments['rules'].max_prompt_length}." if "long_prompt" in problems else ""
+    raise ValueError(
+        f"None of the first {number + 1} rows of the {name} stream can be used ({counts}). The last one: {detail}{limit}"
     )
 
 

@@ -117,7 +117,7 @@ def _result(encode: Encoder, row: dict[str, Any], rules: RowRules, num_answers: 
                 "form",
                 "it has scores of one response, and several answers. Give one row for each answer, or every_answer=False.",
             )
-        return result | scores_of(row, result, rules.num_ids)
+        return result | scores_of(row, result, rules.num_ids, rules.eos_token_ids)
     except UnusableRow as problem:
         return _unusable(problem)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .mixers import STATEFUL_KINDS, is_stateful, mixers_of
-from .ragged_cache import CHUNKED, FULL, INDEXED, SLIDING, WITHOUT_ATTENTION, eval_mode, is_sharded
+from .ragged_cache import CHUNKED, FULL, INDEXED, SLIDING, WITHOUT_ATTENTION, eval_mode, has_shards
 from .trial import Proof, run_trial
 
 
@@ -58,7 +58,7 @@ def prove(model: nn.Module) -> Proof:
                 f"largest, and rounding explains {proof.limit:.1e}. Its responses would not be its own. {_hint(model)}{WAY_OUT}"
             )
         _PROVEN[base] = proof
-    if is_stateful(base) and is_sharded(base) and any(mixer.rows_apart for mixer in mixers_of(base)):
+    if is_stateful(base) and has_shards(base) and any(mixer.rows_apart for mixer in mixers_of(base)):
         raise ValueError(
             f"{_name(model)} reads single tokens row by row, and its weights are spread over processes: each would gather them once a row, and "
             "they have different numbers of rows. Keep the teacher whole (shard_teacher=False), and gather a student for sampling "

@@ -142,7 +142,7 @@ class Draft:
         """Raises `ValueError` for another model than the two, or one whose logits were not kept."""
         if of not in ("student", "teacher"):
             raise ValueError(f"of={of!r} is neither 'student' nor 'teacher'.")
-        if of == "student" and self.student_logits.shape[-1] == 0 and not self.drawn:
+        if of == "student" and not self.drawn and self.student_logits.shape[-1] == 0:
             raise ValueError("The student's logits are not kept: a rule that looks at them sets needs_student = True.")
 
     def shaped_probs(self, of: str) -> torch.Tensor:

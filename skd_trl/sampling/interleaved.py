@@ -111,7 +111,7 @@ def interleaved_sample(
             f"accept={accept!r} is no AcceptanceRule: give one, such as ACCEPTANCE_RULES['top_k'](k=25), or an object of your subclass."
         )
     eos_token_ids = [eos_token_ids] if isinstance(eos_token_ids, int) else [i for i in eos_token_ids if i is not None]
-    _check(student, teacher, prompts, max_new_tokens, execution.max_rows)
+    _check(student, teacher, accept, prompts, max_new_tokens, execution.max_rows)
     num_uniforms = len(prompts), max_new_tokens, 3
     if not isinstance(noise, torch.Tensor):
         device = prompt_ids.device if noise is None else noise.device
@@ -241,8 +241,23 @@ def interleave_round(
 
 
 def _check(
-    student: Participant, teacher: Participant, prompts: Prompts, max_new_tokens: int, max_rows: int | None
+    student: Participant,
+    teacher: Participant,
+    accept: AcceptanceRule,
+    prompts: Prompts,
+    max_new_tokens: int,
+    max_rows: int | None,
 ) -> None:
+    if accept.drafts and type(student).step is Participant.step:
+        raise ValueError(
+            f"The student, a {type(student).__name__}, has no `step`, so it proposes nothing, and {accept!r} judges proposals. Write the method, or "
+            "give accept=ACCEPTANCE_RULES['never']()."
+        )
+    if accept.judges and type(teacher).judge is Participant.judge:
+        raise ValueError(
+            f"The teacher, a {type(teacher).__name__}, has no `judge`, and {accept!r} asks it. Write the method, or give "
+            "accept=ACCEPTANCE_RULES['always']()."
+        )
     for name, value in (("max_new_tokens", max_new_tokens), ("max_rows", 1 if max_rows is None else max_rows)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")

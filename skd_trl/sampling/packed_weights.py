@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from . import few_rows
-from .ragged_cache import is_sharded
+from .ragged_cache import has_shards
 
 
 _linear = functional.linear
@@ -83,7 +83,7 @@ class PackedWeights:
         such times may lie in one another. Weights may change between two of them, in one only by PyTorch's own in-place operations.
         What is written to a few numbers of `weight.data` is not seen."""
         self.copies = {key: copy for key, copy in self.copies.items() if copy.is_of_weight_as_it_is}
-        own = [] if is_sharded(model) else [weight for weight in model.parameters() if is_packable(weight)]
+        own = [] if has_shards(model) else [weight for weight in model.parameters() if is_packable(weight)]
         for weight in own:
             if id(weight) not in self.copies:
                 self.copies[id(weight)] = Copy.of(weight)

@@ -23,7 +23,7 @@ from .draft import Judgement
 from .nucleus import Nucleus
 from .prefill import cost_of_forward, groups_of_equal_length, left_padded, prefill_groups
 from .prompts import Prompts
-from .ragged_cache import eval_mode, is_sharded, of_rows
+from .ragged_cache import eval_mode, has_shards, of_rows
 from .recurrent_state import Reading
 from .rounds import Rounds, Same
 from .sampling_params import SamplingParams, on_device
@@ -249,7 +249,7 @@ class LocalParticipant(Participant):
 
     @property
     def can_be_captured(self) -> bool:
-        return not is_sharded(self.model)
+        return not has_shards(self.model)
 
     def begin_round(self, rows: list[tuple[int, int]], num_rows: int, num_draft: int) -> None:
         super().begin_round(rows, num_rows, num_draft)

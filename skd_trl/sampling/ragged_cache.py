@@ -227,7 +227,7 @@ class HeadInput:
             self.handle.remove()
 
 
-def is_sharded(model: nn.Module) -> bool:
+def has_shards(model: nn.Module) -> bool:
     """Whether the weights are spread over ranks (ZeRO-3, FSDP2), and come and go in a forward."""
     return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
 

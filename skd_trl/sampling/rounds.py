@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .draft_length import Stopwatch
 from .packed_weights import PackedWeights
-from .ragged_cache import RaggedDecoder, is_sharded
+from .ragged_cache import RaggedDecoder, has_shards
 
 
 logger = logging.get_logger(__name__)
@@ -46,6 +46,7 @@ class Graph(Protocol):
 
     def trial(self) -> AbstractContextManager[None]:
         """The time in which a wait for the device is an error, and all else happens as ever."""
+        ...
 
     def capture(self, play: Callable[[], None]) -> None:
         """Records what `play` does to the device, without doing it."""
@@ -281,7 +282,7 @@ class Rounds:
             self._drop(name)
         if self.has_fixed_shapes:
             num_slots = -(-num_slots // SLOTS) * SLOTS
-        compile = self.compile and not is_sharded(model)
+        compile = self.compile and not has_shards(model)
         self.decoders[name] = decoder = RaggedDecoder(model, num_rows, num_slots, compile)
         decoder.has_model_changed()
         return decoder

@@ -39,7 +39,7 @@ class LogLine(ProgressCallback):
         self.first_step, self.start = 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = 0.0
+        self.first_step, self.start = state.global_step, 0.0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Only now: what other callbacks do when training begins, such as an evaluation, is no measure of the steps, and a step begins

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from .._compat import add_hooks, remove_hooks
 from ..loss.lm_head import LMHead
+from ..sampling.ragged_cache import has_shards
 from .engine_settings import is_quantized, teacher_settings
 
 
@@ -49,7 +50,7 @@ def _gathered(values: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are spread over ranks (ZeRO-3, FSDP2), which makes every forward collective; or will be when they are
     loaded."""
-    return is_stand_in(model) or any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
+    return is_stand_in(model) or has_shards(model)
 
 
 def is_stand_in(model: nn.Module) -> bool:
@@ -116,10 +117,26 @@ def student_for_sampling(model: nn.Module, accelerator: Accelerator, gather: boo
 
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             remove_hooks(model)  # else the first forward gives the parameters back
+            put_back = _without_first_hook(model)
             try:
                 yield unwrapped
             finally:
+                put_back()
                 add_hooks(model)
+
+
+def _without_first_hook(engine: nn.Module) -> Callable[[], None]:
+    """Takes off the hook that TRL's `remove_hooks` leaves, in which ranks compare what they have recorded at each of the first forwards: a
+    rank that writes no row has no forward. Returns what puts it back."""
+    offload: Any = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    handle = getattr(offload, "fwd_pre_hook", None)
+    hook = None if handle is None else offload.module._forward_pre_hooks.pop(handle.id, None)
+
+    def put_back() -> None:
+        if hook is not None:
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(hook, prepend=True)
+
+    return put_back
 
 
 def _is_fsdp2(module: nn.Module) -> bool:
@@ -242,10 +259,29 @@ def check_head(head: LMHead, name: str, accelerator: Accelerator) -> None:
         `ValueError`: for a head under LoRA, under ZeRO-3 or FSDP.
     """
     if shards_the_student(accelerator) and head.module is not None:
+        kind = type(head.module).__name__
+        option = "trainable_token_indices" if kind == "TrainableTokensWrapper" else "target_modules"
         raise ValueError(
-            f"The {name}'s head is a {type(head.module).__name__}, whose parts ZeRO-3 and FSDP gather and release one by "
-            "one, while the loss needs it whole for a pass over all positions. Leave the head out of the adapter's "
-            "target_modules (modules_to_save is fine), or train with DDP, ZeRO-1 or ZeRO-2."
+            f"The {name}'s head is a {kind}, whose parts ZeRO-3 and FSDP gather and release one by "
+            f"one, while the loss needs it whole for a pass over all positions. Leave the head out of the adapter's "
+            f"{option} (modules_to_save is fine), or train with DDP, ZeRO-1 or ZeRO-2."
+        )
+
+
+def check_tying(student: nn.Module, accelerator: Accelerator) -> None:
+    """Refuses tied embeddings of which an adapter saves one side, under FSDP, which splits no weight that two modules share.
+
+    Raises:
+        `ValueError`: with the way out.
+    """
+    ends = (student.get_input_embeddings(), student.get_output_embeddings())  # type: ignore[operator]
+    before = [getattr(getattr(end, "original_module", end), "weight", None) for end in ends]
+    is_saved = [hasattr(end, "modules_to_save") for end in ends]
+    if accelerator.distributed_type == "FSDP" and before[0] is before[1] is not None and is_saved[0] != is_saved[1]:
+        name = ("embed_tokens", "lm_head")[is_saved[1]]
+        raise ValueError(
+            f"modules_to_save={name!r} gives the student's tied embeddings a weight of their own on one side, and FSDP2 cannot split the one that "
+            "both sides still share. Set ensure_weight_tying=True in the LoraConfig, or train with DDP or ZeRO."
         )
 
 

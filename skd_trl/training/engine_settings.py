@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
 
@@ -105,6 +106,34 @@ def check_settings(args: TrainingArguments, accelerator: Accelerator, student: n
             )
     elif accelerator.distributed_type == "FSDP":
         _check_fsdp(args, accelerator, student, teacher)
+
+
+def check_capturing(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """For `capture_sampling=True`.
+
+    Raises:
+        `ValueError`: where there is no CUDA.
+    """
+    kind = accelerator.device.type
+    if getattr(args, "capture_sampling", None) and kind != "cuda":
+        raise ValueError(
+            f"capture_sampling=True needs models on CUDA, and these are on {kind}. Leave capture_sampling None, and rounds are captured where "
+            "they can be."
+        )
+
+
+def check_batches(dataset: Any, args: TrainingArguments) -> None:
+    """Refuses a training set that `dataloader_drop_last` leaves nothing of.
+
+    Raises:
+        `ValueError`: with both numbers.
+    """
+    needed = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(
+            f"dataloader_drop_last=True leaves no batch: the training set has {len(dataset)} usable rows, and a batch of all processes {needed}. "
+            "Leave it False, or lower per_device_train_batch_size."
+        )
 
 
 def teacher_settings(config: dict, hidden_size: int, shard: bool) -> dict:

@@ -84,6 +84,13 @@ class EvaluatedRun(Trainer):
         """In the order of the set, where training groups rows by length too: a row's noise depends on its place."""
         return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
 
+    def _count_last_rows(self, inputs: dict[str, torch.Tensor], num_own: int) -> None:
+        """Tells accelerate how many rows of a stream's last batch are no filling, which it cuts from what it gathers; collective."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes > 1 and Key.SKIPPED_ROWS in inputs and state.end_of_dataloader:
+            count = torch.tensor(num_own, device=self.accelerator.device)
+            state.active_dataloader.remainder = int(self.accelerator.reduce(count, "sum"))
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As [`~transformers.Trainer.prediction_step`]; before, rows without a reference get a response of the student's, and the batch
         the places of its rows."""
@@ -92,6 +99,7 @@ class EvaluatedRun(Trainer):
         self._num_evaluated += self.accelerator.num_processes * size
         is_missing, num_own = rows_to_sample(inputs, self.accelerator), num_own_rows(inputs, self.accelerator)
         metrics.add("sampled_share", is_missing.sum(), num_own)
+        self._count_last_rows(inputs, num_own)
         if any_on_any_process(is_missing, self.accelerator):
             noise = row_noise(place[is_missing].tolist(), self.args.max_new_tokens, self.args.seed)
             some = {name: values[is_missing.to(values.device)] for name, values in merge_prompts([inputs]).items()}

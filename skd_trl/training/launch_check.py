@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from ..loss.lm_head import LMHead
 from ..skd_config import SKDConfig
-from .distributed import check_connected, check_engine, check_head
+from .distributed import check_connected, check_engine, check_head, check_tying
 from .engine_settings import check_processes, check_settings
 from .findings import Finding, Verdict, finding_of
 from .precision import casts_of_teacher, lost_updates, slower_in_16_bits
@@ -35,6 +35,7 @@ def _check_engine(
     check_settings(args, accelerator, student, teacher)
     for name, model in (("student", student), ("teacher", teacher)):
         check_head(LMHead.of(model), name, accelerator)
+    check_tying(student, accelerator)
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     engine = "without an engine that shards" if kind in ("NO", "MULTI_CPU", "MULTI_GPU") else f"under {kind}"
     return Verdict.GOOD, f"{accelerator.num_processes} process(es) {engine}."

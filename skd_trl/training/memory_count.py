@@ -26,6 +26,7 @@ from ..loss.teacher_signal import HiddenStates
 from ..sampling.prefill import MOST_TOKENS
 from ..sampling.ragged_cache import RaggedDecoder, eval_mode
 from .machine import Machine
+from .models import base_model
 from .router_logits import without_router_logits
 
 
@@ -45,6 +46,11 @@ class Window:
     num_rows: int
     num_micro_batches: int = 1
     num_draft_tokens: int = LIKELY_DRAFT
+
+
+def likely_draft(args) -> int:
+    """The draft length that a training's memory is counted with."""
+    return args.num_draft_tokens if isinstance(args.num_draft_tokens, int) else LIKELY_DRAFT
 
 
 class Allocations(TorchDispatchMode):
@@ -202,7 +208,7 @@ def _backbone(
 ) -> tuple[int, int]:
     """Bytes after the backbone's forward, and the most in its backward, new gradients among them. Weights are not, nor what is in the
     gradients already where it `accumulates`."""
-    base = student.get_base_model() if hasattr(student, "get_base_model") else student
+    base = base_model(student)
     body = backbone(base)
     modes = {module: module.training for module in base.modules()}
     switches = checkpoints and not any(getattr(m, "gradient_checkpointing", False) for m in modes)
@@ -231,7 +237,7 @@ def _loss(
     student: nn.Module, teacher: nn.Module, machine: Machine, args, window: Window, held: int
 ) -> tuple[int, int]:
     """Bytes of a chunk beside the gradients that the loss hands out, and of these, where `held` bytes are taken."""
-    base = student.get_base_model() if hasattr(student, "get_base_model") else student
+    base = base_model(student)
     device, head = machine.device, LMHead.of(base)
     vocab_size = min(model.config.get_text_config().vocab_size for model in (base, teacher))
     positions = window.num_rows * window.max_new_tokens

@@ -19,6 +19,7 @@ from .memory_count import (
     Window,
     hidden_bytes,
     largest_layer,
+    likely_draft,
     sampling_bytes,
     training_bytes,
     whole_bytes,
@@ -134,7 +135,7 @@ def fitted_plan(student: nn.Module, teacher: nn.Module, machine: Machine, args, 
     rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     places = min(args.rollout_batch_size or rows * steps, rows * steps)
     spread = shards_teacher(args.shard_teacher, teacher, machine)
-    window = Window(places, rows * steps, longest_prompt, args.max_new_tokens, rows, steps)
+    window = Window(places, rows * steps, longest_prompt, args.max_new_tokens, rows, steps, likely_draft(args))
     plan = plan_memory(student, teacher, machine, args, window, spread)
     missing = sum(plan.held.values()) + sum(plan.sampling.values()) - plan.free * (1 - RESERVE)
     if plan.free == 0 or missing <= 0 or places == 1:

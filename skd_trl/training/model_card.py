@@ -27,13 +27,19 @@ ROWS = {
 }
 
 
+# Of these, what a run uses depends on its ideas.
+NUMBERS = {
+    "accept_top_k", "temperature", "student_top_p", "teacher_temperature", "teacher_top_p", "gate_top_k", "gate_floor",
+}  # fmt: skip
+
+
 def describe_distillation(trainer, teacher: str) -> str:
     """The section of the card, as Markdown; `teacher` says who it was."""
     settings = {"teacher": teacher, **run_settings(trainer)}
     if settings["rollout"] != "interleaved":
         settings = {name: value for name, value in settings.items() if not name.startswith("accept")}
-    elif settings["accept"] != "top_k":
-        settings.pop("accept_top_k", None)
+    used = trainer.args.used_numbers()
+    settings = {name: value for name, value in settings.items() if name not in NUMBERS or name in used}
     lines = ["### Distillation", "", "| | |", "|---|---|"]
     lines += [f"| {label} | `{settings[name]}` |" for name, label in ROWS.items() if name in settings]
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())

@@ -26,7 +26,7 @@ from .distributed import (
 )
 from .machine import Machine
 from .memory_advice import out_of_memory_advised
-from .memory_count import Window
+from .memory_count import Window, likely_draft
 from .memory_places import places_now
 from .metrics import (
     add_rollout,
@@ -143,7 +143,8 @@ class SampledSteps(Trainer):
             num_places = self.args.rollout_batch_size
             at_once = min(num_places or len(prompts), len(prompts))
             if self._teacher.inner and at_once > 1:  # fewer, if only those fit
-                counted = Window(at_once, len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts))
+                shape = len(prompts), prompts.shape[1], self.args.max_new_tokens, len(prompts)
+                counted = Window(at_once, *shape, num_draft_tokens=likely_draft(self.args))
                 machine, kept = Machine.of(self.accelerator), self._rounds.num_kept_bytes
                 num_places = places_now(student, self._teacher.inner[0], machine, counted, kept)
             teacher = self._teacher.participant(

@@ -12,8 +12,8 @@ from .checkpoints import load_draft_length, save_draft_length
 from .finite_check import require_finite_weights
 from .length_sampler import KeyedLengthSampler
 from .run_files import read_if_whole
-from .saved_weights import check_saved, whole_parameters, whole_weights, writes_shards
-from .whole_checkpoints import last_whole_checkpoint
+from .saved_weights import check_saved, load_renamed, whole_parameters, whole_weights, writes_shards
+from .whole_checkpoints import check_resumable, last_whole_checkpoint
 
 
 logger = get_logger(__name__)
@@ -27,13 +27,15 @@ class SavedRun(Trainer):
         """As [`~transformers.Trainer.train`]; `True` resumes from the newest checkpoint that is whole.
 
         Raises:
-            `ValueError`: if there is none.
+            `ValueError`: if there is none, or one that an engine cannot resume from.
         """
         if resume_from_checkpoint is True:
             newest = last_whole_checkpoint(self.args.output_dir)
             if newest is None:
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from; start without one.")
             resume_from_checkpoint = str(newest)
+        if resume_from_checkpoint:
+            check_resumable(resume_from_checkpoint, self.accelerator)
         if resume_from_checkpoint and isinstance(self.train_dataset, IterableDataset):
             state = read_if_whole(Path(resume_from_checkpoint) / "trainer_state.json") or {}
             if state.get("epoch", 0) > 1 and not self.args.ignore_data_skip:
@@ -89,10 +91,30 @@ class SavedRun(Trainer):
         if self._average is not None and self.accelerator.is_main_process:
             self._average.save(output_dir)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self._average is not None:
-            self._average.load(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        self._load_renamed(best)
+        if self._average is None:
+            return
+        if self.args.save_only_model:
+            logger.warning(
+                f"{best} holds weights alone (save_only_model=True): the average that teaches stays that of the last step."
+            )
+        else:
+            self._average.load(best)
+
+    def _load_renamed(self, checkpoint: str) -> None:
+        student = self._inner_student()
+        is_whole = not (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled
+        )  # engines save and load under the modules' names
+        if is_whole and student is self.accelerator.unwrap_model(self.model):  # of an adapter there are no other names
+            load_renamed(student, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 
 logger = get_logger(__name__)
@@ -99,3 +100,16 @@ def check_saved(student: nn.Module, directory: str) -> None:
     logger.info(
         f"{directory}: {len(saved)} tensors of {sum(saved):,} numbers, with all {num_trained:,} that were trained."
     )
+
+
+def load_renamed(student: PreTrainedModel, directory: str | Path) -> None:
+    """Loads what transformers saves under other names than its modules have, such as experts one by one: the Trainer looks for the modules'
+    names alone, and leaves what it does not find as it was. Nothing is done where all names are the modules'."""
+    saved = set()
+    for file in Path(directory).glob("model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            saved |= set(tensors.keys())
+    if saved <= set(student.state_dict()):
+        return
+    loaded = type(student).from_pretrained(directory, config=student.config, dtype=student.dtype)
+    student.load_state_dict(loaded.state_dict())

@@ -7,6 +7,7 @@ without that file, or with a piece of it. Such a checkpoint is left out. The wei
 import re
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -37,6 +38,21 @@ def whole_checkpoints(output_dir: str | Path) -> list[Path]:
 def is_whole(checkpoint: Path) -> bool:
     """Whether the Trainer's state is there to its end."""
     return read_if_whole(checkpoint / TRAINER_STATE_NAME) is not None
+
+
+def check_resumable(checkpoint: str | Path, accelerator: Accelerator) -> None:
+    """Refuses a checkpoint of weights alone under an engine that resumes from files of its kind; the same on all ranks.
+
+    Raises:
+        `ValueError`: with the engine and what to do.
+    """
+    files = {"DEEPSPEED": "global_step*", "FSDP": "pytorch_model_fsdp*"}.get(str(accelerator.distributed_type.value))
+    if files and Path(checkpoint).is_dir() and not any(Path(checkpoint).glob(files)):
+        engine = "DeepSpeed" if files.startswith("global") else "FSDP"
+        raise ValueError(
+            f"{checkpoint} has no {files}, from which {engine} resumes: it was saved with save_only_model=True, or by another engine. Give "
+            "it as `model` and start without resume_from_checkpoint."
+        )
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
