@@ -74,7 +74,7 @@ class Schedule:
         last = num_steps - 1 if self.num_steps is None else self.num_steps
         held = min(self.hold * (last + 1), last)  # the last step is the end's
         if self.shape == "step":
-            # 0.1 x 30 in floats lies a hair above 3, and step 3 is not held.
+            # 0.07 x 100 in floats is 7.000000000000001, and step 7 is not held.
             return self.end if last > 0 and step >= held - 1e-9 else self.start
         if last > held:
             progress = min(max((step - held) / (last - held), 0.0), 1.0)

@@ -56,6 +56,10 @@ def test_ties_in_the_teacher_count_for_the_proposal():
     assert ACCEPTANCE_RULES["top_k"](k=2)(draft).tolist() == [[True, True]]
 
 
+def test_a_token_of_exactly_the_least_probability_is_accepted():
+    assert ACCEPTANCE_RULES["min_prob"](alpha=0.25)(draft_of([[1]], torch.zeros(1, 1, 4))).item()
+
+
 def test_a_nucleus_of_all_accepts_what_rounding_would_put_outside():
     logits = torch.cat([torch.zeros(50_000), torch.tensor([-30.0])]).expand(1, 1, -1)
     assert ACCEPTANCE_RULES["top_p"](p=1.0)(draft_of([[50_000]], logits)).item()
@@ -70,6 +74,13 @@ def test_a_proposal_that_its_own_nucleus_lost_to_rounding_is_judged_by_the_teach
         student_logits=torch.tensor([9.0, 1.0, 0.0, 0.0]).expand(1, 2, 4), student_sampling=SamplingParams(top_p=0.1),
     )  # fmt: skip
     assert ACCEPTANCE_RULES["mixture"](gamma=gamma)(draft).tolist() == [[gamma > 0, False]]
+
+
+def test_a_token_that_equal_models_reject_by_rounding_is_replaced_by_the_teacher():
+    logits = torch.tensor([0.6, 0.4, 0.0]).log().expand(1, 1, 3)
+    draft, rule = draft_of([[1]], logits, logits, coins=[[1.0]]), ACCEPTANCE_RULES["mixture"](gamma=0.5)
+    assert not rule(draft).item()
+    assert [rule.replacement(draft, torch.tensor([noise])).item() for noise in (0.5, 0.7)] == [0, 1]
 
 
 def test_ranks_are_of_raw_logits_where_warped_ones_would_tie_at_zero():

@@ -96,6 +96,18 @@ def test_the_best_length_solves_the_cost_models_equation():
     assert abs(policy.choose([1000] * 8) - float(best)) <= 0.5 + 1e-2
 
 
+def test_a_rounds_cost_counts_what_each_row_still_needs_and_going_back():
+    policy = AutoDraftLength()
+    policy.num_rounds = 100
+    policy.student.add(8, 1.0)
+    policy.teacher.add(8, 10.0)
+    assert policy.cost(4, [1] * 7 + [4]) == pytest.approx(14 / (7 + expected_tokens(0.75, 4)))
+    assert policy.choose([1000] * 8) > 1
+    policy.going_back.add(8, 100.0)
+    assert policy.cost(4, [1000] * 8) == pytest.approx(114 / (8 * expected_tokens(0.75, 4)))
+    assert policy.choose([1000] * 8) == 1
+
+
 def test_the_line_through_the_measurements_has_no_negative_part_and_ignores_outliers():
     cost = ForwardCost()
     assert cost.seconds(8) > 0  # nothing measured

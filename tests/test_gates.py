@@ -195,6 +195,11 @@ def test_controls_keep_what_the_gate_is_beside_its_acceptances():
         assert made(**{**inputs, "facts": facts})[::2].eq(1).all()
 
 
+def test_an_acceptance_of_one_half_counts_as_accepted():
+    acceptance, facts = torch.tensor([0.0, 0.49, 0.5, 1.0]), ResponseFacts.of(torch.zeros(4))
+    assert GATES["hellinger"]().weights(acceptance, facts).accepted.tolist() == [False, False, True, True]
+
+
 @pytest.mark.parametrize("floor", [0.0, 0.01, 0.3, 1.0])
 def test_accepted_positions_weigh_exactly_one_and_rejected_ones_exactly_the_floor(floor):
     gate = GATES["greedy_top_k"](k=3, floor=floor)
@@ -247,6 +252,11 @@ def test_student_entropy_top_keeps_the_share_rounded_up_and_the_least_certain(sh
     student = torch.tensor([[4.0, 0.0], [3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     weights = GATES["student_entropy_top"](share=share)(student_logits=student, teacher_logits=student)
     assert weights.tolist() == [0.0] * (5 - kept) + [1.0] * kept
+
+
+def test_a_share_that_rounding_puts_above_a_whole_number_keeps_that_number():
+    assert 0.55 * 100 > 55
+    assert GATES["student_entropy_top"](share=0.55).acceptance(torch.arange(100.0)).sum() == 55
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,13 @@ def test_a_token_of_probability_zero_is_never_drawn_at_either_end_of_the_noise(v
             assert draw_from_probs(probs, torch.full((6,), noise, dtype=dtype)).tolist() == [token] * 6
 
 
+def test_a_token_of_probability_zero_is_not_drawn_where_a_blocks_end_is_rounded_up():
+    """The second block's end, 1 + 0.75 x 2^-52, is 1 + 2^-52 in floats: the target, 1, seems to be before the block."""
+    probs = torch.zeros(1, 640)
+    probs[0, [0, 129, 639]] = torch.tensor([1.0, 0.75 * 2**-52, 1.0])
+    assert draw_from_probs(probs, torch.tensor([0.5])).item() == 129
+
+
 def test_draws_follow_the_probabilities_across_blocks():
     """The inverse CDF at 4,000 equally spaced numbers: each token as often as its probability says, within one."""
     probs = torch.rand(1300, generator=torch.Generator().manual_seed(0)) ** 4

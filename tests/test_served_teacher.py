@@ -182,9 +182,12 @@ def test_with_some_tokens_known_the_shaped_distribution_is_close_to_that_of_logi
     top, dense = top_judgement(logits, tokens, 64), Judgement(logits, {})
     exact = shaped_probs(logits, FREE).gather(-1, top.scores.ids)
     torch.testing.assert_close(top.shaped_probs(FREE, NUCLEI), exact)  # at temperature 1 what is outside is known
-    at_half = shaped_probs(logits, SamplingParams(0.5)).gather(-1, top.scores.ids)
+    at_half, at_more = (
+        shaped_probs(logits, SamplingParams(temperature)).gather(-1, top.scores.ids) for temperature in (0.5, 1.5)
+    )
     torch.testing.assert_close(top.shaped_probs(SamplingParams(0.5), NUCLEI), at_half, rtol=0.05, atol=1e-3)
     assert (top.shaped_probs(SamplingParams(0.5), NUCLEI) <= at_half + 1e-6).all()  # the bound is on one side
+    assert (top.shaped_probs(SamplingParams(1.5), NUCLEI) <= at_more + 1e-6).all()
     torch.testing.assert_close(top.probability(tokens), dense.probability(tokens))
     assert (top.mass_above(tokens) <= dense.mass_above(tokens) + 1e-5).all()
     inside = (top.scores.ids == tokens[..., None]).any(-1)

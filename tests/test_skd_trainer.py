@@ -1,8 +1,10 @@
 """SKDTrainer: one update however the batch is cut, GKDTrainer's loss where GKDTrainer is right, and what people rely on."""
 
 import copy
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,8 +14,9 @@ from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_
 from tiny import ARCHITECTURES, byte_tokenizer, tiny_model
 from transformers import FalconConfig, FalconForCausalLM, TrainerCallback
 
-from skd_trl import SKDConfig, SKDTrainer
+from skd_trl import SKDConfig, SKDTrainer, skd_trainer
 from skd_trl.sampling.draft_length import Stopwatch
+from skd_trl.training import sampled_steps
 
 
 ROWS = [
@@ -365,7 +368,9 @@ def test_rollouts_of_one_model_say_whose_tokens_they_are(tmp_path, rollout, expe
     assert [row["proposals"] is None for row in kept] == [rollout == "teacher"] * len(kept)
 
 
-def test_every_metric_is_logged_and_true_to_the_sampled_responses(tmp_path):
+def test_every_metric_is_logged_and_true_to_the_sampled_responses(tmp_path, monkeypatch):
+    for module in (skd_trainer, sampled_steps):  # each reading of the clock is 1 s after the one before
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     trainer = make_trainer(
         tmp_path, gradient_accumulation_steps=2, log_completions=True, eval_dataset=Dataset.from_list(ROWS[:5]),
     )  # fmt: skip
@@ -382,8 +387,8 @@ def test_every_metric_is_logged_and_true_to_the_sampled_responses(tmp_path):
     assert 0 < log["teacher_rank"] < 259
     for name in ("student_entropy", "teacher_entropy"):
         assert 0 < log[name] < math.log(259)
-    for name in ("sampling_seconds", "training_seconds", "tokens_per_second"):
-        assert log[name] > 0
+    assert log["sampling_seconds"] == 1 and log["training_seconds"] == 2  # one reading before and one after each
+    assert log["tokens_per_second"] == pytest.approx(len(replaced) / 3)
     metrics = trainer.evaluate()
     assert math.isfinite(metrics["eval_loss"]) and 0 < metrics["eval_student_entropy"] < math.log(259)
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_skd_trainer import ROWS, KillAfter, Killed, losses, make_trainer, update_of
 
-from skd_trl import GATES, SKDTrainer, SpecKDConfig, SpecKDTrainer
+from skd_trl import GATES, Gate, SKDTrainer, SpecKDConfig, SpecKDTrainer
 from skd_trl.loss.gates import GATE_CONTROLS
 
 
@@ -99,6 +99,7 @@ def test_a_gate_that_closes_everything_gives_a_finite_loss_no_update_and_a_warni
         update = update_of(trainer)
     assert losses(trainer) == [0.0]
     assert update.abs().max() == 0
+    assert trainer.state.log_history[0]["fully_rejected_share"] == 1
     assert "rejected every token" in caplog.text
 
 
@@ -126,6 +127,13 @@ def test_ends_of_sequence_weigh_one_where_they_are_kept(tmp_path):
     assert outcomes[True][is_eos].eq(1).all()
     assert torch.equal(outcomes[True][~is_eos], outcomes[False][~is_eos])
     assert outcomes[False][is_eos].lt(1).any()
+
+
+def test_the_acceptance_of_ends_is_over_ends_alone(tmp_path):
+    trainer = make(tmp_path, rollout="dataset", gate=Gate(lambda distributions, facts: facts.is_end))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["token_acceptance_rate_eos"] == 1 and 0 < log["token_acceptance_rate"] < 1
 
 
 def test_the_gate_closes_over_its_warm_up_and_follows_its_schedule_for_k():

@@ -232,7 +232,7 @@ def student_entropy_top(share: float = 0.2, floor: float = 0.0) -> Gate:
     _check_share("share", share)
 
     def select(entropies: Tensor) -> Tensor:
-        # 1e-9: 0.2 x 5 in floats may lie a hair above 1 and must not round up to 2.
+        # 1e-9: 0.55 x 100 in floats is 55.00000000000001 and must not round up to 56.
         kept = entropies.topk(math.ceil(share * len(entropies) - 1e-9)).indices
         return torch.zeros_like(entropies).index_fill_(0, kept, 1)
 
