@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args, get_type_hints
@@ -452,7 +453,7 @@ def check_positive(name: str, value: int | None) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Refuses what is no number in a field of numbers, of those that [`~trl.SFTConfig`] does not have.
+    """Refuses what is of another type in a field of numbers, of texts, or of yes and no, of those that [`~trl.SFTConfig`] does not have.
 
     Raises:
         `ValueError`: with the field.
@@ -460,9 +461,14 @@ def check_types(config: Any) -> None:
     hints, inherited = get_type_hints(type(config)), {one.name for one in dataclasses.fields(SFTConfig)}
     for name in (one.name for one in dataclasses.fields(config) if one.init and one.name not in inherited):
         kinds, value = set(get_args(hints[name]) or [hints[name]]), getattr(config, name)
-        if not kinds <= {int, float, type(None)} or (value is None and type(None) in kinds):
+        if value is None and type(None) in kinds:
             continue
-        if float in kinds and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{name}={value!r} must be a number.")
-        if float not in kinds and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{name}={value!r} must be a whole number.")
+        kinds -= {type(None)}
+        if kinds <= {int, float} and (
+            isinstance(value, bool) or not isinstance(value, int | float if float in kinds else int)
+        ):
+            raise ValueError(f"{name}={value!r} must be a {'' if float in kinds else 'whole '}number.")
+        if kinds == {bool} and value not in (True, False):
+            raise ValueError(f"{name}={value!r} must be True or False.")
+        if kinds == {str} and not isinstance(value, str | os.PathLike):
+            raise ValueError(f"{name}={value!r} must be a text.")

@@ -102,6 +102,8 @@ def test_the_short_help_leaves_out_nothing_but_what_others_explain(name, capsys)
 WRONG = [
     (["--gate", "spec_k"], "--gate is no option. It belongs to SpecKD's trainer: add --trainer speckd."),
     (["--learning_rat", "1"], "--learning_rat is no option. Did you mean --learning_rate?"),
+    (["--student", "x"], "--student is no option. Did you mean --model_name_or_path?"),
+    (["--teacher", "x"], "--teacher is no option. Did you mean --teacher_model_name_or_path?"),
     (["--learning_rate", "much"], "invalid float value: 'much'"),
     (["--accept", "best"], "accept='best' is unknown; choose one of top_k"),
     (["--trainer", "gkd"], "invalid choice: 'gkd'"),
@@ -158,6 +160,8 @@ SCORED = ["--model", "m", "--dataset", "x.jsonl", "--output_dir", "scores"]
         (["evaluate", "--dtype", "int4"], "invalid choice: 'int4' (choose from 'auto', 'float32'"),
         (["score", "--topk", "5"], "--topk is no option. Did you mean --top_k?"),
         (["check", "--acept", "top_k"], "--acept is no option. Did you mean --accept?"),
+        (["evaluate", "--model_name_or_path", "x"], "--model_name_or_path is no option. Did you mean --student?"),
+        (["watch", "--student", "x", "--teacher", "y", "--prompt", "q", "--accept", "min_prob", "--accept_top_k", "3"], "accept_top_k=3"),
         (["check"], "--model is missing: the student's name or path."),
         (["train", "--dataset_name", "x"], "--model_name_or_path is missing: the student's name or path."),
     ],
@@ -794,7 +798,7 @@ def rounds_shown(marks) -> str:
 def test_the_rounds_of_a_draft_show_what_was_accepted_replaced_and_dropped():
     text = rounds_shown(watch.Marks.of(Console(force_terminal=True, color_system="truecolor")))
     assert "a b>d c" in text and "1 of 3" in text
-    assert "e f" in text and EOS not in text
+    assert "e f" in text and "2 of 3" in text and EOS not in text  # the last one is behind the end
 
 
 def test_in_a_pipe_the_tokens_are_told_apart_without_colours():

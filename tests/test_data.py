@@ -223,8 +223,16 @@ def test_a_stream_that_is_nothing_but_unusable_rows_is_an_error_and_not_a_hang()
         while True:
             yield LONG
 
+    with pytest.raises(ValueError, match=f"None of the first {MAX_CONSECUTIVE_SKIPS} rows of .* 40 tokens"):
+        prepare(IterableDataset.from_generator(endless))
+    later = prepare(stream([GOOD] + [LONG] * MAX_CONSECUTIVE_SKIPS))
     with pytest.raises(ValueError, match=f"last {MAX_CONSECUTIVE_SKIPS} rows .* 40 tokens"):
-        next(iter(prepare(IterableDataset.from_generator(endless))))
+        list(later)
+
+
+def test_a_short_stream_of_unusable_rows_is_refused_with_the_reason_and_the_limit():
+    with pytest.raises(ValueError, match=r"None of the first 3 rows of the train stream .*3 long_prompt.* max_prompt_length is"):
+        prepare(stream([LONG] * 3))
 
 
 def test_a_long_stream_with_a_usable_row_now_and_then_is_no_error():

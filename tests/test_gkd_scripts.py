@@ -184,6 +184,22 @@ def test_a_collator_whose_batches_the_trainer_cannot_read_is_refused_by_name(tmp
     SKDTrainer(**models, data_collator=DataCollatorForDistillation(0))
 
 
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_a_collator_that_leaves_out_what_rows_have_of_the_teacher_is_refused_whichever_row_has_it(tmp_path, as_stream):
+    def without_teachers_prompts(rows):
+        batch = DataCollatorForDistillation(0)(rows)
+        return {name: value for name, value in batch.items() if not name.startswith("teacher_")}
+
+    config = SKDConfig(str(tmp_path), use_cpu=True, bf16=False, max_new_tokens=8, max_length=96, report_to=[], max_steps=1)
+    rows = [{"prompt": "q", "completion": "a", "privileged_context": text} for text in ("told", "")[:: 1 if as_stream else -1]]
+    dataset = Dataset.from_list(rows)
+    models = {"model": tiny_model(seed=1), "teacher_model": tiny_model(seed=2), "processing_class": byte_tokenizer()}
+    models |= {"args": config, "train_dataset": dataset.to_iterable_dataset() if as_stream else dataset}
+    with pytest.raises(ValueError, match="gives batches without teacher_prompts, teacher_prompt_attention_mask"):
+        SKDTrainer(**models, data_collator=without_teachers_prompts)
+    SKDTrainer(**models, data_collator=DataCollatorForDistillation(0))
+
+
 # Hyperparameter search
 
 

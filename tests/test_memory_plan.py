@@ -119,6 +119,11 @@ def test_a_model_whose_forward_cannot_be_counted_is_sampled_for_all_rows_at_once
     assert len(said) == 1 and "all responses of a step are written at once" in said[0]
 
 
+def test_a_longer_draft_takes_more(tmp_path):
+    plans = [planned(trainer_of(tmp_path, num_draft_tokens=length)) for length in (2, 8)]
+    assert sum(plans[0].sampling.values()) < sum(plans[1].sampling.values()) and plans[0].per_place < plans[1].per_place
+
+
 @pytest.mark.parametrize("kind", ["base", "live", "ema"])
 def test_what_the_students_own_teacher_shares_with_it_is_counted_once(tmp_path, kind):
     rows = [{"prompt": "q" * 9, "completion": "a" * 9, "privileged_context": "x"}]

@@ -319,6 +319,13 @@ def test_scores_that_cannot_be_of_these_rows_are_refused_by_row(tmp_path, messag
         make_recorded(tmp_path, [row])
 
 
+def test_scores_without_those_of_the_first_token_are_not_taken_for_scores_without_the_end(tmp_path):
+    row = {"prompt_ids": [1, 2], "response_ids": [5, 6, 7, 8], "teacher_label_log_probs": [-1.0] * 3}
+    row |= {"teacher_top_ids": [[6], [7], [8]], "teacher_top_log_probs": [[-1.0]] * 3}
+    with pytest.raises(ValueError, match="its response has 4 tokens and its scores are of 3"):
+        make_recorded(tmp_path, [row])
+
+
 @pytest.mark.parametrize("place", [1, 2])
 def test_a_row_that_is_left_out_after_others_leaves_their_scores_as_they_are(tmp_path, caplog, place):
     rows = [api_row() for _ in range(3)]

@@ -223,6 +223,15 @@ def test_at_the_end_the_teacher_is_the_average_of_the_best_checkpoint(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
 
 
+def test_a_best_checkpoint_of_weights_alone_leaves_the_average_as_it_is_and_says_so(tmp_path, caplog):
+    trainer = make(
+        tmp_path, teacher_model_kind="ema", max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True,
+        eval_dataset=Dataset.from_list(ROWS), eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    assert "the average that teaches stays that of the last step" in caplog.text
+
+
 def test_an_average_of_16_bits_moves_by_less_than_their_rounding():
     student, teacher = (nn.Linear(4, 4, bias=False).bfloat16() for _ in range(2))
     with torch.no_grad():

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from test_mixed_batches import spy_on_trained_batches
 from test_skd_trainer import ROWS, KillAfter, Killed, losses, make_trainer
 from tiny import BOS, EOS, byte_tokenizer, save_models, tiny_model
 from tokenizers.processors import TemplateProcessing
-from transformers import GenerationConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import BEMACallback, LogCompletionsCallback, SFTConfig, WeaveCallback
 
 from skd_trl import (
@@ -30,6 +32,79 @@ from skd_trl._compat import GKDConfig
 from skd_trl.training.completions import print_completions
 from skd_trl.training.finite_check import _is_bad_anywhere
 from skd_trl.training.sampled_evaluation import row_noise
+from skd_trl.training.whole_checkpoints import check_resumable
+
+
+RENAMED = {
+    "nemotron_h": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("architecture", RENAMED)
+def test_weights_that_are_saved_under_other_names_are_those_of_the_checkpoint_when_resumed_and_at_the_end(
+    tmp_path, architecture
+):
+    def run(directory, **settings):
+        return make_trainer(
+            directory, student=tiny_model(architecture, seed=1, **RENAMED[architecture]), rollout="dataset", max_steps=3,
+            learning_rate=1e-2, save_strategy="steps", save_steps=1, eval_dataset=Dataset.from_list(ROWS), **settings,
+        )  # fmt: skip
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    resumed = run(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    chosen = run(tmp_path / "best", eval_strategy="steps", eval_steps=1, **best)
+    chosen.train()
+    found = AutoModelForCausalLM.from_pretrained(chosen.state.best_model_checkpoint).state_dict()
+    assert chosen.state.best_model_checkpoint.endswith("checkpoint-1")
+    for name, tensor in chosen.model.state_dict().items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_a_run_that_is_over_is_not_resumed_for_one_step_more(tmp_path):
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="checkpoint-1 is of step 1, and max_steps=1: that training is over"):
+        make_trainer(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("engine, files", [("DEEPSPEED", "global_step*"), ("FSDP", "pytorch_model_fsdp*")])
+def test_an_engine_does_not_resume_from_weights_alone(tmp_path, engine, files):
+    (tmp_path / "model.safetensors").touch()
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=engine))
+    with pytest.raises(ValueError, match=f"has no {re.escape(files)}.*save_only_model=True"):
+        check_resumable(tmp_path, accelerator, -1)
+    (tmp_path / files.replace("*", "_0")).touch()
+    check_resumable(tmp_path, accelerator, -1)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"capture_sampling": True}, "capture_sampling=True needs models on CUDA"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 9}, "dataloader_drop_last=True leaves no batch: .* 8"),
+    ],
+)
+def test_what_would_end_in_the_first_step_is_refused_before(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **settings)
+
+
+WRONG_TYPES = [
+    ("lmbda", "5", "a number"), ("lmbda", None, "a number"), ("max_new_tokens", None, "a whole number"),
+    ("teacher_top_k", 2.5, "a whole number"), ("teacher_update_rate", None, "a number"), ("gate_top_k", 5.0, "a whole number"),
+    ("gate_top_k", True, "a whole number"), ("gate_warmup_steps", 2.5, "a whole number"), ("seq_kd", "x", "True or False"),
+    ("teacher_prompt_template", None, "a text"), ("teacher_device", 1.5, "a text"), ("rollout", [], "a text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value, kind", WRONG_TYPES)
+def test_a_value_of_another_type_is_refused_by_its_field(tmp_path, name, value, kind):
+    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))} must be {kind}"):
+        SpecKDConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
 
 
 # NaN and infinity

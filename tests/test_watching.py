@@ -89,6 +89,15 @@ def test_a_log_is_one_line_of_the_terminals_width_and_ends_with_the_time_left():
     assert [console.clock(seconds) for seconds in (7.2, 750, 3723)] == ["0:07", "12:30", "1:02:03"]
 
 
+def test_an_evaluation_before_the_first_epoch_of_a_resumed_run_knows_no_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(console.time, "perf_counter", lambda: 1e6)
+    state = TrainerState(max_steps=100, global_step=50, is_world_process_zero=True)
+    line = console.LogLine(with_bar=False)
+    line.on_train_begin(None, state, None)
+    line.on_log(None, state, None, logs={"eval_loss": 1.0})
+    assert " left" not in capsys.readouterr().out
+
+
 def test_the_time_left_counts_the_sampling_of_the_first_step_and_not_what_comes_before_it(monkeypatch, capsys):
     seconds = [0.0]
     monkeypatch.setattr(console.time, "perf_counter", lambda: seconds[0])
@@ -255,7 +264,19 @@ def test_the_model_card_names_teacher_rule_draft_length_versions_and_command(tmp
     assert "| parameters of the rule | `{'alpha': 0.3}` |" in card and "K of the rule" not in card
     assert "| draft length | `4` |" in card and "skd_trl 0" in card
     assert "skd train --config 'my run.yaml'" in card
+    assert "| student | `unnamed` |" in card and "None" not in card and f'model="{tmp_path / "out"}"' in card
     assert card.index("### Distillation") < card.index("### Framework versions") < card.index("## Citations")
+
+
+def test_the_model_card_has_the_numbers_that_a_run_uses_and_no_others(tmp_path):
+    monotone = make_trainer(tmp_path / "k", accept="few", accept_top_k=10)
+    monotone.create_model_card()
+    card = (tmp_path / "k" / "out" / "README.md").read_text()
+    assert "| K of the rule | `10` |" in card and "| teacher's temperature |" in card and "# Model Card for out" in card
+    student = make_trainer(tmp_path / "student", trainer_class=SpecKDTrainer, gate="one_minus_tv", rollout="student")
+    student.create_model_card()
+    card = (tmp_path / "student" / "out" / "README.md").read_text()
+    assert "| gate | `one_minus_tv` |" in card and "K of the gate" not in card and "teacher's temperature" not in card
 
 
 # Trackers: read back from offline runs

@@ -25,6 +25,14 @@ from .._compat import TrlParser
 from ..inherited_options import note_on
 
 
+# What commands call the same thing.
+SAME_MODELS = (
+    ("model_name_or_path", "model", "student"),
+    ("teacher_model_name_or_path", "teacher_model", "teacher"),
+    ("dataset_name", "dataset"),
+)
+
+
 class FileParser(TrlParser):
     """TRL's parser. In a file `eval_strategy: no` means what it does on the command line, though YAML reads a boolean."""
 
@@ -82,7 +90,8 @@ class Command:
         if unknown and not names:
             self.fail(f"{' '.join(unknown)!r} belongs to no option. Options begin with --.")
         for name in names:
-            close = difflib.get_close_matches(name, self._fields(), n=1)
+            of_others = [other for names in SAME_MODELS if name in names for other in names if other in self._fields()]
+            close = of_others or difflib.get_close_matches(name, self._fields(), n=1)
             hint = self.hint(name) or (f"Did you mean --{close[0]}?" if close else f"`{self.prog} --help` lists them.")
             self.fail(f"--{name} is no option. {hint}")
 

@@ -7,6 +7,7 @@ from string import Formatter
 from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
 
 from ..data.dataset import columns_of
+from ..data.tokenization import FORMS
 from ..training.score import num_missing_files, scored_files
 from .row_files import READERS, files_by_split, kind_and_split, read_files
 
@@ -28,8 +29,18 @@ class RowTemplates:
     )
 
     def fill(self, rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """The rows as conversations, or as they are where no template was given."""
+        """The rows as conversations, or as they are where no template was given.
+
+        Raises:
+            `ValueError`: for rows of a form that is not known, and for templates of other columns.
+        """
         if self.prompt_template is None and self.completion_template is None:
+            columns = columns_of(rows)
+            if not set(columns) & set(FORMS):
+                raise ValueError(
+                    f"the rows have the columns {', '.join(columns)}, and none of {', '.join(FORMS)}. Say how the texts are made of them, as in "
+                    f"--prompt_template '{{question}}' --completion_template '{{answer}}'."
+                )
             return rows
         return from_templates(rows, self.prompt_template, self.completion_template)
 

@@ -28,7 +28,7 @@ from ..training.console import LogLine
 from ..training.engine_settings import check_processes
 from ..training.run_files import BEFORE, LogFile, run_settings, write_settings
 from ..training.whole_checkpoints import is_whole, last_whole_checkpoint, whole_checkpoints
-from .loading import check_folder, naming, set_model_init_kwargs
+from .loading import check_folder, naming, set_model_init_kwargs, text_config
 from .options import Command, for_this_machine
 from .supervised import supervised_stage
 from .train_options import TRAINERS, TrainArguments, chosen_trainer, train_command
@@ -50,8 +50,10 @@ def run(arguments: list[str]) -> int:
 
 def show_notes() -> None:
     """What the package notes, such as the memory that a training takes and the rounds that were captured, besides its warnings."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("skd_trl").setLevel(logging.INFO)
+    logger = logging.getLogger("skd_trl")
+    if not logger.handlers:  # the root's would print what libraries print themselves
+        logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
 
 
 def check_names(training_args: SKDConfig, model_args: ModelConfig) -> None:
@@ -190,6 +192,11 @@ def make_trainer(
     if any(stage is not None for stage in stages.values()):
         # DeepSpeed and FSDP are set up by the arguments that were created last: those of a stage.
         training_args = replace(training_args)
+    if (
+        training_args.teacher_model_name_or_path is not None
+        and models["teacher"] == training_args.teacher_model_name_or_path
+    ):
+        text_config("teacher", models["teacher"], training_args.trust_remote_code)  # before the student is loaded
     trainer = TRAINERS[script_args.trainer][1](
         model=models["student"],
         teacher_model=models["teacher"],

@@ -229,9 +229,9 @@ def rounds_table(
             if proposal >= 0:
                 line.append_text(marks.text(shown(proposal, tokenizer), "proposed")).append(">")
             line.append_text(marks.text(shown(response[position + num_accepted], tokenizer), "replaced")).append(" ")
-        for token in draft[num_accepted + 1 :]:
+        for token in draft[min(num_accepted + 1, left) :]:  # behind a replaced token, or behind the end
             line.append_text(marks.text(shown(token, tokenizer), "dropped")).append(" ")
-        table.add_row(str(number), line, f"{num_accepted} of {len(draft)}")
+        table.add_row(str(number), line, f"{min(num_accepted, left)} of {len(draft)}")
         position += min(num_accepted + (num_accepted < len(draft)), left)
     return table
 

@@ -6,6 +6,7 @@ such lists; give it as an object or by name, `"module:function"`. Higher is bett
 
 import importlib
 import importlib.util
+import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,6 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+
+logger = logging.getLogger(__name__)
 
 
 # Scripts that put no spaces between words, of which each character is a token of ROUGE. The long-vowel mark is of no script.
@@ -60,6 +64,8 @@ def text_metrics(named: Iterable[str | TextMetric] | None = None) -> dict[str, T
     """
     is_installed = importlib.util.find_spec("rouge_score") is not None
     metrics: dict[str, TextMetric] = {}
+    if named is None and not is_installed:
+        logger.warning("ROUGE is left out: pip install 'skd_trl[report]'.")
     for metric in named if named is not None else (["rouge"] if is_installed else []):
         if not isinstance(metric, str):
             metrics[getattr(metric, "__name__", type(metric).__name__)] = metric

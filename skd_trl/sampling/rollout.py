@@ -26,7 +26,7 @@ class Rollout:
         teacher_signal (`dict` of `torch.Tensor` of shape `(B, T, ...)`):
             What the teacher's forwards left for the loss, by name; 0 on padding. A local teacher leaves
             `teacher_hidden_states` (B, T, H), which predict each response token. Empty if the teacher did not run (rule `always`).
-        num_rounds (`int`): rounds, summed over rows. `num_drafted` (`int`): tokens drafted, the dropped ones included.
+        num_rounds (`int`): rounds that kept a token or more, summed over rows. `num_drafted` (`int`): tokens drafted, the dropped ones included.
         num_truncated (`int`): rows cut at `max_new_tokens` before an end-of-sequence token.
     """
 

@@ -183,15 +183,15 @@ class Rows:
     def read(self, num_draft: int, is_drafted: bool) -> None:
         """Waits for the outcome of a round, and frees the places of finished rows."""
         outcome = self.outcome[: self.num_in_use].tolist()
-        self.num_rounds += len(self.live)
-        self.num_drafted += len(self.live) * num_draft * is_drafted
         self.num_judged = self.num_accepted = self.num_missed = 0
         for place, (prompt, (count, *written)) in enumerate(zip(self.places, outcome, strict=True)):
             if prompt is None:
                 continue
-            if count == 0:
+            if count == 0:  # the round is run again for this row
                 self.num_missed += 1
                 continue
+            self.num_rounds += 1
+            self.num_drafted += num_draft * is_drafted
             token, _, verdict = written[3 * count - 3 : 3 * count]
             has_ended = token in self.host_ends
             self.num_judged += count

@@ -9,6 +9,7 @@ from .run_files import run_settings
 
 NEXT_SECTION = "### Framework versions"
 ROWS = {
+    "student": "student",
     "teacher": "teacher",
     "rollout": "responses written by",
     "accept": "acceptance rule",
@@ -23,7 +24,11 @@ ROWS = {
     "gate": "gate",
     "gate_top_k": "K of the gate",
     "gate_floor": "weight of rejected tokens",
+    "lmbda": "share of sampled responses",
+    "max_new_tokens": "their longest",
     "rows_per_step": "responses of an optimizer step",
+    "steps": "optimizer steps",
+    "learning_rate": "learning rate",
 }
 
 
@@ -33,9 +38,9 @@ NUMBERS = {
 }  # fmt: skip
 
 
-def describe_distillation(trainer, teacher: str) -> str:
-    """The section of the card, as Markdown; `teacher` says who it was."""
-    settings = {"teacher": teacher, **run_settings(trainer)}
+def describe_distillation(trainer, student: str, teacher: str) -> str:
+    """The section of the card, as Markdown; `student` and `teacher` say who they were."""
+    settings = {"student": student, "teacher": teacher, **run_settings(trainer), "steps": trainer.state.global_step}
     if settings["rollout"] != "interleaved":
         settings = {name: value for name, value in settings.items() if not name.startswith("accept")}
     used = trainer.args.used_numbers()
@@ -48,8 +53,11 @@ def describe_distillation(trainer, teacher: str) -> str:
     return "\n".join([*lines, "", f"Packages: {versions}. Command:", "", "```bash", command, "```", "", ""])
 
 
-def add_distillation(path: Path, section: str) -> None:
-    """Puts the section into the card that TRL wrote, before the versions that it lists, or at its end."""
+def add_distillation(path: Path, section: str, student: str) -> None:
+    """Puts the section into the card that TRL wrote, before the versions that it lists, or at its end. A student that is on no hub is called
+    by its name there, and the example loads it from where it is saved."""
     card = path.read_text(encoding="utf-8")
+    card = card.replace("[None](https://huggingface.co/None)", f"`{student}`")
+    card = card.replace('model="None"', f'model="{path.parent}"').replace("licence: license\n", "")
     before, found, after = card.partition(NEXT_SECTION)
     path.write_text(f"{before}{section}{found}{after}" if found else f"{card}\n{section}", encoding="utf-8")

@@ -27,7 +27,7 @@ class SavedRun(Trainer):
         """As [`~transformers.Trainer.train`]; `True` resumes from the newest checkpoint that is whole.
 
         Raises:
-            `ValueError`: if there is none, or one that an engine cannot resume from.
+            `ValueError`: if there is none, one that an engine cannot resume from, or one of the last step.
         """
         if resume_from_checkpoint is True:
             newest = last_whole_checkpoint(self.args.output_dir)
@@ -35,7 +35,7 @@ class SavedRun(Trainer):
                 raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from; start without one.")
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
-            check_resumable(resume_from_checkpoint, self.accelerator)
+            check_resumable(resume_from_checkpoint, self.accelerator, self.args.max_steps)
         if resume_from_checkpoint and isinstance(self.train_dataset, IterableDataset):
             state = read_if_whole(Path(resume_from_checkpoint) / "trainer_state.json") or {}
             if state.get("epoch", 0) > 1 and not self.args.ignore_data_skip:

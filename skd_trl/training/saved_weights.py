@@ -97,7 +97,7 @@ def check_saved(student: nn.Module, directory: str) -> None:
             f"{sum(saved):,} numbers: what was trained is not all there. The student is still in memory: look at the engine's "
             "configuration (accelerator.state), and save accelerator.get_state_dict(trainer.model_wrapped)."
         )
-    logger.info(
+    logger.debug(
         f"{directory}: {len(saved)} tensors of {sum(saved):,} numbers, with all {num_trained:,} that were trained."
     )
 

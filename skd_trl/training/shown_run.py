@@ -82,9 +82,9 @@ class ShownRun(Trainer):
                 # A full disk, a closed console, a tracker out of reach: no reason to lose a run.
                 logger.warning(f"Step {step}: its completions could not be kept or shown ({error}). Training goes on.")
 
-    def create_model_card(self, *args, **kwargs):
+    def create_model_card(self, model_name: str | None = None, *args, **kwargs):
         """As [`~transformers.Trainer.create_model_card`], with what this distillation was."""
-        super().create_model_card(*args, **kwargs)
+        super().create_model_card(model_name or Path(self.args.output_dir).resolve().name, *args, **kwargs)
         if not self.is_world_process_zero():
             return
         if self._is_recorded:
@@ -99,4 +99,7 @@ class ShownRun(Trainer):
             sources = [get_config_model_id(model.config) or "unnamed" for model in self._teacher.inner]
             names = [f"{name}: " for name in self._teacher_names] or [""]
             teacher = ", ".join(name + source for name, source in zip(names, sources, strict=True))
-        add_distillation(Path(self.args.output_dir) / "README.md", describe_distillation(self, teacher))
+        student = get_config_model_id(self._inner_student().config) or "unnamed"
+        add_distillation(
+            Path(self.args.output_dir) / "README.md", describe_distillation(self, student, teacher), student
+        )

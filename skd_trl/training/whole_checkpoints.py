@@ -40,12 +40,18 @@ def is_whole(checkpoint: Path) -> bool:
     return read_if_whole(checkpoint / TRAINER_STATE_NAME) is not None
 
 
-def check_resumable(checkpoint: str | Path, accelerator: Accelerator) -> None:
-    """Refuses a checkpoint of weights alone under an engine that resumes from files of its kind; the same on all ranks.
+def check_resumable(checkpoint: str | Path, accelerator: Accelerator, max_steps: int) -> None:
+    """Refuses a checkpoint of weights alone under an engine that resumes from files of its kind, and one of the last of `max_steps`, after
+    which the Trainer would train one more; the same on all ranks.
 
     Raises:
-        `ValueError`: with the engine and what to do.
+        `ValueError`: with what to do.
     """
+    step = (read_if_whole(Path(checkpoint) / TRAINER_STATE_NAME) or {}).get("global_step", 0)
+    if 0 < max_steps <= step:
+        raise ValueError(
+            f"{checkpoint} is of step {step}, and max_steps={max_steps}: that training is over. Raise max_steps to go on."
+        )
     files = {"DEEPSPEED": "global_step*", "FSDP": "pytorch_model_fsdp*"}.get(str(accelerator.distributed_type.value))
     if files and Path(checkpoint).is_dir() and not any(Path(checkpoint).glob(files)):
         engine = "DeepSpeed" if files.startswith("global") else "FSDP"
