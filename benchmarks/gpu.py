@@ -6,8 +6,8 @@
 
 Weights are random and built from configurations by size, and acceptance is forced, so nothing is downloaded. The floor of a round is
 the bytes of weights and of keys and values that it has to read, at the bandwidth of a copy in the same run. Each line is a
-separate case: one that fails says why, and the others go on; cases that no time is left for are named. Peak memory is what the case takes at most,
-the models included.
+separate case: one that fails says why, and the others go on; cases that no time is left for are named (`--limit_s 300` leaves time
+for all). The table is written after each case. Peak memory is what the case takes at most, the models included.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
 
@@ -55,6 +55,7 @@ from skd_trl.loss.response_facts import ResponseFacts  # noqa: E402
 from skd_trl.loss.teacher_signal import HiddenStates  # noqa: E402
 from skd_trl.sampling.participants import LocalParticipant  # noqa: E402
 from skd_trl.sampling.rounds import Rounds  # noqa: E402
+from skd_trl.training.forward_patches import take_off_patches  # noqa: E402
 
 
 # The published configurations; of the last two the sizes of a layer, and as many layers as fit one GPU beside the rest.
@@ -71,6 +72,27 @@ PAIRS = {
     "32B": ("Qwen3-32B, 24 layers", "Qwen3-4B"),
     "small": ("teacher in small", "student in small"),
 }
+# Seconds that the cases should take on an H100 with their set-up, in their order. What has to be measured takes 218, and 10 go to
+# making the models: less than the limit of 235. Most of the window in a graph are about ten captures, of a second each.
+ESSENTIAL = {
+    "sampling window, eager": 14,
+    "sampling window, graph": 26,
+    "transformers' generate, student": 5,
+    "transformers' generate, teacher": 6,
+    "loss of a micro-batch": 2,
+    "step, SKDTrainer interleaved": 27,
+    "step, SKDTrainer on-policy": 20,
+    "step, DistillationTrainer at its defaults": 18,
+    "sampling window, Inductor in a graph": 100,
+}
+MORE = {
+    "step, DistillationTrainer without checkpointing": 17,
+    "step, SKDTrainer on-policy without checkpointing": 19,
+    "step, GKDTrainer at its defaults, on-policy": 20,
+}
+SECONDS = ESSENTIAL | MORE
+# New tokens of a warm-up where nothing is captured.
+FEW_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -85,7 +107,7 @@ class Forced(AcceptanceRule):
 
 @dataclass
 class Bench:
-    """What all cases need: the device, the shapes, the time that is left, and the lines of the table."""
+    """What all cases need: the device, the shapes, the time that is left, and the table: its file, what is above it, its lines."""
 
     device: torch.device
     vocab_size: int
@@ -94,40 +116,85 @@ class Bench:
     new_tokens: int
     num_draft: int
     stop_at: float
-    lines: list[tuple[str, str, str, str]]
+    path: Path
+    head: list[str] = field(default_factory=list)
+    lines: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
+        if self.is_on_gpu:
             torch.cuda.synchronize()
 
-    def case(self, name: str, seconds: float, run: Callable[[], tuple[str, str]]) -> None:
-        """A line of the table from what `run` returns (a figure, a note), if about `seconds` are left."""
-        if time.perf_counter() + seconds > self.stop_at:
-            self.lines.append((name, "not run", "", "no time was left"))
+    def case(self, name: str, run: Callable[[], tuple[str, str]]) -> None:
+        """A line of the table from what `run` returns (a figure, a note), if the time that it should take is left."""
+        if time.perf_counter() + SECONDS[name] > self.stop_at:
+            self.add(name, "not run", "", "no time was left")
+            self.write()
             return
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         try:
+            gc.collect()
+            if self.is_on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             figure, note = run()
         except Exception as error:  # out of memory, or whatever a release of a peer raises
-            figure, note = "failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if self.device.type == "cuda" else "-"
-        self.lines.append((name, figure, peak, note))
+            message = str(error).strip().partition("\n")[0][:120]
+            figure, note = "failed", f"{type(error).__name__}: {message}" if message else type(error).__name__
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if self.is_on_gpu else "-"
+        self.add(name, figure, peak, note)
+        self.write()
         print(f"{name}: {figure} {note} (peak {peak} GiB)", flush=True)
 
-    def seconds_of(self, run: Callable[[], object], repeats: int = 3) -> list[float]:
-        """Seconds of `run`, after one that warms up."""
+    def add(self, *line: str) -> None:
+        """A line of the table: what, its time, peak GiB, a note."""
+        self.lines.append(line)
+
+    def seconds_of(self, run: Callable[[], object], repeats: int = 3, num_warm_ups: int = 1) -> list[float]:
+        """Seconds of `run`, after some that warm up."""
         found = []
-        for turn in range(repeats + 1):
+        for turn in range(num_warm_ups + repeats):
             self.synchronize()
             start = time.perf_counter()
             run()
             self.synchronize()
-            if turn > 0:
+            if turn >= num_warm_ups:
                 found.append(time.perf_counter() - start)
         return found
+
+    @property
+    def text(self) -> str:
+        rows = (f"| {' | '.join(line)} |" for line in self.lines)
+        return "\n".join([*self.head, "| what | time | peak GiB | |", "|---|---|---|---|", *rows, ""])
+
+    def write(self) -> None:
+        """Writes what there is: a run that is killed keeps it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(self.text)
+
+
+class WatchedRounds(Rounds):
+    """Rounds that are waited for while `times` is a list, and timed into it."""
+
+    def __init__(self, bench: Bench, **settings):
+        super().__init__(**settings)
+        self.bench, self.times = bench, None
+
+    def run(self, *args):
+        if self.times is None:
+            return super().run(*args)
+        self.bench.synchronize()
+        start = time.perf_counter()
+        result = super().run(*args)
+        self.bench.synchronize()
+        self.times.append(time.perf_counter() - start)
+        return result
+
+    def check_captured(self) -> None:
+        if self.reason:
+            raise RuntimeError(f"not captured: {self.reason}")
 
 
 def build(name: str, vocab_size: int, device: torch.device, dtype: torch.dtype):
@@ -144,7 +211,7 @@ def build(name: str, vocab_size: int, device: torch.device, dtype: torch.dtype):
 
 def bandwidth(bench: Bench) -> float:
     """Bytes a second that a copy reads and writes."""
-    size = 2**30 if bench.device.type == "cuda" else 2**26
+    size = 2**30 if bench.is_on_gpu else 2**26
     source = torch.empty(size, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     return 2 * size / statistics.median(bench.seconds_of(lambda: target.copy_(source), 10))
@@ -167,62 +234,87 @@ def floor_of_round(bench: Bench, student, teacher, bytes_per_second: float) -> f
 def sampling(bench: Bench, student, teacher, floor: float, ways: dict[str, dict]) -> None:
     """Rounds and windows of ours, in `ways`: a name, and the arguments of `Rounds`."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, bench.vocab_size - 5, (bench.num_rows, bench.prompt_tokens), generator=generator).to(
-        bench.device
-    )
+    ids = torch.randint(5, bench.vocab_size - 5, (bench.num_rows, bench.prompt_tokens), generator=generator)
+    ids = ids.to(bench.device)
     mask = torch.ones_like(ids)
+
+    def window(rounds: Rounds, new_tokens: int = bench.new_tokens) -> None:
+        # The noise is always the same, and so are the shapes of the rounds: those that come once are captured in the second window.
+        interleaved_sample(
+            LocalParticipant(student, SamplingParams(temperature=0.5, top_p=0.5)),
+            LocalParticipant(teacher, SamplingParams(temperature=0.2, top_p=0.5)),
+            ids, mask, accept=Forced(), max_new_tokens=new_tokens, eos_token_ids=[], noise=torch.Generator().manual_seed(1),
+            execution=Execution(bench.num_draft, rounds=rounds),
+        )  # fmt: skip
+
+    def timed_eager(rounds: WatchedRounds) -> tuple[float, list[float], str]:
+        """Seconds of a window, and of its rounds: without a graph the host waits after each one anyway."""
+        window(rounds, FEW_TOKENS)
+        rounds.times = []
+        (seconds,) = bench.seconds_of(lambda: window(rounds), 1, num_warm_ups=0)
+        return seconds, rounds.times, ""
+
+    def timed_captured(rounds: WatchedRounds) -> tuple[float, list[float], str]:
+        """Seconds of a window that nobody watches, and of the rounds of one more."""
+        free = free_memory(bench)
+        for _ in range(2):
+            window(rounds)
+            rounds.check_captured()
+        (seconds,) = bench.seconds_of(lambda: window(rounds), 1, num_warm_ups=0)
+        rounds.times = []
+        window(rounds)
+        rounds.check_captured()
+        held = f"; {len(rounds.graphs)} graphs"
+        if bench.is_on_gpu:
+            caches = rounds.num_kept_bytes / 2**30
+            held += f", free GiB {free:.1f} before and {free_memory(bench):.1f} after, of which {caches:.1f} went to caches"
+        return seconds, rounds.times, held
+
     for way, settings in ways.items():
-        rounds = Rounds(**settings)
 
-        def window(rounds=rounds) -> None:
-            interleaved_sample(
-                LocalParticipant(student, SamplingParams(temperature=0.5, top_p=0.5)),
-                LocalParticipant(teacher, SamplingParams(temperature=0.2, top_p=0.5)),
-                ids, mask, accept=Forced(), max_new_tokens=bench.new_tokens, eos_token_ids=[], noise=generator,
-                execution=Execution(bench.num_draft, rounds=rounds),
-            )  # fmt: skip
-
-        def run(window=window, way=way) -> tuple[str, str]:
-            times, original = [], Rounds.run
-
-            def timed(self, *args):
-                start = time.perf_counter()
-                result = original(self, *args)
-                bench.synchronize()
-                times.append(time.perf_counter() - start)
-                return result
-
-            seconds = bench.seconds_of(window, 1 if way == "eager" else 2)
-            Rounds.run = timed
+        def run(way=way, settings=settings) -> tuple[str, str]:
+            rounds = WatchedRounds(bench, **settings)
             try:
-                window()
+                seconds, times, held = (timed_eager if way == "eager" else timed_captured)(rounds)
             finally:
-                Rounds.run = original
-            tokens = bench.num_rows * bench.new_tokens
+                rounds.release()
             middle = statistics.median(times[: max(len(times) // 2, 1)])
-            bench.lines.append(
-                (f"round, {way}", f"{1000 * middle:.1f} ms", "-", f"{len(times)} rounds; floor {1000 * floor:.1f} ms")
+            bench.add(
+                f"round, {way}", f"{1000 * middle:.1f} ms", "-", f"{len(times)} rounds; floor {1000 * floor:.1f} ms"
             )
-            return f"{min(seconds):.2f} s", f"{tokens / min(seconds):.0f} tokens/s"
+            return f"{seconds:.2f} s", f"{bench.num_rows * bench.new_tokens / seconds:.0f} tokens/s{held}"
 
-        bench.case(f"sampling window, {way}", 130 if "Inductor" in way else 25, run)
+        bench.case(f"sampling window, {way}", run)
+
+
+def free_memory(bench: Bench) -> float:
+    """GiB of the GPU that nothing holds."""
+    if not bench.is_on_gpu:
+        return 0.0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] / 2**30
 
 
 def generation(bench: Bench, student, teacher) -> None:
     """transformers' generate of either model."""
     ids = torch.randint(5, bench.vocab_size - 5, (bench.num_rows, bench.prompt_tokens), device=bench.device)
     mask = torch.ones_like(ids)
-    for name, model in (("student", student), ("teacher", teacher)):
+
+    def generate(model, new_tokens: int) -> None:
         settings = GenerationConfig(
-            max_new_tokens=bench.new_tokens, min_new_tokens=bench.new_tokens, do_sample=True, temperature=0.5, top_p=0.5,
-            top_k=0, pad_token_id=0,
+            max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=True, temperature=0.5, top_p=0.5, top_k=0,
+            pad_token_id=0,
         )  # fmt: skip
+        model.generate(ids, attention_mask=mask, generation_config=settings)
 
-        def generate(model=model, settings=settings) -> tuple[str, str]:
-            seconds = bench.seconds_of(lambda: model.generate(ids, attention_mask=mask, generation_config=settings), 1)
-            return f"{min(seconds):.2f} s", f"{bench.num_rows * bench.new_tokens / min(seconds):.0f} tokens/s"
+    for name, model in (("student", student), ("teacher", teacher)):
 
-        bench.case(f"transformers' generate, {name}", 12, generate)
+        def run(model=model) -> tuple[str, str]:
+            generate(model, FEW_TOKENS)
+            (seconds,) = bench.seconds_of(lambda: generate(model, bench.new_tokens), 1, num_warm_ups=0)
+            return f"{seconds:.2f} s", f"{bench.num_rows * bench.new_tokens / seconds:.0f} tokens/s"
+
+        bench.case(f"transformers' generate, {name}", run)
 
 
 def loss(bench: Bench, student, teacher) -> None:
@@ -244,14 +336,14 @@ def loss(bench: Bench, student, teacher) -> None:
         )
         return f"{1000 * statistics.median(seconds):.0f} ms", f"{num} positions"
 
-    bench.case("loss of a micro-batch", 5, run)
+    bench.case("loss of a micro-batch", run)
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step."""
+    """Seconds of each optimizer step, and how many graphs the trainer's `rounds` (ours alone has some) hold after it."""
 
     def __init__(self, bench: Bench):
-        self.bench, self.seconds = bench, []
+        self.bench, self.seconds, self.num_graphs, self.rounds = bench, [], [], None
 
     def on_train_begin(self, *args, **kwargs):
         self.bench.synchronize()
@@ -261,6 +353,7 @@ class Clock(TrainerCallback):
         self.bench.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self.last)
+        self.num_graphs.append(len(self.rounds.graphs) if self.rounds is not None else 0)
         self.last = now
 
 
@@ -272,8 +365,9 @@ def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w1", chat_template=template)
 
 
-def steps(bench: Bench, pair: tuple[str, str], teacher) -> None:
-    """An optimizer step of ours and of TRL's trainers: half the rows and half the prompt of the windows above."""
+def steps(bench: Bench, pair: tuple[str, str], teacher, names: Iterable[str]) -> None:
+    """An optimizer step of ours and of TRL's trainers, those of `names`: half the rows and half the prompt of the windows above.
+    Of ours five steps, for the rounds of the first ones have shapes that are to be captured."""
     from trl import DistillationConfig, DistillationTrainer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -295,48 +389,53 @@ def steps(bench: Bench, pair: tuple[str, str], teacher) -> None:
         GKDTrainer: [{"messages": row["prompt"] + row["completion"]} for row in rows],
     }
     on_policy = {"rollout": "student", "temperature": 1.0, "student_top_p": 1.0}
-    arms = (
-        ("step, SKDTrainer interleaved", SKDTrainer, SKDConfig, {"accept": Forced()}),
-        ("step, SKDTrainer on-policy", SKDTrainer, SKDConfig, on_policy),
-        ("step, DistillationTrainer at its defaults", DistillationTrainer, DistillationConfig, {}),
-        (
-            "step, DistillationTrainer without checkpointing",
-            DistillationTrainer,
-            DistillationConfig,
-            {"gradient_checkpointing": False},
-        ),
-        (
-            "step, SKDTrainer on-policy without checkpointing",
-            SKDTrainer,
-            SKDConfig,
-            {**on_policy, "gradient_checkpointing": False},
-        ),
-        ("step, GKDTrainer at its defaults, on-policy", GKDTrainer, GKDConfig, {}),
-    )
-    for name, trainer_class, config_class, settings in arms:
+    without = {"gradient_checkpointing": False}
+    arms = {
+        "step, SKDTrainer interleaved": (SKDTrainer, SKDConfig, {"accept": Forced()}),
+        "step, SKDTrainer on-policy": (SKDTrainer, SKDConfig, on_policy),
+        "step, DistillationTrainer at its defaults": (DistillationTrainer, DistillationConfig, {}),
+        "step, DistillationTrainer without checkpointing": (DistillationTrainer, DistillationConfig, without),
+        "step, SKDTrainer on-policy without checkpointing": (SKDTrainer, SKDConfig, on_policy | without),
+        "step, GKDTrainer at its defaults, on-policy": (GKDTrainer, GKDConfig, {}),
+    }
+    for name in names:
 
-        def run(trainer_class=trainer_class, config_class=config_class, settings=settings) -> tuple[str, str]:
+        def run(name=name) -> tuple[str, str]:
+            trainer_class, config_class, settings = arms[name]
             known = {field.name for field in fields(config_class)}
             limit = "max_completion_length" if "max_completion_length" in known else "max_new_tokens"
             if "lmbda" in known:
                 settings = {"lmbda": 1.0, **settings}
             student, clock = build(pair[1], bench.vocab_size, bench.device, torch.float32), Clock(bench)
-            on_cpu = {} if bench.device.type == "cuda" else {"bf16": False, "use_cpu": True}
-            with tempfile.TemporaryDirectory() as directory:
-                trainer_class(
-                    model=student,
-                    teacher_model=teacher,
-                    args=config_class(
-                        output_dir=directory, per_device_train_batch_size=size, max_steps=2, report_to=[], save_strategy="no",
-                        disable_tqdm=True, logging_steps=100, seed=3, **{limit: bench.new_tokens}, **on_cpu, **settings,
-                    ),
-                    train_dataset=Dataset.from_list(as_needed.get(trainer_class, rows)),
-                    processing_class=tokenizer,
-                    callbacks=[clock],
-                ).train()  # fmt: skip
-            return f"{clock.seconds[-1]:.2f} s", f"the first took {clock.seconds[0]:.2f} s"
+            on_cpu = {} if bench.is_on_gpu else {"bf16": False, "use_cpu": True}
+            is_ours = trainer_class is SKDTrainer
+            try:
+                with tempfile.TemporaryDirectory() as directory:
+                    trainer = trainer_class(
+                        model=student,
+                        teacher_model=teacher,
+                        args=config_class(
+                            output_dir=directory, per_device_train_batch_size=size, max_steps=5 if is_ours else 2,
+                            report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=100, seed=3,
+                            **{limit: bench.new_tokens}, **on_cpu, **settings,
+                        ),
+                        train_dataset=Dataset.from_list(as_needed.get(trainer_class, rows)),
+                        processing_class=tokenizer,
+                        callbacks=[clock],
+                    )  # fmt: skip
+                    clock.rounds = trainer._rounds if is_ours else None
+                    trainer.train()
+            finally:
+                take_off_patches(teacher)
+            if not is_ours:
+                return f"{clock.seconds[-1]:.2f} s", f"the first took {clock.seconds[0]:.2f} s"
+            for number, seconds in enumerate(clock.seconds):
+                held = f"{clock.num_graphs[number]} graphs after it"
+                bench.add(f"{name}, number {number + 1}", f"{seconds:.2f} s", "-", held)
+            reason = f"; not captured: {clock.rounds.reason}" if clock.rounds.reason else ""
+            return f"{statistics.median(clock.seconds[-2:]):.2f} s", f"median of the last two{reason}"
 
-        bench.case(name, 22, run)
+        bench.case(name, run)
 
 
 def main() -> None:
@@ -364,46 +463,52 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     pair = PAIRS[args.pair or ("small" if args.small else "8B")]
     shapes = (512, 4, 16, 12) if args.small else (151936, 32, 512, 128)
-    bench = Bench(device, *shapes, args.num_draft_tokens, time.perf_counter() + args.limit_s, [])
+    path = args.output or Path(__file__).parent / "results" / "gpu.md"
+    bench = Bench(device, *shapes, args.num_draft_tokens, time.perf_counter() + args.limit_s, path)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     teacher, student = (build(name, bench.vocab_size, device, dtype) for name in pair)
     copied = bandwidth(bench)
     floor = floor_of_round(bench, student, teacher, copied)
+    bench.head = head_of(bench, pair, copied)
     with torch.no_grad():
         sampling(bench, student, teacher, floor, {"eager": {"capture": False}})
-        if device.type == "cuda":
+        if bench.is_on_gpu:
             sampling(bench, student, teacher, floor, {"graph": {}})
         generation(bench, student, teacher)
     loss(bench, student, teacher)
-    steps(bench, pair, teacher)
-    if device.type == "cuda" and not args.without_inductor:  # last, for it compiles
+    steps(bench, pair, teacher, [name for name in ESSENTIAL if name.startswith("step")])
+    if bench.is_on_gpu and not args.without_inductor:
         with torch.no_grad():
             sampling(bench, student, teacher, floor, {"Inductor in a graph": {"compile": True}})
-    report(bench, pair, copied, args)
+    steps(bench, pair, teacher, MORE)
+    print(bench.text)
 
 
-def report(bench: Bench, pair: tuple[str, str], copied: float, args: argparse.Namespace) -> None:
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+def head_of(bench: Bench, pair: tuple[str, str], copied: float) -> list[str]:
+    """What is above the table: when, with what, on what."""
+    name = torch.cuda.get_device_name() if bench.is_on_gpu else "CPU"
+    commit = output_of("git", "rev-parse", "--short", "HEAD")
     driver = "no CUDA"
-    if bench.device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True).stdout.split()
-        driver = f"driver {found[0] if found else 'unknown'}, CUDA {torch.version.cuda}"
-    lines = [
+    if bench.is_on_gpu:
+        version = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = f"driver {version}, CUDA {torch.version.cuda}"
+    return [
         "# Speed on one GPU", "",
-        f"- {date.today()}, commit {git.stdout.strip() or 'unknown'}, command `python benchmarks/gpu.py {' '.join(sys.argv[1:])}`",
+        f"- {date.today()}, commit {commit}, command `python benchmarks/gpu.py {' '.join(sys.argv[1:])}`",
         f"- {name}, {driver}, torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}",
-        f"- teacher {pair[0]}, student {pair[1]}, random weights, acceptance forced to {Forced().rate}, G = {bench.num_draft}, vocabulary "
-        f"{bench.vocab_size}; windows of {bench.num_rows} prompts of {bench.prompt_tokens} tokens and {bench.new_tokens} new ones, steps of "
-        f"half as many prompts, half as long; a copy moves {copied / 1e12:.2f} TB/s", "",
-        "| what | time | peak GiB | |", "|---|---|---|---|", *(f"| {' | '.join(line)} |" for line in dict.fromkeys(bench.lines)), "",
+        f"- teacher {pair[0]}, student {pair[1]}, random weights, acceptance forced to {Forced().rate}, vocabulary {bench.vocab_size}; windows "
+        f"of {bench.num_rows} prompts of {bench.prompt_tokens} tokens and {bench.new_tokens} new ones, G = {bench.num_draft}; steps of half as "
+        f'many prompts, half as long, G = "auto"; a copy moves {copied / 1e12:.2f} TB/s', "",
     ]  # fmt: skip
-    path = args.output or here / "results" / "gpu.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines))
-    print("\n".join(lines))
+
+
+def output_of(*command: str) -> str:
+    """The first word that a command prints, where there is one."""
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.split()
+    except OSError:  # a machine without it
+        found = []
+    return found[0] if found else "unknown"
 
 
 if __name__ == "__main__":

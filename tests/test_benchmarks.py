@@ -7,9 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from tape import Tape
 from tiny import save_models
 
 
@@ -133,5 +136,89 @@ def test_the_benchmark_of_a_gpu_runs_in_small_and_no_case_fails(tmp_path):
     )
     text = result.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 2 + 2 + 1 + 6  # head, round and window, generate twice, loss, steps
-    assert "failed" not in text and "not run" not in text and "floor" in text
+    # Head, round and window, generate twice, loss; ours with each of five steps, theirs.
+    assert len(rows) == 1 + 2 + 2 + 1 + 3 * 6 + 3
+    assert "failed" not in text and "not run" not in text and "not captured" not in text and "floor" in text
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("gpu")
+
+
+def bench_of(gpu, path, seconds=1000.0):
+    return gpu.Bench(torch.device("cpu"), 512, 3, 16, 12, 3, time.perf_counter() + seconds, path)
+
+
+def test_what_has_to_be_measured_on_a_gpu_fits_its_limit(gpu):
+    ten_for_the_models = 10
+    assert sum(gpu.ESSENTIAL.values()) + ten_for_the_models < 235
+    assert list(gpu.ESSENTIAL)[-1] == "sampling window, Inductor in a graph"
+
+
+def test_the_table_is_written_after_each_case_and_an_error_needs_no_message(gpu, tmp_path):
+    bench = bench_of(gpu, tmp_path / "results" / "gpu.md")
+    seen = []
+
+    def fails(error):
+        seen.append(bench.path.read_text() if bench.path.exists() else "")
+        raise error
+
+    first, second, third, fourth = list(gpu.SECONDS)[:4]
+    for name, error in (
+        (first, ValueError()),
+        (second, RuntimeError("\nout of memory\nTried")),
+        (third, KeyError("x")),
+    ):
+        bench.case(name, lambda error=error: fails(error))
+    bench.stop_at = time.perf_counter()
+    bench.case(fourth, lambda: fails(ValueError()))
+    assert [text.count("failed") for text in seen] == [0, 1, 2]
+    text = bench.path.read_text()
+    assert f"| {first} | failed | - | ValueError |" in text and "| RuntimeError: out of memory |" in text
+    assert f"| {fourth} | not run |  | no time was left |" in text
+
+
+def test_a_command_that_a_machine_lacks_is_unknown(gpu):
+    assert gpu.output_of("no-such-nvidia-smi", "--query") == "unknown"
+    assert gpu.output_of(sys.executable, "-c", "print('580.1 more')") == "580.1"
+
+
+class NeverCaptured(Tape):
+    def capture(self, play):
+        raise RuntimeError("operation not permitted")
+
+
+@pytest.mark.parametrize("make_graph", [Tape, NeverCaptured])
+def test_rounds_that_were_not_captured_are_not_reported_as_a_graph(gpu, tmp_path, make_graph):
+    bench = bench_of(gpu, tmp_path / "gpu.md")
+    student, teacher = (gpu.build("student in small", 512, bench.device, torch.float32) for _ in range(2))
+    gpu.sampling(bench, student, teacher, 1e-3, {"graph": {"capture": True, "make_graph": make_graph}})
+    text = bench.path.read_text()
+    if make_graph is Tape:
+        assert [line[0] for line in bench.lines] == ["round, graph", "sampling window, graph"]
+        assert re.search(r"tokens/s; [1-9]\d* graphs", text) and "failed" not in text
+    else:
+        (line,) = bench.lines
+        assert line[1] == "failed" and "not captured: RuntimeError: operation not permitted" in line[3]
+
+
+def test_a_teacher_has_its_own_forward_after_a_step(gpu, tmp_path, monkeypatch):
+    bench = bench_of(gpu, tmp_path / "gpu.md")
+    teacher = gpu.build("teacher in small", 512, bench.device, torch.float32)
+    patched = []
+
+    class Trainer:
+        def __init__(self, *, teacher_model, **arguments):
+            teacher_model._original_forward = teacher_model.forward
+            teacher_model.forward = lambda *args, **kwargs: None  # as accelerate does
+
+        def train(self):
+            patched.append("forward" in teacher.__dict__)
+            raise ValueError
+
+    monkeypatch.setattr("trl.DistillationTrainer", Trainer)
+    gpu.steps(bench, gpu.PAIRS["small"], teacher, ["step, DistillationTrainer at its defaults"])
+    assert patched == [True] and "forward" not in teacher.__dict__
+    assert bench.lines[0][1] == "failed" and bench.lines[0][3] == "ValueError"
