@@ -14,7 +14,7 @@ TRANSFORMERS ?= transformers
 
 BIN := $(VENV)/bin
 
-.PHONY: help install assets demo test test-oldest vllm test-vllm docs package bench bench-gpu decoders refusals clean
+.PHONY: help install assets demo test test-oldest vllm test-vllm docs package bench bench-gpu decoders refusals options clean
 
 help:  ## the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -98,6 +98,9 @@ decoders: install  ## docs/decoders.md: which models of the installed transforme
 
 refusals:  ## docs/refusals.md: what is refused and in which words, from the source
 	$(PYTHON) docs/refusals.py
+
+options: install  ## docs/options.md: every option and its help, from the source
+	cd docs && ../$(BIN)/python -c "import conf, types; conf.write_options(types.SimpleNamespace(srcdir='.'))"
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -206,7 +206,10 @@ def build(name: str, vocab_size: int, device: torch.device, dtype: torch.dtype):
         max_position_embeddings=8192, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # Logits as far apart as a trained model's, whose nuclei are small: random embeddings have a standard deviation of 0.02.
+    model.model.norm.weight.data.fill_(max(1.6 / (0.02 * hidden**0.5), 1.0))
+    return model
 
 
 def bandwidth(bench: Bench) -> float:

@@ -237,7 +237,7 @@ class SKDConfig(ScheduledNumbers, TeacherOptions, GKDConfig):
     log_completions: bool = field(
         default=False,
         metadata={
-            "help": "Keep sampled responses: a table in the terminal and output_dir/completions/completions_{step}.parquet, with "
+            "help": "Keep sampled responses: a table in the terminal and output_dir/completions/completions_00001.parquet and so on, with "
             "what the teacher replaced."
         },
     )
@@ -471,4 +471,4 @@ def check_types(config: Any) -> None:
         if kinds == {bool} and value not in (True, False):
             raise ValueError(f"{name}={value!r} must be True or False.")
         if kinds == {str} and not isinstance(value, str | os.PathLike):
-            raise ValueError(f"{name}={value!r} must be a text.")
+            raise ValueError(f"{name}={value!r} must be text.")

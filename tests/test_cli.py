@@ -161,7 +161,22 @@ SCORED = ["--model", "m", "--dataset", "x.jsonl", "--output_dir", "scores"]
         (["score", "--topk", "5"], "--topk is no option. Did you mean --top_k?"),
         (["check", "--acept", "top_k"], "--acept is no option. Did you mean --accept?"),
         (["evaluate", "--model_name_or_path", "x"], "--model_name_or_path is no option. Did you mean --student?"),
-        (["watch", "--student", "x", "--teacher", "y", "--prompt", "q", "--accept", "min_prob", "--accept_top_k", "3"], "accept_top_k=3"),
+        (
+            [
+                "watch",
+                "--student",
+                "x",
+                "--teacher",
+                "y",
+                "--prompt",
+                "q",
+                "--accept",
+                "min_prob",
+                "--accept_top_k",
+                "3",
+            ],
+            "accept_top_k=3",
+        ),
         (["check"], "--model is missing: the student's name or path."),
         (["train", "--dataset_name", "x"], "--model_name_or_path is missing: the student's name or path."),
     ],
@@ -767,12 +782,13 @@ def test_a_run_that_is_killed_leaves_what_its_report_needs(assets, tmp_path, cap
 # Watching
 
 
-WATCHED = ["--prompt", "hello", "--accept_top_k", "60", "--num_draft_tokens", "3", "--max_new_tokens", "10"]
+WATCHED = ["--prompt", "hello", "--num_draft_tokens", "3", "--max_new_tokens", "10"]
 WATCHED += ["--teacher_temperature", "1", "--teacher_top_p", "1"]
 
 
 def test_watching_shows_every_token_of_the_response_and_who_wrote_it(assets, capsys):
-    code, output = run(["watch", "--student", assets / "student", "--teacher", assets / "teacher", *WATCHED], capsys)
+    watched = ["watch", "--student", assets / "student", "--teacher", assets / "teacher", *WATCHED]
+    code, output = run([*watched, "--accept_top_k", "60"], capsys)
     assert code == 0
     tokens, accepted, replaced = (
         int(re.search(pattern, output).group(1))
@@ -780,10 +796,7 @@ def test_watching_shows_every_token_of_the_response_and_who_wrote_it(assets, cap
     )
     assert accepted + replaced == tokens
     assert replaced > 0 and output.count(">⟦") >= replaced
-    code, again = run(
-        ["watch", "--student", assets / "student", "--teacher", assets / "teacher", *WATCHED, "--accept", "never"],
-        capsys,
-    )
+    code, again = run([*watched, "--accept", "never"], capsys)
     assert code == 0 and "10 replaced" in again or "100%" in again
 
 

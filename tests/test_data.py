@@ -231,7 +231,9 @@ def test_a_stream_that_is_nothing_but_unusable_rows_is_an_error_and_not_a_hang()
 
 
 def test_a_short_stream_of_unusable_rows_is_refused_with_the_reason_and_the_limit():
-    with pytest.raises(ValueError, match=r"None of the first 3 rows of the train stream .*3 long_prompt.* max_prompt_length is"):
+    with pytest.raises(
+        ValueError, match=r"None of the first 3 rows of the train stream .*3 long_prompt.* max_prompt_length is"
+    ):
         prepare(stream([LONG] * 3))
 
 

@@ -190,8 +190,11 @@ def test_a_collator_that_leaves_out_what_rows_have_of_the_teacher_is_refused_whi
         batch = DataCollatorForDistillation(0)(rows)
         return {name: value for name, value in batch.items() if not name.startswith("teacher_")}
 
-    config = SKDConfig(str(tmp_path), use_cpu=True, bf16=False, max_new_tokens=8, max_length=96, report_to=[], max_steps=1)
-    rows = [{"prompt": "q", "completion": "a", "privileged_context": text} for text in ("told", "")[:: 1 if as_stream else -1]]
+    config = SKDConfig(
+        str(tmp_path), use_cpu=True, bf16=False, max_new_tokens=8, max_length=96, report_to=[], max_steps=1
+    )
+    rows = [{"prompt_ids": [5], "response_ids": [6], "teacher_prompt_ids": ids} for ids in ([7, 5], [])]
+    rows = rows if as_stream else rows[::-1]
     dataset = Dataset.from_list(rows)
     models = {"model": tiny_model(seed=1), "teacher_model": tiny_model(seed=2), "processing_class": byte_tokenizer()}
     models |= {"args": config, "train_dataset": dataset.to_iterable_dataset() if as_stream else dataset}

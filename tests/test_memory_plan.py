@@ -121,7 +121,9 @@ def test_a_model_whose_forward_cannot_be_counted_is_sampled_for_all_rows_at_once
 
 def test_a_longer_draft_takes_more(tmp_path):
     plans = [planned(trainer_of(tmp_path, num_draft_tokens=length)) for length in (2, 8)]
-    assert sum(plans[0].sampling.values()) < sum(plans[1].sampling.values()) and plans[0].per_place < plans[1].per_place
+    assert (
+        sum(plans[0].sampling.values()) < sum(plans[1].sampling.values()) and plans[0].per_place < plans[1].per_place
+    )
 
 
 @pytest.mark.parametrize("kind", ["base", "live", "ema"])

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
 from skd_trl.sampling.admission import prove
 from skd_trl.sampling.interleaved import Execution, interleaved_sample
-from skd_trl.sampling.participants import LocalParticipant
+from skd_trl.sampling.participants import LocalParticipant, Participant
 from skd_trl.sampling.sampling_params import SamplingParams, shaped_probs
 
 
@@ -454,3 +454,27 @@ def test_a_beginning_that_all_prompts_share_is_run_once_and_changes_no_text(
     assert num_tokens[0] == (num_shared or 2 * 19)  # one row, or both
     for row, prompt in enumerate(prompts):
         assert responses(sample(student, teacher, [prompt], rule, noise=uniforms[row : row + 1])) == [together[row]]
+
+
+@pytest.mark.parametrize(
+    "who, rule, method, way_out",
+    [
+        ("student", "top_k", "step", "never"),
+        ("teacher", "top_k", "judge", "always"),
+        ("teacher", "never", "judge", "always"),
+    ],
+)
+def test_a_participant_without_the_method_that_the_rule_needs_is_refused_with_the_rule_that_does_not(
+    who, rule, method, way_out
+):
+    models = {"student": tiny_model(seed=1), "teacher": tiny_model(seed=2), who: Participant()}
+    with pytest.raises(
+        ValueError, match=rf"The {who}, a Participant, has no `{method}`.*ACCEPTANCE_RULES\['{way_out}'\]"
+    ):
+        interleaved_sample(
+            *models.values(),
+            torch.tensor([[5]]),
+            torch.tensor([[1]]),
+            accept=ACCEPTANCE_RULES[rule](),
+            max_new_tokens=2,
+        )

@@ -8,6 +8,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +20,8 @@ from test_skd_trainer import ROWS, make_trainer
 from tiny import byte_tokenizer, tiny_model
 from transformers import TrainerState
 
-from skd_trl import Execution, SKDConfig, interleaved_sample
-from skd_trl.sampling.acceptance import ACCEPTANCE_RULES
+from skd_trl import Execution, SKDConfig, SpecKDTrainer, interleaved_sample
+from skd_trl.sampling.acceptance import ACCEPTANCE_RULES, TopK
 from skd_trl.training import completions, console
 from skd_trl.training.run_files import LogFile, read_logs
 
@@ -268,11 +269,17 @@ def test_the_model_card_names_teacher_rule_draft_length_versions_and_command(tmp
     assert card.index("### Distillation") < card.index("### Framework versions") < card.index("## Citations")
 
 
-def test_the_model_card_has_the_numbers_that_a_run_uses_and_no_others(tmp_path):
-    monotone = make_trainer(tmp_path / "k", accept="few", accept_top_k=10)
-    monotone.create_model_card()
+def test_the_model_card_has_the_numbers_that_a_run_uses_and_no_others(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Few(TopK):
+        """As `top_k`."""
+
+    monkeypatch.setitem(ACCEPTANCE_RULES, "few", Few)
+    make_trainer(tmp_path / "k", accept="few", accept_top_k=10).create_model_card()
     card = (tmp_path / "k" / "out" / "README.md").read_text()
-    assert "| K of the rule | `10` |" in card and "| teacher's temperature |" in card and "# Model Card for out" in card
+    assert (
+        "| K of the rule | `10` |" in card and "| teacher's temperature |" in card and "# Model Card for out" in card
+    )
     student = make_trainer(tmp_path / "student", trainer_class=SpecKDTrainer, gate="one_minus_tv", rollout="student")
     student.create_model_card()
     card = (tmp_path / "student" / "out" / "README.md").read_text()

@@ -5,7 +5,7 @@ The student's part is `step`, the teacher's `judge`; both are told with `keep` w
 a round can be captured. What decides shapes (`admit`, `prefill`, `move_row`, `begin_round`) is outside it.
 
 A new kind (a model behind a server, one with recurrent state) is a subclass of `Participant`. The base class does nothing: it
-takes the place of a student that drafts nothing and of a teacher that judges nothing.
+takes the place of a student for a rule that lets none draft (`never`), and of a teacher for one that asks none (`always`).
 
 Shapes: B prompts, R places of the cache, N places in use, G draft, Q tokens of a prefill, V vocabulary, H hidden.
 """

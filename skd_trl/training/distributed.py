@@ -280,7 +280,7 @@ def check_tying(student: nn.Module, accelerator: Accelerator) -> None:
     if accelerator.distributed_type == "FSDP" and before[0] is before[1] is not None and is_saved[0] != is_saved[1]:
         name = ("embed_tokens", "lm_head")[is_saved[1]]
         raise ValueError(
-            f"modules_to_save={name!r} gives the student's tied embeddings a weight of their own on one side, and FSDP2 cannot split the one that "
+            f"modules_to_save={name!r} gives one side of the student's tied embeddings another weight, and FSDP2 cannot split the one that "
             "both sides still share. Set ensure_weight_tying=True in the LoraConfig, or train with DDP or ZeRO."
         )
 

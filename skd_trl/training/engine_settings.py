@@ -115,7 +115,7 @@ def check_capturing(args: TrainingArguments, accelerator: Accelerator) -> None:
         `ValueError`: where there is no CUDA.
     """
     kind = accelerator.device.type
-    if getattr(args, "capture_sampling", None) and kind != "cuda":
+    if getattr(args, "capture_sampling", None) and getattr(args, "samples", True) and kind != "cuda":
         raise ValueError(
             f"capture_sampling=True needs models on CUDA, and these are on {kind}. Leave capture_sampling None, and rounds are captured where "
             "they can be."
