@@ -200,7 +200,9 @@ def _entry(field: IdeaField, config: Any) -> Any:
             "its folder in PYTHONPATH."
         ) from error
     if not (field.is_idea(entry) or callable(entry)):
-        raise ValueError(f"{field.name}={value!r} is a {type(entry).__name__}, and {field.name} needs {field.kind}.")
+        raise ValueError(
+            f"{field.name}={value!r} is of type {type(entry).__name__}, and {field.name} needs {field.kind}."
+        )
     return entry
 
 

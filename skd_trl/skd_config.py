@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
-from trl import SFTConfig
 
-from ._compat import GKDConfig
+from ._compat import GKDConfig, SFTConfig
 from .explained_options import explained
 from .ideas import IdeaField, Number, check_used, default_of, describe, is_default, make_idea, numbers_of
 from .inherited_options import check_inherited_options

@@ -22,7 +22,7 @@ from tiny import EOS, byte_tokenizer, tiny_model
 from trl import ModelConfig
 
 import skd_trl
-from skd_trl import SKDConfig
+from skd_trl import SKDConfig, SKDTrainer
 from skd_trl.__main__ import COMMANDS, main
 from skd_trl.commands import check, loading, options, rows, train, train_options, train_rows, watch
 from skd_trl.data.dataset import prepare_dataset
@@ -784,6 +784,14 @@ def test_a_run_that_is_killed_leaves_what_its_report_needs(assets, tmp_path, cap
 
 WATCHED = ["--prompt", "hello", "--num_draft_tokens", "3", "--max_new_tokens", "10"]
 WATCHED += ["--teacher_temperature", "1", "--teacher_top_p", "1"]
+
+
+def test_a_teacher_that_is_the_student_is_warned_about(assets, tmp_path, caplog):
+    path = str(assets / "student")
+    config = SKDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_new_tokens=4, max_length=32)
+    rows = Dataset.from_list([{"prompt": "q"}])
+    SKDTrainer(path, path, config, train_dataset=rows)
+    assert f"Student and teacher are both {path!r}" in caplog.text
 
 
 def test_watching_shows_every_token_of_the_response_and_who_wrote_it(assets, capsys):

@@ -69,7 +69,7 @@ def test_an_object_a_factory_and_a_path_are_taken_like_names():
         ({"shape": None}, "shape=None is not a Shape"),
         ({"shape": "nowhere:circle"}, "shape='nowhere:circle' cannot be imported: No module named 'nowhere'"),
         ({"shape": "test_ideas:oval"}, "shape='test_ideas:oval' cannot be imported.*oval"),
-        ({"shape": "math:pi"}, "shape='math:pi' is a float, and shape needs a Shape"),
+        ({"shape": "math:pi"}, "shape='math:pi' is of type float, and shape needs a Shape"),
         ({"shape": "builtins:dict"}, "shape='builtins:dict': no signature found.*Wrap it in a function"),
         ({"shape": lambda: 3}, "makes an object of type int, and shape needs a Shape"),
         ({"shape_kwargs": {"sdies": 3}}, r"unexpected 'sdies'; square takes sides, size \(set by shape_size\), name"),

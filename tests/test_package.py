@@ -70,6 +70,15 @@ def test_the_public_names_are_these():
         "interleaved_sample",
     ]
     assert all(hasattr(skd_trl, name) for name in skd_trl.__all__)
+    assert skd_trl._MODULES.keys() == set(skd_trl.__all__) <= set(dir(skd_trl))
+
+
+def test_help_is_there_before_torch_and_trl_are():
+    code = "import sys; from skd_trl.__main__ import main; main([]); assert not {'torch', 'trl', 'transformers'} & sys.modules.keys()"
+    assert (
+        "distil a teacher"
+        in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.split("/")[0] in WALLS])

@@ -229,7 +229,7 @@ def test_template_kwargs_may_be_json_text():
 def test_what_is_no_list_of_turns_is_called_what_it_is(row):
     result = tokenize(row)
     assert result["problem"] == "unreadable"
-    assert any(f"{kind}" in result["detail"] for kind in ("is a str", "is a dict", "is plain text"))
+    assert any(f"{kind}" in result["detail"] for kind in ("is of type str", "is of type dict", "is plain text"))
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])

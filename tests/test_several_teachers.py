@@ -296,7 +296,7 @@ def test_what_several_teachers_cannot_be_is_refused(tmp_path):
         make(tmp_path, teacher_model_name_or_path="x")
     with pytest.raises(ValueError, match="teacher_models is empty"):
         SKDTrainer(tiny_model(seed=1), {}, SKDConfig(str(tmp_path), bf16=False, use_cpu=True))
-    with pytest.raises(TypeError, match="teacher 'first' is a int"):
+    with pytest.raises(TypeError, match="teacher 'first' is of type int"):
         make(tmp_path, teacher={"first": 3})
     with pytest.raises(ValueError, match="lacks"):
         make(

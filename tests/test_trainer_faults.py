@@ -665,7 +665,7 @@ class OwnSpecKDConfig(SpecKDConfig):
 
 @pytest.mark.parametrize("config_class", [SpecKDConfig, OwnSpecKDConfig])
 def test_the_arguments_of_a_trainer_with_a_gate_are_not_taken_by_one_without(tmp_path, config_class):
-    with pytest.raises(TypeError, match="args is a SpecKDConfig.*Use SpecKDTrainer, or construct a SKDConfig"):
+    with pytest.raises(TypeError, match="args is of type SpecKDConfig.*Use SpecKDTrainer, or construct a SKDConfig"):
         SKDTrainer(tiny_model(), tiny_model(seed=2), config_class(str(tmp_path), use_cpu=True, bf16=False))
 
 

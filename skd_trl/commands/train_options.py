@@ -25,6 +25,12 @@ TRAINERS = {"skd": (SKDConfig, SKDTrainer), "speckd": (SpecKDConfig, SpecKDTrain
 class TrainArguments(RowTemplates, ScriptArguments):
     """What `skd train` takes beside the configuration of its trainer and TRL's `ModelConfig`; each is explained in its help."""
 
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A data set of the hub, a .jsonl, .json, .parquet or .csv file, or a folder with a file for each split."
+        },
+    )
     trainer: str = field(default="skd", metadata={"help": "Which trainer.", "choices": list(TRAINERS)})
     teacher_sft: dict[str, Any] | str | None = field(
         default=None,

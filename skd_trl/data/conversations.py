@@ -56,7 +56,7 @@ def turns_of(value: Any, column: str) -> list[dict]:
     if not isinstance(value, list):
         raise UnusableRow(
             "unreadable",
-            f"its `{column}` is a {type(value).__name__}, where a conversation belongs: a list of turns such as "
+            f"its `{column}` is of type {type(value).__name__}, where a conversation belongs: a list of turns such as "
             '{"role": "user", "content": "..."}. Turn it into one (JSON text: `json.loads`), or give texts as `prompt` and '
             "`completion`.",
         )
@@ -72,7 +72,9 @@ def turns_of(value: Any, column: str) -> list[dict]:
 
 def _turn(turn: Any, where: str) -> dict:
     if not isinstance(turn, dict):
-        raise UnusableRow("unreadable", f"{where} is a {type(turn).__name__}, not a dict with `role` and `content`.")
+        raise UnusableRow(
+            "unreadable", f"{where} is of type {type(turn).__name__}, not a dict with `role` and `content`."
+        )
     turn = {**turn}
     for name, other in (("role", "from"), ("content", "value")):
         if turn.get(name) is None and other in turn:
@@ -136,7 +138,7 @@ def with_system_column(row: dict[str, Any], turns: list[dict]) -> list[dict]:
         if not text or not turns:
             continue
         if not isinstance(text, str):
-            raise UnusableRow("unreadable", f"its `{column}` is a {type(text).__name__}. Turn it into text.")
+            raise UnusableRow("unreadable", f"its `{column}` is of type {type(text).__name__}. Turn it into text.")
         own = [as_text(turn.get("content")) for turn in turns if turn["role"] in ("system", "developer")]
         if not own:
             turns = [{"role": "system", "content": text}, *turns]

@@ -84,7 +84,7 @@ def prepare_dataset(
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
-            f"The {name} data set is a {type(dataset).__name__}. Give a `datasets.Dataset` or `IterableDataset`: one "
+            f"The {name} data set is of type {type(dataset).__name__}. Give a `datasets.Dataset` or `IterableDataset`: one "
             "split of a DatasetDict, or `Dataset.from_list(rows)`."
         )
     rules = rules.narrowed(tokenizer)

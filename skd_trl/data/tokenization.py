@@ -259,7 +259,9 @@ def _ended(prompt_ids, response_ids, tokenizer, rules, notes) -> tuple[list[int]
 def _encode_text(prompt, completion, tokenizer, rules, notes) -> tuple[list[int], list[int]]:
     for name, text in (("prompt", prompt), ("completion", completion)):
         if text is not None and not isinstance(text, str):
-            raise UnusableRow("unreadable", f"its {name} is a {type(text).__name__}, neither text nor a conversation.")
+            raise UnusableRow(
+                "unreadable", f"its {name} is of type {type(text).__name__}, neither text nor a conversation."
+            )
     prompt_ids = _text_ids(prompt, tokenizer)
     if not completion:
         return prompt_ids, []

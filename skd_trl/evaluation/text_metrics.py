@@ -86,7 +86,7 @@ def text_metrics(named: Iterable[str | TextMetric] | None = None) -> dict[str, T
             ) from error
         if not callable(found):
             raise ValueError(
-                f"metric {metric!r} is a {type(found).__name__}; give a function of predictions and targets."
+                f"metric {metric!r} is of type {type(found).__name__}; give a function of predictions and targets."
             )
         metrics[metric.rpartition(":")[2]] = found
     return metrics

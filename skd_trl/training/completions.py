@@ -163,7 +163,7 @@ def with_prompt_texts(dataset, tokenizer: PreTrainedTokenizerBase):
     TRL look for them. Raises `ValueError` for what is not one data set in memory."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"A callback looks for prompts in an evaluation set that is a {type(dataset).__name__}; it needs one Dataset. Give the "
+            f"A callback looks for prompts in an evaluation set that is of type {type(dataset).__name__}; it needs one Dataset. Give the "
             "callback one (callback.eval_dataset), or leave it out: log_completions=True shows sampled responses of the training."
         )
     if "prompt" in dataset.column_names:

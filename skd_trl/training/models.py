@@ -37,7 +37,7 @@ def given_model(name: str, model: Any) -> Any:
         return os.fspath(model)
     if model is not None and not isinstance(model, (str, nn.Module)):
         raise TypeError(
-            f"{name} is a {type(model).__name__}, which is no model to run. Give one causal language model, or its name or path"
+            f"{name} is of type {type(model).__name__}, which is no model to run. Give one causal language model, or its name or path"
             f"{' (several teachers are a dict of their names)' if isinstance(model, (list, tuple)) else ''}."
         )
     return model
@@ -67,7 +67,7 @@ def load_tokenizer(model, processing_class, args: "SKDConfig") -> PreTrainedToke
         )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
-            f"processing_class is a {type(processing_class).__name__}; only texts are supported, so pass a tokenizer (of a "
+            f"processing_class is of type {type(processing_class).__name__}; only texts are supported, so pass a tokenizer (of a "
             "processor: processor.tokenizer)."
         )
     return processing_class
@@ -170,7 +170,7 @@ def copied_arguments(
         args = config_class(f"{name.split('/')[-1] or 'student'}{suffix}")
     if not isinstance(args, config_class):
         raise TypeError(
-            f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__} (the other lacks fields). "
+            f"args is of type {type(args).__name__}; this trainer needs a {config_class.__name__} (the other lacks fields). "
             "Construct one with the same values."
         )
     nearest = next(

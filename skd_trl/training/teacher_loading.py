@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,9 @@ from .teachers import OneTeacher, RecordedTeacher, Teacher, TeacherElsewhere, Te
 
 if TYPE_CHECKING:
     from ..skd_config import SKDConfig
+
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ def load_models(
     check_processes(args)
     check_teacher_device(args)
     check_parallel_models(args, {"model": model, "teacher_model": first})
+    if isinstance(model, str) and model in (first, *others):
+        logger.warning(
+            f"Student and teacher are both {model!r}: they are equal when training starts, and nothing is learned where they read the same prompts. "
+            "Give a smaller student."
+        )
     student, teacher, tokenizer = load_pair(model, first, processing_class, args, has_scores)
     is_served = args.teacher_model_server_url is not None
     is_recorded = teacher is student and args.teacher_model_kind is None and not is_served
