@@ -477,4 +477,5 @@ def test_a_participant_without_the_method_that_the_rule_needs_is_refused_with_th
             torch.tensor([[1]]),
             accept=ACCEPTANCE_RULES[rule](),
             max_new_tokens=2,
+            eos_token_ids=[],
         )

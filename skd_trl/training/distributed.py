@@ -139,6 +139,20 @@ def _without_first_hook(engine: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+@contextmanager
+def forwards_forgotten(*models: nn.Module):
+    """FSDP2 records each forward, without gradients too, and gathers what came before the first one of a step in its backward: on ranks that
+    wrote different numbers of tokens that would be different weights. What was recorded inside is forgotten at the end."""
+    try:
+        yield
+    finally:
+        for module in (module for model in models for module in model.modules() if _is_fsdp2(module)):
+            state: Any = module._get_fsdp_state()  # type: ignore[operator]
+            for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+                group._post_forward_indices.clear()
+                getattr(group.comm_ctx, "post_forward_order", []).clear()  # there from the first forward on
+
+
 def _is_fsdp2(module: nn.Module) -> bool:
     return hasattr(module, "set_reshard_after_forward")
 

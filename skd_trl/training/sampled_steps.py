@@ -21,6 +21,7 @@ from .console import SamplingBar
 from .distributed import (
     agree_on_maximum,
     forwards_are_collective,
+    forwards_forgotten,
     keyed_generator,
     student_for_sampling,
 )
@@ -133,6 +134,7 @@ class SampledSteps(Trainer):
             # `torch_compile` is for the training step: every round has another shape, and would be compiled again.
             nullcontext() if self.args.compile_student else torch.compiler.set_stance("force_eager"),
             out_of_memory_advised("sampling"),
+            forwards_forgotten(student, *self._teacher.inner),
         ):
             collective = self.accelerator.num_processes > 1 and forwards_are_collective(student, *self._teacher.inner)
             agree = agree_on_maximum(self.accelerator) if collective else None
