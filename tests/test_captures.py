@@ -13,7 +13,8 @@ from tiny import tiny_model
 
 from skd_trl.sampling import ragged_cache
 from skd_trl.sampling.acceptance import TopK
-from skd_trl.sampling.rounds import CudaGraph, Rounds
+from skd_trl.sampling.cuda_graph import CudaGraph
+from skd_trl.sampling.rounds import Rounds
 from skd_trl.training import machine, shown_run
 from skd_trl.training.machine import Machine
 from skd_trl.training.memory_count import Window, sampling_bytes

@@ -4,24 +4,22 @@ A round is a function over fixed buffers, so a CUDA graph of it does what it doe
 captured with: rows, slots and draft lengths come in few numbers, buffers and caches are kept for as long as they are large enough, and
 weights change in place (where they were moved, graphs are captured again). The first round of a shape runs as it is and is the warm-up;
 the second is captured, and replayed from then on. What cannot be captured (a rule that waits for the device, experts in a loop) is found
-by trying, and runs as it is: before the first capture of all a round runs in which a wait is an error, for a capture that fails
-leaves torch's allocator and generators in a state that has to be mended.
+by trying (`cuda_graph.py`), and runs as it is.
 
 Shapes: R places, L slots.
 """
 
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
+from .cuda_graph import CudaGraph, Graph, without_autocast_cache
 from .draft_length import Stopwatch
 from .packed_weights import PackedWeights
 from .ragged_cache import RaggedDecoder, has_shards
@@ -39,73 +37,6 @@ MOST_WARM = 16 * MOST_GRAPHS
 # Share of the device's memory that caches may keep between calls, where nobody knows how much is needed in between. Larger ones are given
 # back, and their graphs with them.
 KEPT_SHARE = 1 / 8
-
-
-class Graph(Protocol):
-    """What a captured round needs of a graph: [`CudaGraph`], or what a test puts in its place."""
-
-    def trial(self) -> AbstractContextManager[None]:
-        """The time in which a wait for the device is an error, and all else happens as ever."""
-        ...
-
-    def capture(self, play: Callable[[], None]) -> None:
-        """Records what `play` does to the device, without doing it."""
-
-    def replay(self) -> None:
-        """Does it."""
-
-
-class CudaGraph:
-    """A CUDA graph, captured on `stream`. All of `pool` share memory: no two of them run at once."""
-
-    def __init__(self, pool, stream):
-        self.graph, self.pool, self.stream = torch.cuda.CUDAGraph(), pool, stream
-
-    @contextmanager
-    def trial(self):
-        before = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings():  # "a prototype feature"
-            warnings.simplefilter("ignore")
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-
-    def capture(self, play: Callable[[], None]) -> None:
-        before = torch.cuda.current_stream()
-        try:
-            # Other threads (a data loader that pins memory) may talk to the device while this one captures.
-            with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                play()
-        except Exception:
-            self._mend(before)
-            raise
-
-    def _mend(self, stream) -> None:
-        """After a capture that failed: ending it raises before torch has left its stream, before its allocator stops to take memory from the
-        pool, and (2.11) before the generators know that it is over, which the end of a next capture tells them."""
-        torch.cuda.set_stream(stream)
-        with suppress(Exception):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
-        with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
-            torch.zeros((), device="cuda")
-        torch.cuda.set_stream(stream)
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
-@contextmanager
-def without_autocast_cache():
-    """The casts that autocast keeps are freed when it ends, and a graph would go on reading them. What is compiled, is compiled again where
-    they are kept and where not, so a warm-up has to run as the capture does."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 @dataclass(frozen=True, eq=False)
