@@ -3,9 +3,9 @@
 import copy
 import dataclasses
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
@@ -446,8 +446,8 @@ def check_choice(name: str, value: str, choices) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
 
 
-def check_positive(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
+def check_positive(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, Integral) or value < 1):
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
@@ -463,11 +463,11 @@ def check_types(config: Any) -> None:
         if value is None and type(None) in kinds:
             continue
         kinds -= {type(None)}
-        if kinds <= {int, float} and (
-            isinstance(value, bool) or not isinstance(value, int | float if float in kinds else int)
-        ):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if kinds <= {int, float} and not (is_number and (float in kinds or isinstance(value, Integral))):
             raise ValueError(f"{name}={value!r} must be a {'' if float in kinds else 'whole '}number.")
         if kinds == {bool} and value not in (True, False):
             raise ValueError(f"{name}={value!r} must be True or False.")
-        if kinds == {str} and not isinstance(value, str | os.PathLike):
+        # Paths, and devices of torch, say themselves what they are as text.
+        if kinds == {str} and (value is None or isinstance(value, Real | list | dict)):
             raise ValueError(f"{name}={value!r} must be text.")

@@ -12,6 +12,7 @@ student.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -318,7 +319,7 @@ def _draw(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _check_k(k: int, vocab_size: int | None = None) -> None:
-    if not isinstance(k, int) or k < 1 or (vocab_size is not None and k > vocab_size):
+    if not isinstance(k, Integral) or k < 1 or (vocab_size is not None and k > vocab_size):
         upper = "the vocabulary size" if vocab_size is None else vocab_size
         raise ValueError(f"k={k} is outside 1..{upper}, so no such set of tokens exists; SpecKD uses k=5.")
 
