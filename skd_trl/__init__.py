@@ -1,7 +1,8 @@
 """Speculative knowledge distillation for TRL: SKD and SpecKD as subclasses of `GKDTrainer`."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -80,11 +81,17 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    return value
+if not TYPE_CHECKING:  # where every name would be one
+
+    def __getattr__(name: str):
+        if name in _MODULES:
+            value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+            return value
+        if name.startswith("__") or find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        for module in _MODULES.values():  # a package in it, with what it has once all is loaded
+            import_module(f".{module}", __name__)
+        return import_module(f".{name}", __name__)
 
 
 def __dir__() -> list[str]:

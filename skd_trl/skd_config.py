@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from numbers import Integral, Real
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -457,9 +458,11 @@ def check_types(config: Any) -> None:
     Raises:
         `ValueError`: with the field.
     """
-    hints, inherited = get_type_hints(type(config)), {one.name for one in dataclasses.fields(SFTConfig)}
-    for name in (one.name for one in dataclasses.fields(config) if one.init and one.name not in inherited):
-        kinds, value = set(get_args(hints[name]) or [hints[name]]), getattr(config, name)
+    own = next(one for one in type(config).__mro__ if one.__module__.startswith("skd_trl."))
+    hints, inherited = get_type_hints(own), {one.name for one in dataclasses.fields(SFTConfig)}
+    for name in (one.name for one in dataclasses.fields(own) if one.init and one.name not in inherited):
+        hint, value = hints[name], getattr(config, name)
+        kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
         if value is None and type(None) in kinds:
             continue
         kinds -= {type(None)}

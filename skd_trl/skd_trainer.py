@@ -58,7 +58,7 @@ from .training.distributed import (
 )
 from .training.ends_of_sequence import stop_at
 from .training.engine_lifetime import check_first_training
-from .training.engine_settings import check_batches, check_capturing, describe_offloading
+from .training.engine_settings import check_capturing, describe_offloading
 from .training.evaluated_run import EvaluatedRun
 from .training.findings import is_incomplete, require
 from .training.finite_check import FiniteCheck, GradientCheck
@@ -301,7 +301,6 @@ class SKDTrainer(SampledSteps, EvaluatedRun, SavedRun, ShownRun, SearchedRun, GK
         if args.sampling_copy:
             check_casting(self.model, self.accelerator)
         check_capturing(args, self.accelerator)
-        check_batches(train_dataset, args)
         for note in args.without_effect():
             logger.warning(note)
         self._sampling_copy = SamplingCopy()

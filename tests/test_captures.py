@@ -14,6 +14,8 @@ from tiny import tiny_model
 from skd_trl.sampling import ragged_cache
 from skd_trl.sampling.acceptance import TopK
 from skd_trl.sampling.cuda_graph import CudaGraph
+from skd_trl.sampling.interleaved import Execution, interleaved_sample
+from skd_trl.sampling.participants import LocalParticipant
 from skd_trl.sampling.rounds import Rounds
 from skd_trl.training import machine, shown_run
 from skd_trl.training.machine import Machine
@@ -129,7 +131,7 @@ def test_a_pool_takes_no_graphs_after_its_own_are_gone_and_one_stream_is_kept(cu
     for _ in range(2):
         rounds.warm[key] = rounds.warm["another"] = None
         for shape in (key, "another"):
-            rounds.run(shape, lambda stopwatch: {}, cpu)
+            rounds.run(shape, lambda stopwatch: {}, cpu, lambda: lambda: None)
         pools += [graph.pool for graph, _, _ in rounds.graphs.values()]
         assert {graph.stream for graph, _, _ in rounds.graphs.values()} == {"side"}
         rounds.forget_graphs()
@@ -188,3 +190,28 @@ def test_graphs_have_memory_of_a_round_for_themselves():
     (plain, per_place), (parts, more) = (sampling_bytes(*pair(), one, window, False, yes) for yes in (False, True))
     assert parts["graphs"] >= parts.get("logits of a draft", 0) and more - per_place == parts["graphs"] // 8
     assert sum(parts.values()) == sum(plain.values()) + parts["graphs"]
+
+
+class WaitsAtTheEnd(LocalParticipant):
+    def keep(self, block, count):
+        super().keep(block, count)
+        self.most = int(count.max())
+
+
+@pytest.mark.parametrize("architecture, num_draft_tokens", [("qwen3_5_text", 1), ("qwen3_5_text", 3), ("llama", 1)])
+@pytest.mark.parametrize("where", ["in the rule", "in keep"])
+def test_a_round_that_waits_is_run_again_from_where_it_was(where, architecture, num_draft_tokens):
+    rounds, uniforms = captured(), torch.rand((2, 16, 3), generator=torch.Generator().manual_seed(0))
+    texts = []
+    for one in (None, rounds):
+        student, teacher = tiny_model(architecture, seed=1), tiny_model(architecture, seed=2)
+        kind, rule = (LocalParticipant, Asks(60)) if where == "in the rule" else (WaitsAtTheEnd, TopK(60))
+        texts.append(
+            interleaved_sample(
+                LocalParticipant(student), kind(teacher), torch.tensor([[5, 9, 200], [7, 8, 3]]), torch.ones(2, 3),
+                accept=rule, max_new_tokens=16, eos_token_ids=[], noise=uniforms,
+                execution=Execution(num_draft_tokens, rounds=one),
+            )
+        )  # fmt: skip
+    check_same(*texts)
+    assert rounds.reason is not None and not rounds.graphs

@@ -73,6 +73,11 @@ def test_the_public_names_are_these():
     assert skd_trl._MODULES.keys() == set(skd_trl.__all__) <= set(dir(skd_trl))
 
 
+def test_modules_are_attributes_of_the_package_and_other_names_are_none():
+    code = "import skd_trl; skd_trl.loss.divergences.DIVERGENCES; skd_trl.schedules.Schedule; assert not hasattr(skd_trl, 'SKDTrianer')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_is_there_before_torch_and_trl_are():
     code = "import sys; from skd_trl.__main__ import main; main([]); assert not {'torch', 'trl', 'transformers'} & sys.modules.keys()"
     assert (

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 
@@ -95,7 +96,7 @@ def test_an_engine_does_not_resume_from_weights_alone(tmp_path, engine, files):
 )
 def test_what_would_end_in_the_first_step_is_refused_before(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, **settings)
+        make_trainer(tmp_path, **settings).train()
 
 
 WRONG_TYPES = [
@@ -110,6 +111,16 @@ WRONG_TYPES = [
 def test_a_value_of_another_type_is_refused_by_its_field(tmp_path, name, value, kind):
     with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))} must be {kind}"):
         SpecKDConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
+
+
+def test_fields_of_a_users_subclass_are_the_users(tmp_path):
+    @dataclass
+    class Own(SKDConfig):
+        layers: list[int] = field(default_factory=list)
+        names: "Unknown" = None  # noqa: F821
+
+    config = Own(str(tmp_path), use_cpu=True, bf16=False, layers=[1, 2], teacher_device=torch.device("cpu"))
+    assert config.layers == [1, 2]
 
 
 # NaN and infinity
@@ -554,7 +565,7 @@ def test_a_callback_that_cannot_have_prompts_is_refused_when_it_is_added(tmp_pat
     sets = {name: Dataset.from_list(rows) for name, rows in SETS.items()}
     trainer = make_trainer(tmp_path, eval_dataset=sets if kind == "dict" else sets["a"].to_iterable_dataset())
     callback = callback_class(trainer)
-    with pytest.raises(ValueError, match=f"evaluation set that is a {kind}; it needs one Dataset"):
+    with pytest.raises(ValueError, match=f"evaluation set that is of type {kind}; it needs one Dataset"):
         trainer.add_callback(callback)
 
 
@@ -665,7 +676,7 @@ class OwnSpecKDConfig(SpecKDConfig):
 
 @pytest.mark.parametrize("config_class", [SpecKDConfig, OwnSpecKDConfig])
 def test_the_arguments_of_a_trainer_with_a_gate_are_not_taken_by_one_without(tmp_path, config_class):
-    with pytest.raises(TypeError, match="args is of type SpecKDConfig.*Use SpecKDTrainer, or construct a SKDConfig"):
+    with pytest.raises(TypeError, match="args is a SpecKDConfig.*Use SpecKDTrainer, or construct a SKDConfig"):
         SKDTrainer(tiny_model(), tiny_model(seed=2), config_class(str(tmp_path), use_cpu=True, bf16=False))
 
 
@@ -676,7 +687,7 @@ def test_arguments_that_lack_a_trainers_fields_are_refused_by_the_class_that_has
     tmp_path, config_class, trainer_class
 ):
     needed = trainer_class._config_class.__name__
-    with pytest.raises(TypeError, match=f"args is a {config_class.__name__}; this trainer needs a {needed} "):
+    with pytest.raises(TypeError, match=f"args is of type {config_class.__name__}; this trainer needs a {needed} "):
         trainer_class(tiny_model(), tiny_model(seed=2), config_class(str(tmp_path), use_cpu=True, bf16=False))
 
 
@@ -699,7 +710,7 @@ def test_arguments_of_a_class_by_the_user_are_taken(tmp_path, config_class, trai
 )
 def test_what_is_no_model_is_refused_by_name(tmp_path, name, value):
     argument = {"model": "model", "teacher": "teacher_model"}[name]
-    with pytest.raises(TypeError, match=f"{argument} is a {type(value).__name__}, which is no model"):
+    with pytest.raises(TypeError, match=f"{argument} is of type {type(value).__name__}, which is no model"):
         make_trainer(tmp_path, **{name: value})
 
 

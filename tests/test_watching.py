@@ -284,6 +284,9 @@ def test_the_model_card_has_the_numbers_that_a_run_uses_and_no_others(tmp_path, 
     student.create_model_card()
     card = (tmp_path / "student" / "out" / "README.md").read_text()
     assert "| gate | `one_minus_tv` |" in card and "K of the gate" not in card and "teacher's temperature" not in card
+    make_trainer(tmp_path / "given", rollout="dataset").create_model_card()
+    card = (tmp_path / "given" / "out" / "README.md").read_text()
+    assert not any(row in card for row in ("share of sampled responses", "their longest", "draft length"))
 
 
 # Trackers: read back from offline runs

@@ -48,6 +48,10 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
+# Where a model is besides its name, as `from_pretrained` takes it.
+ELSEWHERE = {"subfolder", "revision", "token", "cache_dir", "trust_remote_code", "config"}
+
+
 def show_notes() -> None:
     """What the package notes, such as the memory that a training takes and the rounds that were captured, besides its warnings."""
     logger = logging.getLogger("skd_trl")
@@ -192,9 +196,11 @@ def make_trainer(
     if any(stage is not None for stage in stages.values()):
         # DeepSpeed and FSDP are set up by the arguments that were created last: those of a stage.
         training_args = replace(training_args)
+    is_elsewhere = ELSEWHERE & set(training_args.teacher_model_init_kwargs or ())
     if (
-        training_args.teacher_model_name_or_path is not None
+        models["teacher"] is not None
         and models["teacher"] == training_args.teacher_model_name_or_path
+        and not is_elsewhere
     ):
         text_config("teacher", models["teacher"], training_args.trust_remote_code)  # before the student is loaded
     trainer = TRAINERS[script_args.trainer][1](

@@ -198,7 +198,7 @@ def check_collator(collate: Callable[[list[dict]], Mapping], row: dict[str, Any]
     needed += [Key.PROMPTS, Key.PROMPT_ATTENTION_MASK] if samples else []
     needed += [Key.TEACHER_PROMPTS, Key.TEACHER_PROMPT_ATTENTION_MASK] if row.get("teacher_prompt_ids") else []
     scores = Key.TEACHER_TOP_IDS, Key.TEACHER_TOP_LOG_PROBS, Key.TEACHER_LABEL_LOG_PROBS
-    needed += [key for key in (Key.TEACHER_INDEX, *scores, Key.SKIPPED_ROWS) if key in row]
+    needed += [key for key in (Key.TEACHER_INDEX, *scores) if key in row]
     name = getattr(collate, "__name__", type(collate).__name__)
     try:
         found = set(collate([dict(row)]))

@@ -194,11 +194,20 @@ def run_round(
         begin()
         return interleave_round(student, teacher, rows, accept, num_draft, nucleus, stopwatch)
 
+    def hold() -> Callable[[], None]:
+        held = [one.hold() for one in (rows, student, teacher)]
+
+        def put_back() -> None:
+            for one in held:
+                one()
+
+        return put_back
+
     begin()
     key = (
         num_rows, num_draft, rows.max_new_tokens, by_value(accept), nucleus.level, student.round_key(), teacher.round_key(),
     )  # fmt: skip
-    return rows.rounds.run(key, play, rows.owner.device)
+    return rows.rounds.run(key, play, rows.owner.device, hold)
 
 
 def interleave_round(

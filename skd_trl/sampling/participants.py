@@ -105,6 +105,10 @@ class Participant:
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
         """Of `block` (N, G) the first `count` (N,) tokens are kept: goes back to where only these were read."""
 
+    def hold(self) -> Callable[[], None]:
+        """What puts back what a round changes and reads, where it may be run again; asked of those that can be captured."""
+        return lambda: None
+
     def idle(self, num_tokens: int = 1) -> None:
         """One forward of nothing, where other ranks run one of `num_tokens` and the model's forward is collective."""
 
@@ -298,6 +302,9 @@ class LocalParticipant(Participant):
     def keep(self, block: torch.Tensor, count: torch.Tensor) -> None:
         if self.decoder.states is not None:
             self.decoder.states.keep(count)
+
+    def hold(self) -> Callable[[], None]:
+        return super().hold() if self.decoder.states is None else self.decoder.states.hold()
 
     def idle(self, num_tokens: int = 1) -> None:
         tokens = torch.zeros((1, num_tokens), dtype=torch.long, device=next(self.model.parameters()).device)

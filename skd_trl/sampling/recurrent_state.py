@@ -120,6 +120,19 @@ class RecurrentStates:
                 if slot.states is not None:
                     slot.states[0, : len(count)] = slot.states[count, every_row]
 
+    def hold(self) -> Callable[[], None]:
+        """What puts back the kept states of all rows."""
+        held = {slot: None if slot.states is None else slot.states[0].clone() for slot in self.slots.values()}
+
+        def put_back() -> None:
+            for slot, states in held.items():
+                if states is None or slot.states is None:
+                    slot.states = None
+                else:
+                    slot.states[0] = states
+
+        return put_back
+
     def move_row(self, source: int, target: int) -> None:
         for slot in self.slots.values():
             if slot.states is not None:

@@ -221,9 +221,13 @@ class Rounds:
     # One round
 
     def run(
-        self, key: Hashable, play: Callable[[Stopwatch], Signal], device: torch.device
+        self,
+        key: Hashable,
+        play: Callable[[Stopwatch], Signal],
+        device: torch.device,
+        hold: Callable[[], Callable[[], None]],
     ) -> tuple[Stopwatch, Signal, bool]:
-        """Runs `play`, a round of the shape `key`. Returns the stopwatch with its marks, what `play` returns, and whether this was
+        """Runs `play`, a round of the shape `key`. `hold` returns what puts back all that a round changes and reads. Returns the stopwatch with its marks, what `play` returns, and whether this was
         a warm-up, whose times say nothing of the rounds to come."""
         if self.is_capturing and key in self.graphs:
             return self._replay(key)
@@ -231,7 +235,7 @@ class Rounds:
             is_new = key not in self.warm
             if self.is_capturing and not is_new:
                 if not self.is_tried:
-                    found = self._try(play, device)
+                    found = self._try(play, device, hold)
                     if found is not None:
                         return *found, True
                 elif self._capture(key, play, device):
@@ -249,14 +253,16 @@ class Rounds:
         graph.replay()
         return stopwatch, signal, False
 
-    def _try(self, play: Callable[[Stopwatch], Signal], device: torch.device) -> tuple[Stopwatch, Signal] | None:
-        """A round as it is, in which a wait for the device is an error. `None` if there is one: what has run by then is overwritten where
-        the round is run once more."""
-        self.is_tried, stopwatch = True, Stopwatch(device)
+    def _try(
+        self, play: Callable[[Stopwatch], Signal], device: torch.device, hold: Callable[[], Callable[[], None]]
+    ) -> tuple[Stopwatch, Signal] | None:
+        """A round as it is, in which a wait for the device is an error. `None` if there is one, with all as it was before the round."""
+        self.is_tried, stopwatch, put_back = True, Stopwatch(device), hold()
         try:
             with self._new_graph(device).trial():
                 return stopwatch, play(stopwatch)
         except Exception as error:  # whatever a forward or a rule may do that no graph can
+            put_back()
             self._give_up(error)
             return None
 

@@ -8,7 +8,7 @@ Shapes: B prompts, R places, N places in use, P prompt columns, T response (at m
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -128,6 +128,15 @@ class Rows:
     @property
     def num_in_use(self) -> int:
         return len(self.places)
+
+    def hold(self) -> Callable[[], None]:
+        """What puts back how much the rows still need, which a round counts down."""
+        held = self.last_column.clone()
+
+        def put_back() -> None:
+            self.last_column.copy_(held)
+
+        return put_back
 
     # Inside a round: tensors of fixed shape, no wait for the host
 

@@ -122,13 +122,13 @@ def check_capturing(args: TrainingArguments, accelerator: Accelerator) -> None:
         )
 
 
-def check_batches(dataset: Any, args: TrainingArguments) -> None:
+def check_batches(dataset: Any, args: TrainingArguments, accelerator: Accelerator) -> None:
     """Refuses a training set that `dataloader_drop_last` leaves nothing of.
 
     Raises:
         `ValueError`: with both numbers.
     """
-    needed = args.per_device_train_batch_size * args.world_size
+    needed = args.per_device_train_batch_size * (1 if accelerator.split_batches else accelerator.num_processes)
     if args.dataloader_drop_last and isinstance(dataset, Dataset) and len(dataset) < needed:
         raise ValueError(
             f"dataloader_drop_last=True leaves no batch: the training set has {len(dataset)} usable rows, and a batch of all processes {needed}. "

@@ -34,7 +34,7 @@ ROWS = {
 
 # Of these, what a run uses depends on its ideas.
 NUMBERS = {
-    "accept_top_k", "temperature", "student_top_p", "teacher_temperature", "teacher_top_p", "gate_top_k", "gate_floor",
+    "lmbda", "accept_top_k", "temperature", "student_top_p", "teacher_temperature", "teacher_top_p", "gate_top_k", "gate_floor",
 }  # fmt: skip
 
 
@@ -43,6 +43,10 @@ def describe_distillation(trainer, student: str, teacher: str) -> str:
     settings = {"student": student, "teacher": teacher, **run_settings(trainer), "steps": trainer.state.global_step}
     if settings["rollout"] != "interleaved":
         settings = {name: value for name, value in settings.items() if not name.startswith("accept")}
+    if settings["rollout"] == "dataset":
+        settings = {
+            name: value for name, value in settings.items() if name not in ("max_new_tokens", "num_draft_tokens")
+        }
     used = trainer.args.used_numbers()
     settings = {name: value for name, value in settings.items() if name not in NUMBERS or name in used}
     lines = ["### Distillation", "", "| | |", "|---|---|"]

@@ -9,6 +9,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .checkpoints import load_draft_length, save_draft_length
+from .engine_settings import check_batches
 from .finite_check import require_finite_weights
 from .length_sampler import KeyedLengthSampler
 from .run_files import read_if_whole
@@ -29,6 +30,7 @@ class SavedRun(Trainer):
         Raises:
             `ValueError`: if there is none, one that an engine cannot resume from, or one of the last step.
         """
+        check_batches(self.train_dataset, self.args, self.accelerator)
         if resume_from_checkpoint is True:
             newest = last_whole_checkpoint(self.args.output_dir)
             if newest is None:

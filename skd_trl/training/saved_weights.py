@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors import safe_open
@@ -111,5 +112,8 @@ def load_renamed(student: PreTrainedModel, directory: str | Path) -> None:
             saved |= set(tensors.keys())
     if saved <= set(student.state_dict()):
         return
-    loaded = type(student).from_pretrained(directory, config=student.config, dtype=student.dtype)
-    student.load_state_dict(loaded.state_dict())
+    loaded = type(student).from_pretrained(directory, config=student.config, dtype=torch.float32)
+    renamed = {name: tensor for name, tensor in loaded.state_dict().items() if name not in saved}
+    student.load_state_dict(
+        renamed, strict=False
+    )  # what has its name in the file, the Trainer has loaded as it is there

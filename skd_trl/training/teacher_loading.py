@@ -78,7 +78,8 @@ def load_models(
     check_processes(args)
     check_teacher_device(args)
     check_parallel_models(args, {"model": model, "teacher_model": first})
-    if isinstance(model, str) and model in (first, *others):
+    is_elsewhere = {"subfolder", "revision"} & set(args.teacher_model_init_kwargs or ())
+    if isinstance(model, str) and model in (first, *others) and not is_elsewhere:
         logger.warning(
             f"Student and teacher are both {model!r}: they are equal when training starts, and nothing is learned where they read the same prompts. "
             "Give a smaller student."
