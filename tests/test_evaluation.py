@@ -283,7 +283,7 @@ def test_a_metric_may_be_any_function_and_rows_without_a_reference_have_no_part_
     [
         ("bleu", "unknown; choose one of rouge, exact_match"),
         ("nowhere:f", "cannot be imported"),
-        ("math:pi", "a float"),
+        ("math:pi", "of type float"),
     ],
 )
 def test_a_metric_that_is_none_is_refused_by_name(name, message):
