@@ -6,9 +6,10 @@ from typing import Any
 from transformers import SchedulerType
 
 from .explained_options import explained
+from .field_checks import check_choice, check_positive, check_types
 from .ideas import IdeaField, make_idea, numbers_of
 from .loss.gates import GATE_CONTROLS, GATES, Gate
-from .skd_config import ROLLOUTS, SKDConfig, check_choice, check_positive, check_types
+from .skd_config import ROLLOUTS, SKDConfig
 
 
 NORMALIZERS = ("all", "accepted", "mean_one")

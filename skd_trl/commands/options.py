@@ -90,7 +90,7 @@ class Command:
         if unknown and not names:
             self.fail(f"{' '.join(unknown)!r} belongs to no option. Options begin with --.")
         for name in names:
-            of_others = [other for names in SAME_MODELS if name in names for other in names if other in self._fields()]
+            of_others = [other for same in SAME_MODELS if name in same for other in same if other in self._fields()]
             close = of_others or difflib.get_close_matches(name, self._fields(), n=1)
             hint = self.hint(name) or (f"Did you mean --{close[0]}?" if close else f"`{self.prog} --help` lists them.")
             self.fail(f"--{name} is no option. {hint}")

@@ -227,8 +227,8 @@ class Rounds:
         device: torch.device,
         hold: Callable[[], Callable[[], None]],
     ) -> tuple[Stopwatch, Signal, bool]:
-        """Runs `play`, a round of the shape `key`. `hold` returns what puts back all that a round changes and reads. Returns the stopwatch with its marks, what `play` returns, and whether this was
-        a warm-up, whose times say nothing of the rounds to come."""
+        """Runs `play`, a round of the shape `key`; `hold` returns what puts back all that a round changes and reads. Returns the stopwatch with
+        its marks, what `play` returns, and whether this was a warm-up, whose times say nothing of the rounds to come."""
         if self.is_capturing and key in self.graphs:
             return self._replay(key)
         with without_autocast_cache() if self.has_fixed_shapes else nullcontext():
